@@ -1,0 +1,229 @@
+"""Public curvature: `P^T Curv P` at the anchor, the mean over **public** records.
+
+    hessian             by `jax.hessian` in w: small k
+    projected_hessian   by Hessian-vector products `jvp(grad)` along the k directions
+    projected_ggn       generalised Gauss-Newton J^T (output Hessian) J: positive semi-definite, no reverse pass
+    projected_fisher    second moment of gradients; with labels drawn from the model it is the Fisher information
+    top_eigenspace      the leading eigenvectors of the whole-space Fisher, as a subspace
+    psd_part            how an indefinite Hessian is made positive semi-definite
+
+Private records, or private inputs without labels, must never reach this room: noise whose covariance depends on them
+is not the mechanism of T1. All functions run under `jit`; with `axis_name` they take one device's public records and
+return the mean over all devices.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qexp_jax import subspace as subspaces
+from qexp_jax.gradients import projected_gradients
+from qexp_jax.records import LossFn, Params, Record, microbatches, num_records, vary
+from qexp_jax.subspace import Subspace, tuned_leaves, with_tuned_leaves
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+_BATCH = 256
+
+
+def mean_over_records(
+    batch_sum: Callable[[Record, jax.Array], Any],
+    records: Record,
+    *,
+    mask: jax.Array | None = None,
+    microbatch_size: int = _BATCH,
+    axis_name: str | None = None,
+) -> Any:
+    """Mean over records of a pytree, from `batch_sum(batch, mask) -> sums over one microbatch`.
+
+    With `axis_name`, over the records of all devices.
+    """
+    batches, masks = microbatches(records, min(microbatch_size, max(1, num_records(records))), mask)
+    first = jax.tree.map(lambda x: x[0], (batches, masks))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(batch_sum, *first))
+
+    def step(total, batch):
+        return jax.tree.map(jnp.add, total, batch_sum(*batch)), None
+
+    total, _ = jax.lax.scan(step, vary(zeros, axis_name), (batches, masks))
+    count = jnp.sum(masks)
+    if axis_name is not None:
+        total, count = jax.lax.psum((total, count), axis_name)
+    return jax.tree.map(lambda x: x / jnp.maximum(1, count).astype(x.dtype), total)
+
+
+def _batch_loss(loss_fn, params, layout):
+    """Sum of losses over a microbatch, as a function of the tuned leaves."""
+
+    def loss(leaves, records, mask):
+        losses = jax.vmap(loss_fn, in_axes=(None, 0))(with_tuned_leaves(layout, params, leaves), records)
+        return jnp.sum(jnp.where(mask, losses.astype(layout.dtype), 0))
+
+    return loss
+
+
+def mean_loss(loss_fn: LossFn, params: Params, records: Record, **batching: Any) -> jax.Array:
+    """Mean loss over records; `batching` as in `mean_over_records`."""
+
+    def batch_sum(batch, mask):
+        return jnp.sum(jnp.where(mask, jax.vmap(loss_fn, in_axes=(None, 0))(params, batch), 0))
+
+    return mean_over_records(batch_sum, records, **batching)
+
+
+def mean_gradient(loss_fn: LossFn, params: Params, subspace: Subspace, records: Record, **batching: Any) -> jax.Array:
+    """P^T grad of the mean loss (k,); `batching` as in `mean_over_records`."""
+    layout = subspace.layout
+    leaves = vary(tuned_leaves(layout, params), batching.get("axis_name"))
+    loss = _batch_loss(loss_fn, params, layout)
+    gradient = mean_over_records(lambda batch, mask: jax.grad(loss)(leaves, batch, mask), records, **batching)
+    return subspace.operator.project(layout, subspace.arrays, gradient)
+
+
+def hessian(loss_fn: LossFn, params: Params, subspace: Subspace, records: Record) -> jax.Array:
+    """P^T H P (k, k) by `jax.hessian` of `w -> mean loss(theta + P w)` at 0; for small k and few records."""
+
+    def loss(w):
+        return jnp.mean(jax.vmap(loss_fn, in_axes=(None, 0))(subspaces.displace(subspace, params, w), records))
+
+    return jax.hessian(loss)(jnp.zeros(subspace.dim, subspace.layout.dtype))
+
+
+def projected_hessian(
+    loss_fn: LossFn,
+    params: Params,
+    subspace: Subspace,
+    records: Record,
+    *,
+    columns_per_batch: int = 16,
+    **batching: Any,
+) -> jax.Array:
+    """P^T H P (k, k) by Hessian-vector products, forward over reverse, `columns_per_batch` directions at a time.
+
+    Memory: one gradient per direction in flight and the activations of one microbatch; nothing of size d x k beyond
+    what the subspace itself stores. `batching` as in `mean_over_records`.
+    """
+    layout, axis_name = subspace.layout, batching.get("axis_name")
+    leaves = vary(tuned_leaves(layout, params), axis_name)
+    loss = _batch_loss(loss_fn, params, layout)
+
+    def column(direction):
+        tangent = vary(subspace.operator.lift(layout, subspace.arrays, direction), axis_name)
+
+        def product(batch, mask):
+            return jax.jvp(lambda x: jax.grad(loss)(x, batch, mask), (leaves,), (tangent,))[1]
+
+        return subspace.operator.project(layout, subspace.arrays, mean_over_records(product, records, **batching))
+
+    eye = jnp.eye(subspace.dim, dtype=layout.dtype)
+    columns = jax.lax.map(column, eye, batch_size=min(columns_per_batch, subspace.dim))
+    return (columns + columns.T) / 2
+
+
+def projected_ggn(
+    model_fn: Callable[[Params, Any], jax.Array],
+    output_loss_fn: Callable[[jax.Array, Any], jax.Array],
+    params: Params,
+    subspace: Subspace,
+    records: Record,
+    **batching: Any,
+) -> jax.Array:
+    """Generalised Gauss-Newton P^T J^T L'' J P (k, k), positive semi-definite where the output loss is convex.
+
+    Args:
+      model_fn: `(params, record) -> outputs`, an array.
+      output_loss_fn: `(outputs, record) -> scalar`, convex in the outputs; the loss is their composition.
+      params: the anchor.
+      subspace: k directions.
+      records: public records.
+      **batching: as in `mean_over_records`.
+    """
+    layout, axis_name = subspace.layout, batching.get("axis_name")
+    leaves = vary(tuned_leaves(layout, params), axis_name)
+    directions = jnp.eye(subspace.dim, dtype=layout.dtype)
+
+    def record_ggn(record):
+        def outputs(x):
+            return model_fn(with_tuned_leaves(layout, params, x), record).ravel().astype(layout.dtype)
+
+        shape = jax.eval_shape(model_fn, params, record).shape
+        value, push = jax.linearize(outputs, leaves)
+        lifts = jax.vmap(lambda e: subspace.operator.lift(layout, subspace.arrays, e))(directions)
+        jacobian = jax.vmap(push)(vary(lifts, axis_name))
+        curvature = jax.hessian(lambda y: output_loss_fn(y.reshape(shape), record))(value)
+        return jnp.einsum("ia,ab,jb->ij", jacobian, curvature, jacobian, precision=_HIGHEST)
+
+    def batch_sum(batch, mask):
+        each = jax.vmap(record_ggn)(batch)
+        return jnp.sum(jnp.where(mask[:, None, None], each, 0), axis=0)
+
+    matrix = mean_over_records(batch_sum, records, **({"microbatch_size": 32} | batching))
+    return (matrix + matrix.T) / 2
+
+
+def projected_fisher(
+    loss_fn: LossFn, params: Params, subspace: Subspace, records: Record, **batching: Any
+) -> jax.Array:
+    """Second moment of record gradients P^T E[g g^T] P (k, k): with model-drawn labels, the Fisher information.
+
+    Replace the label of each public record by a draw from the model first (`jax.random.categorical` of the logits);
+    with observed labels this is the *empirical* Fisher, which is not a curvature: for a squared loss it is off by
+    the residual variance.
+    """
+
+    def batch_sum(batch, mask):
+        g = projected_gradients(loss_fn, params, subspace, batch, axis_name=batching.get("axis_name"))
+        g = jnp.where(mask[:, None], g, 0)
+        return jnp.matmul(g.T, g, precision=_HIGHEST)
+
+    return mean_over_records(batch_sum, records, **({"microbatch_size": 64} | batching))
+
+
+def top_eigenspace(
+    loss_fn: LossFn,
+    params: Params,
+    records: Record,
+    dim: int,
+    *,
+    within: Subspace | None = None,
+    microbatch_size: int = 64,
+) -> tuple[Subspace, jax.Array]:
+    """The leading eigenvectors of the second moment of public gradients, by the Gram trick.
+
+    Costs one gradient per record and stores (n, d) numbers, plus the (k, d) basis that it returns.
+
+    Args:
+      loss_fn: loss of one record.
+      params: the anchor.
+      records: n public records; with labels drawn from the model the matrix is the Fisher information.
+      dim: k <= min(n, d).
+      within: the space that is searched; by default all parameters.
+      microbatch_size: gradients held at a time.
+
+    Returns:
+      The subspace, with orthonormal columns where `within` has them, and its k eigenvalues in descending order.
+    """
+    within = subspaces.full(params) if within is None else within
+    n = num_records(records)
+    if not 1 <= dim <= min(n, within.dim):
+        raise ValueError(f"Expected 1 <= dim <= min({n} records, {within.dim} dimensions), found {dim=}.")
+    batches, _ = microbatches(records, min(microbatch_size, n))
+    rows = jax.lax.map(lambda batch: projected_gradients(loss_fn, params, within, batch), batches)
+    rows = rows.reshape(-1, within.dim)[:n] / np.sqrt(n)
+    _, vectors = jnp.linalg.eigh(jnp.matmul(rows, rows.T, precision=_HIGHEST))
+    # The QR restores the orthogonality that float32 loses on small eigenvalues.
+    basis, _ = jnp.linalg.qr(jnp.matmul(rows.T, vectors[:, : -dim - 1 : -1], precision=_HIGHEST))
+    values = jnp.sum(jnp.matmul(rows, basis, precision=_HIGHEST) ** 2, axis=0)
+    return subspaces.compose(within, basis, orthonormal=True, name=f"top eigenspace in {within.name}"), values
+
+
+def psd_part(matrix: jax.Array) -> jax.Array:
+    """The symmetric matrix with each eigenvalue replaced by its absolute value.
+
+    A direction of strong *negative* curvature is one where the gradient changes fast, so that a long step is as
+    ill-advised there as along strong positive curvature (saddle-free Newton, Dauphin et al., arXiv:1406.2572).
+    """
+    values, vectors = jnp.linalg.eigh((matrix + matrix.T) / 2)
+    return jnp.matmul(vectors * jnp.abs(values), vectors.T, precision=_HIGHEST)

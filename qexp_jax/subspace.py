@@ -1,0 +1,354 @@
+"""Public subspaces of the parameters: `theta = theta0 + P w` with `P` in R^{d x k}.
+
+`lift` maps w in R^k to a displacement of the parameters, `project` is its exact adjoint and maps a gradient to
+R^k. Both are pure functions of a `Subspace`, a pytree that passes through `jit`, `vmap` and `shard_map`; equal
+constructors on equal shapes share one compiled program. The subspace must be public: chosen from the
+pretrained parameters, public records or a key, never from private data.
+
+    full(params)                the identity on all of R^d
+    full(params, where=regex)   selected leaves: the last layer, biases, LoRA factors
+    gaussian / orthonormal      dense random projections, (k, d) numbers stored
+    count_sketch                orthonormal columns, O(d) time, nothing stored
+    span                        given directions
+    compose(outer, basis)       directions inside another subspace; `where` composes with all of the above
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qexp_jax.records import Params
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Static description of a params pytree and of the leaves that are tuned; hashable."""
+
+    treedef: Any
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[np.dtype, ...]
+    tuned: tuple[bool, ...]
+    dtype: np.dtype
+
+    @property
+    def tuned_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the tuned leaves, in tree order."""
+        return tuple(s for s, t in zip(self.shapes, self.tuned, strict=True) if t)
+
+    @property
+    def num_params(self) -> int:
+        """d, the number of tuned parameters."""
+        return sum(int(np.prod(s)) for s in self.tuned_shapes)
+
+
+class _Operator(NamedTuple):
+    """A lift on tuned leaves and its adjoint, as module-level functions of (layout, arrays, argument)."""
+
+    lift: Callable[[Layout, Any, jax.Array], list[jax.Array]]
+    project: Callable[[Layout, Any, list[jax.Array]], jax.Array]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["arrays"],
+    meta_fields=["dim", "layout", "operator", "orthonormal", "name"],
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Subspace:
+    """A public subspace; use it through `lift`, `project`, `displace` and `gram`.
+
+    Attributes:
+      dim: k.
+      layout: the parameters it belongs to.
+      operator: the pair of functions on tuned leaves.
+      orthonormal: whether P^T P is the identity by construction.
+      name: what it is, for the certificate.
+      arrays: its numbers (a basis, a key), a pytree.
+    """
+
+    dim: int
+    layout: Layout
+    operator: _Operator
+    orthonormal: bool
+    name: str
+    arrays: Any
+
+
+def layout_of(params: Params, where: str | None = None) -> Layout:
+    """The static layout of `params`, tuning the leaves whose path matches the regular expression `where`.
+
+    A path joins its keys with `/`, for instance `params/Dense_0/bias`. Parameters are worked on in float32, or float64
+    where they are float64.
+
+    Raises:
+      ValueError: if no leaf matches, or a tuned leaf is not a real floating-point array.
+    """
+    paths, treedef = jax.tree_util.tree_flatten_with_path(params)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+    tuned = tuple(where is None or re.search(where, name) is not None for name in names)
+    if not any(tuned):
+        raise ValueError(f"No parameter matches {where=}; the paths are {names}.")
+    shapes = tuple(tuple(np.shape(leaf)) for _, leaf in paths)
+    dtypes = tuple(jnp.result_type(leaf) for _, leaf in paths)
+    for name, shape, dtype, is_tuned in zip(names, shapes, dtypes, tuned, strict=True):
+        if is_tuned and not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"Only real floating-point leaves can be tuned, found {name} of {dtype=}, {shape=}.")
+    work = functools.reduce(jnp.promote_types, [t for t, f in zip(dtypes, tuned, strict=True) if f], jnp.float32)
+    return Layout(treedef=treedef, shapes=shapes, dtypes=dtypes, tuned=tuned, dtype=np.dtype(work))
+
+
+def lift(subspace: Subspace, w: jax.Array) -> Params:
+    """P w: from (k,) to a displacement with the structure of the parameters, zero on leaves that are not tuned."""
+    tuned = iter(subspace.operator.lift(subspace.layout, subspace.arrays, w))
+    layout = subspace.layout
+    leaves = [
+        next(tuned) if is_tuned else jnp.zeros(shape, dtype)
+        for shape, dtype, is_tuned in zip(layout.shapes, layout.dtypes, layout.tuned, strict=True)
+    ]
+    return jax.tree.unflatten(layout.treedef, leaves)
+
+
+def project(subspace: Subspace, params: Params) -> jax.Array:
+    """P^T g: from a pytree like the parameters to (k,); the exact adjoint of `lift`."""
+    return subspace.operator.project(subspace.layout, subspace.arrays, tuned_leaves(subspace.layout, params))
+
+
+def tuned_leaves(layout: Layout, params: Params) -> list[jax.Array]:
+    """The leaves that are tuned, in the working precision."""
+    leaves = jax.tree.leaves(params)
+    return [jnp.asarray(x, layout.dtype) for x, tuned in zip(leaves, layout.tuned, strict=True) if tuned]
+
+
+def with_tuned_leaves(layout: Layout, params: Params, leaves: list[jax.Array]) -> Params:
+    """`params` with its tuned leaves replaced, the others untouched."""
+    new = iter(leaves)
+    old = jax.tree.leaves(params)
+    return jax.tree.unflatten(
+        layout.treedef, [next(new) if tuned else x for x, tuned in zip(old, layout.tuned, strict=True)]
+    )
+
+
+def displace(subspace: Subspace, params: Params, w: jax.Array) -> Params:
+    """theta + P w in the working precision; leaves that are not tuned stay as they are."""
+    layout = subspace.layout
+    steps = subspace.operator.lift(layout, subspace.arrays, w)
+    return with_tuned_leaves(
+        layout, params, [x + step for x, step in zip(tuned_leaves(layout, params), steps, strict=True)]
+    )
+
+
+def gram(subspace: Subspace) -> jax.Array:
+    """P^T P (k, k): the identity where the columns are orthonormal, else k lifts and projections."""
+    eye = jnp.eye(subspace.dim, dtype=subspace.layout.dtype)
+    if subspace.orthonormal:
+        return eye
+    columns = jax.lax.map(lambda e: project(subspace, lift(subspace, e)), eye)
+    return (columns + columns.T) / 2
+
+
+def _check_dim(layout: Layout, dim: int) -> None:
+    if not 1 <= dim <= layout.num_params:
+        raise ValueError(f"Expected a subspace dimension in [1, {layout.num_params}], found {dim=}.")
+
+
+# --- the whole space of the tuned leaves ---
+
+
+def _split(layout, _, w):
+    sizes = [int(np.prod(s)) for s in layout.tuned_shapes]
+    parts = jnp.split(w, np.cumsum(sizes)[:-1])
+    return [x.reshape(s) for x, s in zip(parts, layout.tuned_shapes, strict=True)]
+
+
+def _concatenate(layout, _, leaves):
+    return jnp.concatenate([x.ravel() for x in leaves])
+
+
+def full(params: Params, *, where: str | None = None) -> Subspace:
+    """All coordinates of the tuned leaves: P is the identity, or a selection of leaves by path.
+
+    >>> params = {"encoder": jnp.ones((2, 3)), "head": jnp.zeros(3)}
+    >>> full(params).dim, full(params, where="head").dim
+    (9, 3)
+    """
+    layout = layout_of(params, where)
+    return Subspace(
+        dim=layout.num_params,
+        layout=layout,
+        operator=_Operator(_split, _concatenate),
+        orthonormal=True,
+        name="full" if where is None else f"leaves matching {where!r}",
+        arrays=None,
+    )
+
+
+# --- dense bases, one (k, *shape) array per tuned leaf ---
+
+
+def _combine(layout, basis, w):
+    return [jnp.tensordot(w, b, axes=1, precision=_HIGHEST) for b in basis]
+
+
+def _inner(layout, basis, leaves):
+    return sum(
+        jnp.tensordot(b.reshape(len(b), -1), x.ravel(), axes=1, precision=_HIGHEST)
+        for b, x in zip(basis, leaves, strict=True)
+    )
+
+
+def _dense(layout: Layout, basis: list[jax.Array], *, orthonormal: bool, name: str) -> Subspace:
+    return Subspace(
+        dim=len(basis[0]),
+        layout=layout,
+        operator=_Operator(_combine, _inner),
+        orthonormal=orthonormal,
+        name=name,
+        arrays=basis,
+    )
+
+
+def _rows_to_basis(layout: Layout, rows: jax.Array) -> list[jax.Array]:
+    return jax.vmap(lambda row: _split(layout, None, row))(rows)
+
+
+def gaussian(key: jax.Array, params: Params, dim: int, *, where: str | None = None) -> Subspace:
+    """Random Gaussian directions with E[P^T P] = I: entries N(0, 1/d)."""
+    layout = layout_of(params, where)
+    _check_dim(layout, dim)
+    rows = jax.random.normal(key, (dim, layout.num_params), layout.dtype) / np.sqrt(layout.num_params)
+    return _dense(layout, _rows_to_basis(layout, rows), orthonormal=False, name="gaussian")
+
+
+def orthonormal(key: jax.Array, params: Params, dim: int, *, where: str | None = None) -> Subspace:
+    """A uniformly random k-dimensional subspace with an orthonormal basis (QR of a Gaussian matrix)."""
+    layout = layout_of(params, where)
+    _check_dim(layout, dim)
+    columns, _ = jnp.linalg.qr(jax.random.normal(key, (layout.num_params, dim), layout.dtype))
+    return _dense(layout, _rows_to_basis(layout, columns.T), orthonormal=True, name="orthonormal")
+
+
+def span(params: Params, directions: Params, *, where: str | None = None, orthonormal: bool = False) -> Subspace:
+    """The span of given directions.
+
+    Args:
+      params: the pretrained parameters.
+      directions: pytree like `params` with a leading axis k: the columns of P.
+      where: regular expression of the leaves to tune.
+      orthonormal: the caller's word that P^T P = I; otherwise `gram` computes it.
+    """
+    layout = layout_of(params, where)
+    leaves = [jnp.asarray(x, layout.dtype) for x, t in zip(jax.tree.leaves(directions), layout.tuned, strict=True) if t]
+    for x, shape in zip(leaves, layout.tuned_shapes, strict=True):
+        if x.shape[1:] != shape or len(x) != len(leaves[0]):
+            raise ValueError(f"Expected directions of shape ({len(leaves[0])}, *{shape}), found {x.shape}.")
+    _check_dim(layout, len(leaves[0]))
+    return _dense(layout, leaves, orthonormal=orthonormal, name="span")
+
+
+# --- count-sketch ---
+
+
+def _blocks(layout: Layout, dim: int) -> list[tuple[int, int, int]]:
+    """Per tuned leaf: (index of its first block of `dim` coordinates, coordinates before it there, its blocks)."""
+    sizes = [int(np.prod(s)) for s in layout.tuned_shapes]
+    offsets = np.cumsum([0, *sizes[:-1]])
+    return [(int(o // dim), int(o % dim), -(-int(o % dim + n) // dim)) for o, n in zip(offsets, sizes, strict=True)]
+
+
+def _sketch_parts(layout, arrays):
+    """Signs per leaf, one cyclic shift per block, and the norm of each column."""
+    sign_key, shift_key, buckets = arrays
+    dim = len(buckets)
+    num_blocks = -(-layout.num_params // dim)
+    shifts = jax.random.randint(shift_key, (num_blocks,), 0, dim)
+    signs = [
+        jax.random.rademacher(jax.random.fold_in(sign_key, i), shape, jnp.int8).astype(layout.dtype)
+        for i, shape in enumerate(layout.tuned_shapes)
+    ]
+    rest = layout.num_params - (num_blocks - 1) * dim
+    counts = num_blocks - 1 + ((buckets - shifts[-1]) % dim < rest)
+    return signs, shifts, 1 / jnp.sqrt(counts.astype(layout.dtype))
+
+
+def _sketch_lift(layout, arrays, w):
+    signs, shifts, scale = _sketch_parts(layout, arrays)
+    buckets = arrays[-1]
+    w, leaves = w * scale, []
+    for sign, (first, before, blocks) in zip(signs, _blocks(layout, len(w)), strict=True):
+        rows = w[(buckets + shifts[first : first + blocks, None]) % len(w)]
+        leaves.append(rows.ravel()[before : before + sign.size].reshape(sign.shape) * sign)
+    return leaves
+
+
+def _sketch_project(layout, arrays, leaves):
+    signs, shifts, scale = _sketch_parts(layout, arrays)
+    buckets = arrays[-1]
+    dim, total = len(buckets), jnp.zeros(len(buckets), layout.dtype)
+    for x, sign, (first, before, blocks) in zip(leaves, signs, _blocks(layout, dim), strict=True):
+        flat = jnp.pad((x * sign).ravel(), (before, blocks * dim - before - x.size)).reshape(blocks, dim)
+        source = (buckets - shifts[first : first + blocks, None]) % dim
+        total = total + jnp.sum(jnp.take_along_axis(flat, source, axis=1), axis=0)
+    return total * scale
+
+
+def count_sketch(key: jax.Array, params: Params, dim: int, *, where: str | None = None) -> Subspace:
+    """A count-sketch with exactly orthonormal columns, in O(d) time and with nothing of size d stored.
+
+    Each run of k consecutive coordinates is dealt to the k buckets by one random cyclic shift, with random signs: no
+    bucket is empty, columns have disjoint supports, and two coordinates of different runs collide with
+    probability 1/k, so that E|P^T g|^2 and its variance are those of the count-sketch (Charikar, Chen, Farach-Colton
+    2002), up to the scale k/d of an orthonormal basis.
+    """
+    layout = layout_of(params, where)
+    _check_dim(layout, dim)
+    sign_key, shift_key = jax.random.split(key)
+    return Subspace(
+        dim=dim,
+        layout=layout,
+        operator=_Operator(_sketch_lift, _sketch_project),
+        orthonormal=True,
+        name="count_sketch",
+        arrays=(sign_key, shift_key, jnp.arange(dim)),
+    )
+
+
+# --- directions inside another subspace ---
+
+
+def _composed_lift(layout, arrays, w):
+    outer, basis = arrays
+    return outer.operator.lift(layout, outer.arrays, jnp.matmul(basis, w, precision=_HIGHEST))
+
+
+def _composed_project(layout, arrays, leaves):
+    outer, basis = arrays
+    return jnp.matmul(basis.T, outer.operator.project(layout, outer.arrays, leaves), precision=_HIGHEST)
+
+
+def compose(outer: Subspace, basis: jax.Array, *, orthonormal: bool = False, name: str | None = None) -> Subspace:
+    """The subspace P_outer B for B (k_outer, k).
+
+    Args:
+      outer: any subspace.
+      basis: (k_outer, k) columns inside it.
+      orthonormal: the caller's word that B^T B = I (and hence P^T P = I where the outer one is orthonormal).
+      name: for the certificate.
+    """
+    if basis.ndim != 2 or basis.shape[0] != outer.dim or not 1 <= basis.shape[1] <= outer.dim:
+        raise ValueError(f"Expected a basis of shape ({outer.dim}, k) with k <= {outer.dim}, found {basis.shape=}.")
+    return Subspace(
+        dim=basis.shape[1],
+        layout=outer.layout,
+        operator=_Operator(_composed_lift, _composed_project),
+        orthonormal=orthonormal and outer.orthonormal,
+        name=name or f"directions in {outer.name}",
+        arrays=(outer, jnp.asarray(basis, outer.layout.dtype)),
+    )
