@@ -1,0 +1,1 @@
+"""Experiments with qexp_jax: data, models, and one script per figure."""

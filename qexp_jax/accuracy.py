@@ -1,0 +1,116 @@
+"""Accuracy on paper, before anything private is read, in the units of the loss of one record.
+
+**T3.** For w from `mechanism.draw`, R^T (w - w*) = -(C z / N) xi. So the utility lost by the draw against the exact
+minimiser of the quadratic is, per record, *exactly* distributed as
+
+    (C z)^2 / (2 N^2) * chi-square with k degrees of freedom,        mean k (C z)^2 / (2 N^2),
+
+with tails from the chi-square law (Laurent and Massart 2000 give the closed form). What the draw cannot know is bias:
+clipping, what lies outside the subspace, and the Taylor remainder of the quadratic; each has an estimate below that
+needs public data only. Mean, quantile and their consequence, how many directions carry more signal than noise,
+are ours; the abstract of arXiv:2605.20521 promises accuracy estimates without stating them.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.stats import chi2
+
+from qexp_jax.curvature import mean_loss
+from qexp_jax.records import LossFn, Params, Record
+from qexp_jax.subspace import Subspace, displace
+
+
+def expected_excess(dim: int, noise_std: float, num_units: int) -> float:
+    """Mean excess of the quadratic loss per record that the noise of one draw costs.
+
+    >>> expected_excess(dim=100, noise_std=5.0, num_units=1000)
+    0.00125
+    """
+    return dim * noise_std**2 / (2 * num_units**2)
+
+
+def excess_quantile(probability: float, dim: int, noise_std: float, num_units: int) -> float:
+    """The exact quantile of the same excess."""
+    if not 0 < probability < 1:
+        raise ValueError(f"Expected a probability in (0, 1), found {probability}.")
+    return float(chi2.ppf(probability, dim)) * noise_std**2 / (2 * num_units**2)
+
+
+def subspace_bias(gradient: jax.Array, full_precision: jax.Array, basis: jax.Array) -> jax.Array:
+    """Quadratic gain that the subspace spanned by `basis` leaves unused, `[g^T Hf^{-1} g - g_P^T H^{-1} g_P] / 2`.
+
+    Args:
+      gradient: mean gradient g (d,) of public (rehearsal) records.
+      full_precision: Hf (d, d), damped.
+      basis: P (d, k); the precision in the subspace is H = P^T Hf P, so that the same damping enters both.
+    """
+    highest = jax.lax.Precision.HIGHEST
+    inside = jnp.matmul(basis.T, jnp.matmul(full_precision, basis, precision=highest), precision=highest)
+    reduced = jnp.matmul(basis.T, gradient, precision=highest)
+    gain = jnp.vdot(gradient, jnp.linalg.solve(full_precision, gradient))
+    return (gain - jnp.vdot(reduced, jnp.linalg.solve(inside, reduced))) / 2
+
+
+def clipping_bias(whitened: np.ndarray, l2_clip_norm: float) -> float:
+    """Quadratic loss per record by which clipping shifts the minimiser, `|mean v - mean clip(v)|^2 / 2`; v (n, k)."""
+    norms = np.maximum(np.linalg.norm(whitened, axis=1, keepdims=True), np.finfo(whitened.dtype).tiny)
+    lost = whitened * (1 - np.minimum(1, l2_clip_norm / norms))
+    return float(np.sum(np.mean(lost, axis=0) ** 2) / 2)
+
+
+def taylor_ratio(
+    loss_fn: LossFn,
+    params: Params,
+    subspace: Subspace,
+    steps: jax.Array,
+    gradient: jax.Array,
+    quadratic: jax.Array,
+    records: Record,
+    **batching: Any,
+) -> jax.Array:
+    """How the change of the public loss beyond its linear part compares with what the quadratic predicts.
+
+    Args:
+      loss_fn: loss of one record.
+      params: the anchor.
+      subspace: k directions.
+      steps: (m, k) steps w of the size that a draw will have.
+      gradient: (k,) mean gradient of the same records.
+      quadratic: (m,) predictions w^T H w / 2, damping included.
+      records: public records; best those that the curvature has not seen.
+      **batching: as in `curvature.mean_over_records`.
+
+    Returns:
+      (m,) ratios: below 1 the damped quadratic is an upper model of the loss, far above 1 it cannot be trusted.
+    """
+    start = mean_loss(loss_fn, params, records, **batching)
+
+    def change(w):
+        return mean_loss(loss_fn, displace(subspace, params, w), records, **batching) - start - jnp.vdot(gradient, w)
+
+    return jax.lax.map(change, steps) / quadratic
+
+
+def useful_dimension(
+    second_moments: np.ndarray, noise_std: np.ndarray, num_units: int, signal_records: int
+) -> tuple[int, np.ndarray]:
+    """How many leading directions to keep, from public gradients alone.
+
+    Suppose that the private mean gradient is as long as the mean of `signal_records` public gradients drawn at random.
+    The first k whitened directions then gain sum_{j<=k} E[vbar_j^2] / (2 signal_records) and cost k (C_k z)^2 / (2 N^2).
+
+    Args:
+      second_moments: (K,) cumulative sums of E[vbar_j^2] over the first k directions, clipped at C_k.
+      noise_std: (K,) C_k z.
+      num_units: N.
+      signal_records: the assumption; smaller means more signal.
+
+    Returns:
+      The best k >= 1, and the predicted net gain for each k.
+    """
+    dims = np.arange(1, len(second_moments) + 1)
+    net = second_moments / (2 * signal_records) - dims * noise_std**2 / (2 * num_units**2)
+    return int(np.argmax(net)) + 1, net

@@ -1,0 +1,235 @@
+"""The one call: public plan, private pass, exact draw, certificate; a few rounds of it where asked for.
+
+**Rounds (T6).** Round t expands at the parameters that round t - 1 released; its plan depends on public data and earlier
+releases only, so that the rounds compose adaptively to `mu^2 = sum mu_t^2`. Their number and the even split are fixed
+before the first.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from dp_accounting import NeighboringRelation
+
+from qexp_jax import mechanism, privacy, validation
+from qexp_jax import subspace as subspaces
+from qexp_jax.certificate import make_certificate
+from qexp_jax.clipping import ClipInfo, clipped_sum
+from qexp_jax.gradients import Mode
+from qexp_jax.mechanism import Quadratic
+from qexp_jax.plan import Plan, make_plan
+from qexp_jax.records import LossFn, Params, Record, group_by_unit, num_records, unit_loss
+from qexp_jax.subspace import Subspace
+
+
+class Release(NamedTuple):
+    """What may leave the curator.
+
+    Attributes:
+      params: the private model; structure and dtypes of the pretrained parameters.
+      certificate: JSON-able; depends on public values only.
+    """
+
+    params: Params
+    certificate: dict[str, Any]
+
+
+class RoundInfo(NamedTuple):
+    """**Not private**: never release, log or store it unless the private records are open data.
+
+    Attributes:
+      plan: the public plan.
+      quadratic: the utility with the exact clipped sum.
+      noise_std: C z.
+      w: the draw.
+      excess_loss: how much of the quadratic's best loss per record the noise cost; reveals |xi|.
+      clip_info: counts of clipped and non-finite units.
+    """
+
+    plan: Plan
+    quadratic: Quadratic
+    noise_std: float
+    w: jax.Array
+    excess_loss: jax.Array
+    clip_info: ClipInfo
+
+
+_clipped_sum = jax.jit(clipped_sum, static_argnames=("loss_fn", "microbatch_size", "mode"))
+
+
+@jax.jit
+def _draw_and_move(key, params, subspace, quadratic, noise_std):
+    w = mechanism.draw(key, quadratic, noise_std)
+    return w, subspaces.displace(subspace, params, w)
+
+
+def fine_tune(
+    key: jax.Array,
+    loss_fn: LossFn,
+    params: Params,
+    *,
+    public: Record,
+    private: Record,
+    epsilon: float,
+    delta: float,
+    neighboring_relation: NeighboringRelation = NeighboringRelation.REPLACE_SPECIAL,
+    public_count: int | None = None,
+    unit_ids: Any = None,
+    public_unit_ids: Any = None,
+    max_records_per_unit: int | None = None,
+    rounds: int = 1,
+    subspace: Subspace | None = None,
+    subspace_dim: int | None = None,
+    damping: float | None = None,
+    l2_clip_norm: float | None = None,
+    microbatch_size: int = 32,
+    mode: Mode = "reverse",
+    diagnostics: bool = False,
+) -> Any:
+    """Fine-tunes a pretrained model on private records under (epsilon, delta)-differential privacy.
+
+    Args:
+      key: secret typed key; the noise of one release.
+      loss_fn: `(params, record) -> scalar`, the loss of one record, pure.
+      params: pretrained pytree, public. Half-precision leaves are worked on in float32 and cast back at the end.
+      public: public records, pytree with a leading axis: curvature, clip norm and dimension come from them.
+      private: private records, the same pytree.
+      epsilon: > 0.
+      delta: in (0, 1).
+      neighboring_relation: REPLACE_SPECIAL (zero-out one unit; default), ADD_OR_REMOVE_ONE or REPLACE_ONE.
+      public_count: N, where it is not the number of private units; required for ADD_OR_REMOVE_ONE, under which the true
+        number is private.
+      unit_ids: (n,) ids of the private records' units (writers, patients), clipped together; by default each record is
+        a unit.
+      public_unit_ids: the same for the public records; only the clip norm uses them.
+      max_records_per_unit: public cap on the records that a unit contributes.
+      rounds: releases, each with mu/sqrt(rounds); fixed in advance.
+      subspace: public subspace to tune in, in place of the chosen one.
+      subspace_dim: k of the chosen one, in place of the choice by signal and noise.
+      damping: lambda > 0 in units of curvature, public.
+      l2_clip_norm: C > 0 in the whitened norm, public.
+      microbatch_size: private units held at a time.
+      mode: `"reverse"` or `"forward"`, see `gradients.projected_gradients`.
+      diagnostics: return `(release, [RoundInfo])`, where the second part is **not private**.
+
+    Returns:
+      A `Release`, or `(Release, list[RoundInfo])` with `diagnostics`.
+
+    Formal guarantee: `release` is mu-GDP with `certificate["mu"]`, hence (epsilon, delta)-DP, with respect to
+    `neighboring_relation` on units of `private`, under the certificate's assumptions. No exception and no branch depends
+    on a private value.
+
+    Raises:
+      ValueError: for bad static or public input, before any private value is read.
+
+    >>> def loss_fn(params, record):
+    ...     return (record["x"] @ params["w"] - record["y"]) ** 2 / 2
+    >>> x = jax.random.normal(jax.random.key(1), (600, 3))
+    >>> data = {"x": x, "y": x @ jnp.array([1.0, 2.0, 3.0])}
+    >>> public, private = jax.tree.map(lambda a: a[:200], data), jax.tree.map(lambda a: a[200:], data)
+    >>> release = fine_tune(
+    ...     jax.random.key(0), loss_fn, {"w": jnp.ones(3)}, public=public, private=private, epsilon=1.0, delta=1e-5
+    ... )
+    >>> release.params["w"].shape, round(release.certificate["mu"], 4), release.certificate["num_units"]
+    ((3,), 0.2681, 400)
+
+    References:
+      Tran et al., arXiv:2605.20521 (the mechanism); Dong, Roth and Su, arXiv:1905.02383 (mu-GDP).
+    """
+    validation.check_key(key)
+    layout = subspaces.layout_of(params) if subspace is None else subspace.layout
+    mu = privacy.mu_from_budget(epsilon, delta) / _check_settings(rounds, damping, l2_clip_norm, microbatch_size) ** 0.5
+    private_n = neighboring_relation is NeighboringRelation.ADD_OR_REMOVE_ONE
+    validation.check_records("public", public)
+    validation.check_records("private", private, allow_empty=private_n)
+    validation.check_finite("public records", public)
+    validation.check_finite("anchor parameters", params)
+    validation.check_loss(loss_fn, layout, params, public)
+    validation.check_loss(loss_fn, layout, params, private)
+    unit_fn, units = _units(loss_fn, private, unit_ids, max_records_per_unit)
+    public_fn, public_units = _units(loss_fn, public, public_unit_ids, max_records_per_unit)
+    num_units = _public_num_units(units, public_count, private_n)
+    noise_multiplier = privacy.noise_multiplier(mu, neighboring_relation)
+
+    anchor = subspaces.with_tuned_leaves(layout, params, subspaces.tuned_leaves(layout, params))
+    infos = []
+    for round_key in jax.random.split(key, rounds):
+        plan_key, noise_key = jax.random.split(round_key)
+        plan = make_plan(
+            plan_key,
+            loss_fn,
+            anchor,
+            public,
+            public_fn,
+            public_units,
+            num_units=num_units,
+            noise_multiplier=noise_multiplier,
+            subspace=subspace,
+            subspace_dim=subspace_dim,
+            damping=damping,
+            l2_clip_norm=l2_clip_norm,
+        )
+        total, clip_info = _clipped_sum(
+            unit_fn,
+            anchor,
+            plan.subspace,
+            plan.precision,
+            units,
+            l2_clip_norm=plan.l2_clip_norm,
+            microbatch_size=microbatch_size,
+            mode=mode,
+        )
+        quadratic = Quadratic(plan.precision, total, num_units)
+        noise_std = plan.l2_clip_norm * noise_multiplier
+        w, anchor = _draw_and_move(noise_key, anchor, plan.subspace, quadratic, noise_std)
+        infos.append((plan, quadratic, noise_std, w, clip_info))
+
+    certificate = make_certificate(
+        epsilon=epsilon,
+        delta=delta,
+        relation=neighboring_relation,
+        num_units=num_units,
+        unit="one record" if unit_ids is None else "all records with one unit id",
+        noise_multipliers=[noise_multiplier] * rounds,
+        plans=[plan for plan, *_ in infos],
+    )
+    release = Release(_cast(layout, anchor), certificate)
+    return (release, [_round_info(*info) for info in infos]) if diagnostics else release
+
+
+def _check_settings(rounds, damping, l2_clip_norm, microbatch_size):
+    for name, value in (("rounds", rounds), ("microbatch_size", microbatch_size)):
+        if not (isinstance(value, int) and value >= 1):
+            raise ValueError(f"Expected an integer {name} >= 1, found {value}.")
+    for name, value in (("damping", damping), ("l2_clip_norm", l2_clip_norm)):
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"Expected a finite {name} > 0, found {value}.")
+    return rounds
+
+
+def _units(loss_fn, records, unit_ids, max_records_per_unit):
+    if unit_ids is None:
+        return loss_fn, records
+    return unit_loss(loss_fn), group_by_unit(records, unit_ids, max_records_per_unit=max_records_per_unit)
+
+
+def _public_num_units(units, public_count, private_n):
+    """N, which enters step and noise and must be public."""
+    if public_count is None and private_n:
+        raise ValueError("ADD_OR_REMOVE_ONE keeps the number of private units private: give a public_count.")
+    count = num_records(units) if public_count is None else public_count
+    if not (isinstance(count, int) and count >= 1):
+        raise ValueError(f"Expected an integer public_count >= 1, found {public_count}.")
+    return count
+
+
+def _cast(layout, params):
+    leaves = jax.tree.leaves(params)
+    return jax.tree.unflatten(
+        layout.treedef, [jnp.asarray(x, t) if f else x for x, t, f in zip(leaves, layout.dtypes, layout.tuned, strict=True)]
+    )
+
+
+def _round_info(plan, quadratic, noise_std, w, clip_info):
+    excess = mechanism.excess_utility(quadratic, w) / quadratic.num_units
+    return RoundInfo(plan, quadratic, noise_std, w, excess, clip_info)
