@@ -68,6 +68,11 @@ def train(
 _logits: Callable = jax.jit(jax.vmap(MODEL.apply, in_axes=(None, 0)))
 
 
+def predict(params: Any, records: Records) -> np.ndarray:
+    """The most likely label of each record (n,)."""
+    return np.asarray(jnp.argmax(_logits(params, records["image"]), axis=1))
+
+
 def accuracy(params: Any, records: Records) -> float:
     """Share of records whose label is predicted."""
-    return float(np.mean(np.argmax(_logits(params, records["image"]), axis=1) == records["label"]))
+    return float(np.mean(predict(params, records) == records["label"]))

@@ -33,7 +33,8 @@ from qexp_jax.precision import Precision
 from qexp_jax.records import LossFn, Params, Record, microbatches, num_records, take
 from qexp_jax.subspace import Subspace
 
-_CURVATURE_RECORDS = 256
+_DIRECTION_RECORDS = 256
+_CURVATURE_RECORDS = 128
 _CHECK_RECORDS = 512
 _FULL_UP_TO = 512
 _GRADIENT_BYTES = 2**30
@@ -99,13 +100,13 @@ def make_plan(
       ValueError: if the damped curvature is not SPD, or public gradients vanish; no private record has been read then.
     """
     record_key, unit_key, sketch_key, trial_key = jax.random.split(key, 4)
-    curved, held_out = _halves(record_key, public, _CURVATURE_RECORDS)
+    curved, held_out = _halves(record_key, public, _DIRECTION_RECORDS)
     _, clip_units = _halves(unit_key, public_units, _CHECK_RECORDS)
     chosen = subspace is None
     if subspace is None:
         dim = max_subspace_dim if subspace_dim is None else subspace_dim
         subspace = _default_subspace(sketch_key, loss_fn, params, curved, public, dim, subspace_dim is not None)
-    matrix = _public_hessian(loss_fn, params, subspace, curved)
+    matrix = _public_hessian(loss_fn, params, subspace, take(curved, slice(0, _CURVATURE_RECORDS)))
     gram = np.asarray(_gram(subspace))
     values, vectors = _spectrum(matrix, gram)
     if chosen:

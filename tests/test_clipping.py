@@ -1,0 +1,88 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import damped_precision, linear_loss, network, network_loss, subspaces
+
+from qexp_jax import clipping, precision, records, subspace
+
+KEY = jax.random.key(5)
+PARAMS, RECORDS = network(KEY)
+
+
+@pytest.mark.parametrize("name", list(subspaces(KEY, PARAMS)))
+def test_both_modes_and_any_microbatch_give_the_oracles_sum(name):
+    space = subspaces(KEY, PARAMS)[name]
+    factored = damped_precision(network_loss, PARAMS, space, RECORDS)
+
+    def one(record):
+        v = precision.whiten(factored, subspace.project(space, jax.grad(network_loss)(PARAMS, record)))
+        return v * jnp.minimum(1, 0.8 / jnp.linalg.norm(v))
+
+    expected = jnp.sum(jax.vmap(one)(RECORDS), axis=0)
+    for options in ({}, {"microbatch_size": 5}, {"mode": "forward", "microbatch_size": 8}):
+        total, info = clipping.clipped_sum(
+            network_loss, PARAMS, space, factored, RECORDS, l2_clip_norm=0.8, **options
+        )
+        np.testing.assert_allclose(total, expected, atol=2e-5)
+        assert 0 < info.num_clipped < info.num_units == 37
+
+
+def linear_sum(gradients, clip_norm=1.0, **options):
+    gradients = jnp.asarray(gradients, jnp.float32)
+    params = {"w": jnp.zeros(gradients.shape[1])}
+    factored = precision.dense(jnp.eye(gradients.shape[1]))
+    return clipping.clipped_sum(
+        linear_loss, params, subspace.full(params), factored, {"g": gradients}, l2_clip_norm=clip_norm, **options
+    )
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+def test_a_record_with_a_non_finite_gradient_or_norm_contributes_zero(bad, mode):
+    total, info = linear_sum([[0.3, 0.0], [bad, bad], [0.0, 0.4]], mode=mode)
+    np.testing.assert_allclose(total, [0.3, 0.4], rtol=1e-6)
+    assert info.num_nonfinite == 1
+
+
+def test_each_units_part_is_bounded_by_the_clip_norm_at_any_scale():
+    for scale in (1e-30, 1e-3, 1.0, 1e3, 1e15):
+        total, _ = linear_sum([[3.0 * scale, 4.0 * scale]])
+        assert jnp.linalg.norm(total) <= 1 + 1e-6
+
+
+def test_masked_and_absent_units_contribute_zero():
+    total, info = linear_sum([[5.0, 0.0], [0.0, 0.5]], mask=jnp.array([False, True]))
+    np.testing.assert_allclose(total, [0.0, 0.5])
+    assert info.num_units == 1
+    np.testing.assert_array_equal(linear_sum(np.zeros((0, 2)))[0], 0)
+
+
+def test_records_of_one_unit_are_clipped_together():
+    gradients = {"g": jnp.array([[10.0, 0.0], [0.0, 10.0], [10.0, 0.0], [0.1, 0.0]])}
+    params = {"w": jnp.zeros(2)}
+    units = records.group_by_unit(gradients, ["a", "a", "a", "b"])
+    total, info = clipping.clipped_sum(
+        records.unit_loss(linear_loss),
+        params,
+        subspace.full(params),
+        precision.dense(jnp.eye(2)),
+        units,
+        l2_clip_norm=1.0,
+        microbatch_size=1,
+    )
+    direction = np.array([20.0, 10.0]) / np.hypot(20, 10)
+    np.testing.assert_allclose(total, direction + [0.1, 0], rtol=1e-5)
+    assert info.num_units == 2
+
+
+def test_the_pass_runs_under_jit_and_vmap_over_clip_norms():
+    space = subspace.full(PARAMS)
+    factored = damped_precision(network_loss, PARAMS, space, RECORDS)
+
+    def norm(clip_norm):
+        total, _ = clipping.clipped_sum(network_loss, PARAMS, space, factored, RECORDS, l2_clip_norm=clip_norm)
+        return jnp.linalg.norm(total)
+
+    norms = jax.jit(jax.vmap(norm))(jnp.array([0.1, 1.0]))
+    np.testing.assert_allclose(norms, [norm(0.1), norm(1.0)], rtol=1e-4)

@@ -1,0 +1,95 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import network, network_loss, subspaces
+
+from qexp_jax import curvature, subspace
+
+KEY = jax.random.key(4)
+PARAMS, RECORDS = network(KEY)
+
+
+def dense_columns(space):
+    full = subspace.full(PARAMS)
+    return jax.vmap(lambda e: subspace.project(full, subspace.lift(space, e)))(jnp.eye(space.dim)).T
+
+
+def dense_hessian():
+    full = subspace.full(PARAMS)
+
+    def loss(theta):
+        params = subspace.lift(full, theta)
+        return jnp.mean(jax.vmap(network_loss, in_axes=(None, 0))(params, RECORDS))
+
+    return jax.hessian(loss)(subspace.project(full, PARAMS))
+
+
+@pytest.mark.parametrize("name", list(subspaces(KEY, PARAMS)))
+def test_projected_hessian_is_that_of_the_dense_oracle(name):
+    space = subspaces(KEY, PARAMS)[name]
+    columns = dense_columns(space)
+    expected = columns.T @ dense_hessian() @ columns
+    for options in ({"columns_per_batch": 1}, {"columns_per_batch": 4, "microbatch_size": 8}):
+        found = curvature.projected_hessian(network_loss, PARAMS, space, RECORDS, **options)
+        np.testing.assert_allclose(found, expected, atol=3e-5)
+    np.testing.assert_allclose(curvature.hessian(network_loss, PARAMS, space, RECORDS), expected, atol=3e-5)
+
+
+def model(params, record):
+    return jnp.tanh(record["x"] @ params["layer"]["w"] + params["layer"]["b"]) @ params["head"]
+
+
+def softmax_loss(outputs, record):
+    return jax.nn.logsumexp(outputs) - outputs[record["label"]]
+
+
+def test_ggn_is_the_jacobian_sandwich_and_the_fisher_of_drawn_labels():
+    space = subspaces(KEY, PARAMS)["orthonormal"]
+    columns, full = dense_columns(space), subspace.full(PARAMS)
+    records = {"x": RECORDS["x"], "label": jnp.zeros(37, int)}
+
+    def sandwich(record):
+        jacobian = jax.jacobian(lambda t: model(subspace.lift(full, t), record))(subspace.project(full, PARAMS))
+        p = jax.nn.softmax(model(PARAMS, record))
+        return jacobian.T @ (jnp.diag(p) - jnp.outer(p, p)) @ jacobian
+
+    expected = columns.T @ jnp.mean(jax.vmap(sandwich)(records), axis=0) @ columns
+    ggn = curvature.projected_ggn(model, softmax_loss, PARAMS, space, records, microbatch_size=8)
+    np.testing.assert_allclose(ggn, expected, atol=2e-6)
+
+    # Labels drawn from the model, many a record: the Fisher information.
+    many = jax.tree.map(lambda x: jnp.repeat(x, 400, axis=0), records)
+    logits = jax.vmap(model, in_axes=(None, 0))(PARAMS, many)
+    drawn = many | {"label": jax.random.categorical(KEY, logits)}
+    fisher = curvature.projected_fisher(lambda p, r: softmax_loss(model(p, r), r), PARAMS, space, drawn)
+    np.testing.assert_allclose(fisher, ggn, atol=0.02 * float(jnp.trace(ggn)))
+
+
+def test_top_eigenspace_is_that_of_the_dense_second_moment():
+    full = subspace.full(PARAMS)
+    moment = curvature.projected_fisher(network_loss, PARAMS, full, RECORDS)
+    expected, vectors = jnp.linalg.eigh(moment)
+    space, values = curvature.top_eigenspace(network_loss, PARAMS, RECORDS, 5, microbatch_size=8)
+    np.testing.assert_allclose(values, expected[:-6:-1], rtol=1e-3)
+    overlap = vectors[:, :-6:-1].T @ dense_columns(space)
+    np.testing.assert_allclose(jnp.linalg.svd(overlap, compute_uv=False), 1, atol=1e-3)
+    assert space.orthonormal
+    np.testing.assert_allclose(dense_columns(space).T @ dense_columns(space), np.eye(5), atol=1e-5)
+
+
+def test_psd_part_takes_absolute_eigenvalues():
+    basis, _ = jnp.linalg.qr(jax.random.normal(KEY, (4, 4)))
+    values = jnp.array([-3.0, -0.5, 0.0, 2.0])
+    np.testing.assert_allclose(
+        curvature.psd_part((basis * values) @ basis.T), (basis * jnp.abs(values)) @ basis.T, atol=1e-5
+    )
+
+
+def test_functions_are_usable_under_vmap_over_anchors():
+    space = subspace.full(PARAMS, where="head")
+    anchors = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), PARAMS)
+    both = jax.vmap(lambda p: curvature.projected_hessian(network_loss, p, space, RECORDS))(anchors)
+    np.testing.assert_allclose(
+        both[0], curvature.projected_hessian(network_loss, PARAMS, space, RECORDS), atol=1e-5
+    )

@@ -1,0 +1,53 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import spd
+
+from qexp_jax import precision
+
+KEY = jax.random.key(6)
+
+
+def low_rank_example(d=12, r=3):
+    vectors = jnp.linalg.qr(jax.random.normal(KEY, (d, r)))[0].T
+    values, scale = jnp.array([5.0, 2.0, 0.5]), 0.3
+    return precision.low_rank(scale, vectors, values), scale * jnp.eye(d) + vectors.T @ (values[:, None] * vectors)
+
+
+EXAMPLES = {"dense": lambda: (precision.dense(spd(KEY, 7)), spd(KEY, 7)), "low_rank": low_rank_example}
+
+
+@pytest.mark.parametrize("form", EXAMPLES)
+def test_operators_are_roots_of_the_dense_matrix(form):
+    operator, matrix = EXAMPLES[form]()
+    eye = jnp.eye(operator.dim)
+    whitening = jax.vmap(lambda e: precision.whiten(operator, e))(eye).T
+    coloring = jax.vmap(lambda e: precision.color(operator, e))(eye).T
+    uncoloring = jax.vmap(lambda e: precision.uncolor(operator, e))(eye).T
+    np.testing.assert_allclose(whitening @ matrix @ whitening.T, eye, atol=2e-5)
+    np.testing.assert_allclose(coloring, whitening.T, atol=1e-6)
+    np.testing.assert_allclose(uncoloring @ coloring, eye, atol=2e-5)
+    np.testing.assert_allclose(uncoloring.T @ uncoloring, matrix, atol=2e-4)
+    np.testing.assert_allclose(operator.log_det, np.linalg.slogdet(np.asarray(matrix, float))[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", EXAMPLES)
+def test_draws_have_covariance_the_inverse_precision(form):
+    operator, matrix = EXAMPLES[form]()
+    draws = jax.vmap(lambda k: precision.draw(k, operator))(jax.random.split(KEY, 40_000))
+    root = np.linalg.cholesky(np.asarray(matrix, float))
+    whitened = np.asarray(draws, float) @ root
+    np.testing.assert_allclose(np.cov(whitened.T), np.eye(operator.dim), atol=0.035)
+
+
+def test_a_matrix_that_is_not_spd_is_flagged_not_raised_under_jit():
+    flag = jax.jit(lambda m: precision.is_spd(precision.dense(m)))
+    assert flag(jnp.eye(3)) and not flag(jnp.diag(jnp.array([1.0, -1.0, 1.0])))
+
+
+def test_wrong_shapes_are_refused():
+    with pytest.raises(ValueError, match=r"square matrix, found matrix.shape=\(2, 3\)"):
+        precision.dense(jnp.ones((2, 3)))
+    with pytest.raises(ValueError, match=r"values.shape=\(2,\)"):
+        precision.low_rank(1.0, jnp.ones((3, 5)), jnp.ones(2))
