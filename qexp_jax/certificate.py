@@ -13,7 +13,7 @@ _ASSUMPTIONS = (
     "No private unit contributed to the pretrained parameters, to feature statistics, to the public records or to any "
     "choice of settings made before.",
     "num_units, the subspace, the precision, the clip norm and the settings are public.",
-    "The curator who runs the mechanism is trusted and releases nothing else of it: no diagnostics, sums, keys or logs.",
+    "The curator who runs the mechanism is trusted and releases nothing else: no diagnostics, sums, keys or logs.",
     "The key is secret, drawn from strong randomness and used for one release; computational DP, 64-bit threefry key.",
     "Idealised numerics: real arithmetic and ideal Gaussian noise; floating-point noise is not hardened.",
 )

@@ -95,7 +95,12 @@ def hessian(loss_fn: LossFn, params: Params, subspace: Subspace, records: Record
 
 
 def hessian_product(
-    loss_fn: LossFn, params: Params, subspace: Subspace, direction: jax.Array, records: Record, **batching: Any
+    loss_fn: LossFn,
+    params: Params,
+    subspace: Subspace,
+    direction: jax.Array,
+    records: Record,
+    **batching: Any,
 ) -> jax.Array:
     """P^T H P e (k,) for one direction e (k,), forward over reverse; `batching` as in `mean_over_records`."""
     layout, axis_name = subspace.layout, batching.get("axis_name")

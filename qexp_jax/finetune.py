@@ -1,7 +1,7 @@
 """The one call: public plan, private pass, exact draw, certificate; a few rounds of it where asked for.
 
-**Rounds (T6).** Round t expands at the parameters that round t - 1 released; its plan depends on public data and earlier
-releases only, so that the rounds compose adaptively to `mu^2 = sum mu_t^2`. Their number and the even split are fixed
+**Rounds (T6).** Round t expands at the parameters that round t - 1 released; its plan depends on public data and
+earlier releases only, so that the rounds compose adaptively to `mu^2 = sum mu_t^2`. Their number and the even split are fixed
 before the first.
 """
 
@@ -116,8 +116,8 @@ def fine_tune(
       A `Release`, or `(Release, list[RoundInfo])` with `diagnostics`.
 
     Formal guarantee: `release` is mu-GDP with `certificate["mu"]`, hence (epsilon, delta)-DP, with respect to
-    `neighboring_relation` on units of `private`, under the certificate's assumptions. No exception and no branch depends
-    on a private value.
+    `neighboring_relation` on units of `private`, under the certificate's assumptions. No exception and no branch
+    depends on a private value.
 
     Raises:
       ValueError: for bad static or public input, before any private value is read.
@@ -226,7 +226,8 @@ def _public_num_units(units, public_count, private_n):
 def _cast(layout, params):
     leaves = jax.tree.leaves(params)
     return jax.tree.unflatten(
-        layout.treedef, [jnp.asarray(x, t) if f else x for x, t, f in zip(leaves, layout.dtypes, layout.tuned, strict=True)]
+        layout.treedef,
+        [jnp.asarray(x, t) if f else x for x, t, f in zip(leaves, layout.dtypes, layout.tuned, strict=True)],
     )
 
 

@@ -17,7 +17,7 @@ covariance, so all three must be public. The release is not pure epsilon-DP: the
 Utility and density evaluated at a release are **not private**: U measures |xi|, which tells neighbours apart.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ class Quadratic(NamedTuple):
     num_units: int
 
 
-def inverse_temperature(num_units: int, noise_std: float) -> float:
+def inverse_temperature(num_units: int, noise_std: Any) -> Any:
     """beta = N / (C z)^2."""
     return num_units / noise_std**2
 

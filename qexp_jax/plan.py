@@ -115,9 +115,7 @@ def make_plan(
     rows = np.asarray(_gradient_rows(clip_loss_fn, params, subspace, clip_units))[: num_records(clip_units)]
     trial = float(values[0]) if damping is None else damping
     for _ in range(_MAX_DOUBLINGS):
-        plan = _with_damping(
-            subspace, matrix, gram, rows, trial, l2_clip_norm, fixed_dim, num_units, noise_multiplier
-        )
+        plan = _with_damping(subspace, matrix, gram, rows, trial, l2_clip_norm, fixed_dim, num_units, noise_multiplier)
         if damping is not None:
             return plan
         ratio = _trial_ratio(trial_key, loss_fn, params, plan, rows, held_out, num_units, noise_multiplier)
@@ -188,7 +186,9 @@ def _spectrum(matrix, gram):
 
 
 def _rotate(subspace, vectors):
-    return subspaces.compose(subspace, jnp.asarray(vectors), orthonormal=True, name=f"{subspace.name}, public eigenbasis")
+    return subspaces.compose(
+        subspace, jnp.asarray(vectors), orthonormal=True, name=f"{subspace.name}, public eigenbasis"
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)

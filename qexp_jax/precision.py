@@ -29,9 +29,7 @@ class _Root(NamedTuple):
     uncolor: Callable[[Any, jax.Array], jax.Array]
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["arrays", "log_det"], meta_fields=["dim", "root"]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["arrays", "log_det"], meta_fields=["dim", "root"])
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Precision:
     """A public SPD operator on R^dim; use it through `whiten`, `color`, `uncolor` and `draw`.
@@ -70,14 +68,12 @@ def draw(key: jax.Array, precision: Precision) -> jax.Array:
 
 
 def is_spd(precision: Precision) -> jax.Array:
-    """Whether the factorisation succeeded; Cholesky returns NaN silently under jit, so ask before private data is read."""
+    """Whether the factorisation succeeded: under jit Cholesky returns NaN silently, so ask before private data is read."""
     return jnp.isfinite(precision.log_det)
 
 
 def _solve(factor, x, transpose):
-    column = jax.lax.linalg.triangular_solve(
-        factor, x[:, None], left_side=True, lower=True, transpose_a=transpose
-    )
+    column = jax.lax.linalg.triangular_solve(factor, x[:, None], left_side=True, lower=True, transpose_a=transpose)
     return column[:, 0]
 
 

@@ -51,7 +51,11 @@ def mu_from_budget(epsilon: float, delta: float) -> float:
     if delta_from_mu(lower, epsilon) >= delta:
         raise ValueError(f"The budget {epsilon=}, {delta=} is too small to be met in double precision.")
     log_mu = brentq(
-        lambda x: delta_from_mu(math.exp(x), epsilon) - delta, math.log(lower), math.log(upper), xtol=1e-14, rtol=1e-14
+        lambda x: delta_from_mu(math.exp(x), epsilon) - delta,
+        math.log(lower),
+        math.log(upper),
+        xtol=1e-14,
+        rtol=1e-14,
     )
     mu = math.exp(log_mu)
     while delta_from_mu(mu, epsilon) > delta:  # never above the budget by the root's last bits

@@ -7,15 +7,15 @@ its records and which is clipped as one.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-Params = chex.ArrayTree
-Record = chex.ArrayTree
+Params: TypeAlias = chex.ArrayTree
+Record: TypeAlias = chex.ArrayTree
 LossFn = Callable[[Any, Any], jax.Array]
 
 
@@ -83,7 +83,9 @@ def group_by_unit(
     """
     unit_ids = np.asarray(unit_ids)
     if unit_ids.shape != (num_records(records),):
-        raise ValueError(f"Expected one unit id per record, found {unit_ids.shape=} for {num_records(records)} records.")
+        raise ValueError(
+            f"Expected one unit id per record, found {unit_ids.shape=} for {num_records(records)} records."
+        )
     if max_records_per_unit is not None and max_records_per_unit < 1:
         raise ValueError(f"Expected max_records_per_unit >= 1, found {max_records_per_unit}.")
     _, unit, counts = np.unique(unit_ids, return_inverse=True, return_counts=True)

@@ -19,7 +19,17 @@ _ISOLATION = (
     "a loss must be a pure function of one record: no collective, callback or side effect, "
     "or records are not isolated from each other"
 )
-_REFUSED = ("psum", "pmean", "pmax", "pmin", "ppermute", "all_gather", "all_to_all", "reduce_scatter", "axis_index")
+_REFUSED = (
+    "psum",
+    "pmean",
+    "pmax",
+    "pmin",
+    "ppermute",
+    "all_gather",
+    "all_to_all",
+    "reduce_scatter",
+    "axis_index",
+)
 
 
 def check_key(key: Any) -> None:
@@ -101,7 +111,8 @@ def _primitives(jaxpr):
     for equation in jaxpr.eqns:
         yield equation.primitive.name
         for inner in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda x: isinstance(x, jax_core.Jaxpr | jax_core.ClosedJaxpr)
+            list(equation.params.values()),
+            is_leaf=lambda x: isinstance(x, jax_core.Jaxpr | jax_core.ClosedJaxpr),
         ):
             if isinstance(inner, jax_core.ClosedJaxpr):
                 yield from _primitives(inner.jaxpr)

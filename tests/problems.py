@@ -20,7 +20,10 @@ def network(key, num_records=37):
         "layer": {"w": jax.random.normal(keys[0], (3, 4)), "b": jax.random.normal(keys[1], (4,))},
         "head": jax.random.normal(keys[2], (4, 2)) / 2,
     }
-    records = {"x": jax.random.normal(keys[3], (num_records, 3)), "y": jax.random.normal(keys[4], (num_records, 2))}
+    records = {
+        "x": jax.random.normal(keys[3], (num_records, 3)),
+        "y": jax.random.normal(keys[4], (num_records, 2)),
+    }
     return params, records
 
 

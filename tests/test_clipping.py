@@ -10,7 +10,7 @@ KEY = jax.random.key(5)
 PARAMS, RECORDS = network(KEY)
 
 
-@pytest.mark.parametrize("name", list(subspaces(KEY, PARAMS)))
+@pytest.mark.parametrize("name", ["full", "sketched_layer", "composed"])
 def test_both_modes_and_any_microbatch_give_the_oracles_sum(name):
     space = subspaces(KEY, PARAMS)[name]
     factored = damped_precision(network_loss, PARAMS, space, RECORDS)
@@ -21,9 +21,7 @@ def test_both_modes_and_any_microbatch_give_the_oracles_sum(name):
 
     expected = jnp.sum(jax.vmap(one)(RECORDS), axis=0)
     for options in ({}, {"microbatch_size": 5}, {"mode": "forward", "microbatch_size": 8}):
-        total, info = clipping.clipped_sum(
-            network_loss, PARAMS, space, factored, RECORDS, l2_clip_norm=0.8, **options
-        )
+        total, info = clipping.clipped_sum(network_loss, PARAMS, space, factored, RECORDS, l2_clip_norm=0.8, **options)
         np.testing.assert_allclose(total, expected, atol=2e-5)
         assert 0 < info.num_clipped < info.num_units == 37
 
@@ -33,7 +31,13 @@ def linear_sum(gradients, clip_norm=1.0, **options):
     params = {"w": jnp.zeros(gradients.shape[1])}
     factored = precision.dense(jnp.eye(gradients.shape[1]))
     return clipping.clipped_sum(
-        linear_loss, params, subspace.full(params), factored, {"g": gradients}, l2_clip_norm=clip_norm, **options
+        linear_loss,
+        params,
+        subspace.full(params),
+        factored,
+        {"g": gradients},
+        l2_clip_norm=clip_norm,
+        **options,
     )
 
 

@@ -90,6 +90,4 @@ def test_functions_are_usable_under_vmap_over_anchors():
     space = subspace.full(PARAMS, where="head")
     anchors = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), PARAMS)
     both = jax.vmap(lambda p: curvature.projected_hessian(network_loss, p, space, RECORDS))(anchors)
-    np.testing.assert_allclose(
-        both[0], curvature.projected_hessian(network_loss, PARAMS, space, RECORDS), atol=1e-5
-    )
+    np.testing.assert_allclose(both[0], curvature.projected_hessian(network_loss, PARAMS, space, RECORDS), atol=1e-5)

@@ -75,7 +75,8 @@ NEIGHBOURS = {
     ],
     NeighboringRelation.ADD_OR_REMOVE_ONE: [
         # N is the public count 7, whatever the true number is
-        ((np.vstack([BASE, record]), 7), (BASE, 7)) for record in (EXTREME, -EXTREME, np.full(K, np.nan))
+        ((np.vstack([BASE, record]), 7), (BASE, 7))
+        for record in (EXTREME, -EXTREME, np.full(K, np.nan))
     ],
     NeighboringRelation.REPLACE_ONE: [((np.vstack([BASE, EXTREME]), 7), (np.vstack([BASE, -EXTREME]), 7))],
 }
@@ -89,7 +90,7 @@ def test_attained_delta_never_exceeds_the_claim_and_touches_it_at_the_clip_bound
 
 def test_half_the_noise_is_rejected():
     pairs = NEIGHBOURS[NeighboringRelation.REPLACE_SPECIAL]
-    halved = lambda *args: output_law(*args, noise_scale=0.5)  # noqa: E731
+    halved = lambda *args: output_law(*args, noise_scale=0.5)
     assert worst_excess(pairs, NeighboringRelation.REPLACE_SPECIAL, law=halved) > 0.1
 
 

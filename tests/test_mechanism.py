@@ -37,7 +37,9 @@ def test_draws_follow_the_closed_form_and_broken_twins_are_rejected():
     quadratic = quadratic_from(MATRIX, GRADIENT_SUM, N)
     assert gaussian_pvalue(draw_many(quadratic), mean, covariance) > 1e-3
     assert gaussian_pvalue(draw_many(quadratic, NOISE_STD / 2), mean, covariance) < 1e-9
-    whitened_twice = jax.vmap(lambda w: precision.whiten(quadratic.precision, precision.uncolor(quadratic.precision, w)))
+    whitened_twice = jax.vmap(
+        lambda w: precision.whiten(quadratic.precision, precision.uncolor(quadratic.precision, w))
+    )
     assert gaussian_pvalue(whitened_twice(draw_many(quadratic)), mean, covariance) < 1e-9  # R^{-1} for R^{-T}
 
 
@@ -99,9 +101,7 @@ def test_whole_space_draw_runs_under_jit(form):
 
     @jax.jit
     def release(key):
-        total, _ = clipping.clipped_sum(
-            linear_loss, params, subspace.full(params), factored, records, l2_clip_norm=2.0
-        )
+        total, _ = clipping.clipped_sum(linear_loss, params, subspace.full(params), factored, records, l2_clip_norm=2.0)
         return mechanism.draw(key, mechanism.Quadratic(factored, total, 20), 0.0)
 
     clipped = jax.vmap(lambda g: clipping.clip(precision.whiten(factored, g), 2.0)[0])(records["g"]).sum(0)

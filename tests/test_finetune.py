@@ -1,0 +1,249 @@
+import json
+import time
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from dp_accounting import NeighboringRelation
+from flax import nnx
+from problems import network, network_loss
+
+import qexp_jax
+from qexp_jax import privacy, subspace
+
+KEY = jax.random.key(17)
+BUDGET = {"epsilon": 1.0, "delta": 1e-5}
+
+
+def regression_loss(params, record):
+    return (record["x"] @ params["w"] - record["y"]) ** 2 / 2
+
+
+def regression(n=600, d=3, noise=0.1):
+    x = jax.random.normal(jax.random.key(1), (n, d))
+    data = {"x": x, "y": x @ jnp.arange(1.0, d + 1) + noise * jax.random.normal(jax.random.key(2), (n,))}
+    third = n // 3
+    return {
+        "public": jax.tree.map(lambda a: a[:third], data),
+        "private": jax.tree.map(lambda a: a[third:], data),
+    }
+
+
+def tune(loss=regression_loss, params=None, key=KEY, **changes):
+    arguments = regression() | BUDGET | changes
+    return qexp_jax.fine_tune(key, loss, {"w": jnp.ones(3)} if params is None else params, **arguments)
+
+
+def test_the_private_model_is_better_than_the_pretrained_one():
+    private = regression()["private"]
+
+    def mean_loss(params):
+        return jnp.mean(jax.vmap(regression_loss, in_axes=(None, 0))(params, private))
+
+    assert mean_loss(tune().params) < 0.7 * mean_loss({"w": jnp.ones(3)})
+    assert mean_loss(tune(rounds=4, epsilon=8.0).params) < mean_loss(tune(epsilon=8.0).params)
+
+
+def test_certificate_is_json_complete_and_rederives_the_budget():
+    certificate = json.loads(json.dumps(tune(rounds=2).certificate))
+    required = "epsilon delta mu neighboring_relation num_units noise_multiplier l2_clip_norm subspace_dim rounds"
+    assert set(required.split()) <= set(certificate)
+    assert len(certificate["assumptions"]) >= 4 and certificate["num_units"] == 400
+    np.testing.assert_allclose(privacy.epsilon_from_mu(certificate["mu"], 1e-5), 1.0, rtol=1e-9)
+    mus = [1 / r["noise_multiplier"] for r in certificate["per_round"]]
+    np.testing.assert_allclose(privacy.compose(mus), certificate["mu"], rtol=1e-12)
+
+
+def test_certificate_does_not_depend_on_private_values():
+    private = regression()["private"]
+    other = {"x": -3 * private["x"], "y": jnp.full_like(private["y"], jnp.nan)}
+    assert tune().certificate == tune(private=other).certificate
+
+
+def test_under_add_or_remove_nothing_but_the_draw_sees_the_true_number():
+    relation = {"neighboring_relation": NeighboringRelation.ADD_OR_REMOVE_ONE, "public_count": 400}
+    private = regression()["private"]
+    fewer = jax.tree.map(lambda a: a[:-1], private)
+    none = jax.tree.map(lambda a: a[:0], private)
+    certificates = [tune(private=data, **relation).certificate for data in (private, fewer, none)]
+    assert certificates[0] == certificates[1] == certificates[2]
+    assert certificates[0]["num_units"] == 400
+
+
+def test_diagnostics_are_apart_and_measure_the_excess():
+    release, info = tune(diagnostics=True)
+    assert release._fields == ("params", "certificate")
+    assert info[0].excess_loss > 0 and info[0].clip_info.num_units == 400
+    moved = subspace.displace(info[0].plan.subspace, {"w": jnp.ones(3)}, info[0].w)
+    np.testing.assert_allclose(moved["w"], release.params["w"], rtol=1e-5)
+
+
+def test_a_release_repeats_with_its_key_and_changes_with_another():
+    np.testing.assert_array_equal(tune().params["w"], tune().params["w"])
+    assert not np.array_equal(tune().params["w"], tune(key=jax.random.key(18)).params["w"])
+
+
+def test_repeated_calls_trace_the_loss_once_and_take_milliseconds():
+    traces = []
+
+    def loss(params, record):
+        traces.append(0)
+        return regression_loss(params, record)
+
+    data, params = regression(), {"w": jnp.ones(3)}
+    qexp_jax.fine_tune(KEY, loss, params, **data, **BUDGET)
+    before, start = len(traces), time.perf_counter()
+    for seed in range(100):
+        qexp_jax.fine_tune(jax.random.key(seed), loss, params, **data, **BUDGET)
+    assert len(traces) == before
+    assert time.perf_counter() - start < 10  # 0.6 s on an idle core
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_parameters_keep_their_dtype_through_rounds(dtype):
+    release = tune(params={"w": jnp.ones(3, dtype)}, rounds=2)
+    reference = tune(params={"w": jnp.ones(3)}, rounds=2)
+    assert release.params["w"].dtype == dtype
+    np.testing.assert_allclose(release.params["w"].astype(jnp.float32), reference.params["w"], rtol=0.02)
+
+
+def test_x64_changes_neither_the_setting_nor_the_certificate():
+    plain = tune().certificate
+    with jax.enable_x64(True):
+        release = qexp_jax.fine_tune(KEY, regression_loss, {"w": jnp.ones(3, jnp.float32)}, **regression(), **BUDGET)
+        assert jax.config.jax_enable_x64
+    assert release.params["w"].dtype == jnp.float32
+    assert {k: release.certificate[k] for k in ("mu", "noise_multiplier", "num_units")} == {
+        k: plain[k] for k in ("mu", "noise_multiplier", "num_units")
+    }
+    assert not jax.config.jax_enable_x64
+
+
+def test_units_of_several_records_are_counted_and_clipped_as_one():
+    ids = np.arange(400) // 4
+    release, info = tune(unit_ids=ids, diagnostics=True)
+    assert release.certificate["num_units"] == info[0].clip_info.num_units == 100
+    capped = tune(unit_ids=ids, max_records_per_unit=2, public_unit_ids=np.arange(200) // 4)
+    assert capped.certificate["num_units"] == 100
+
+
+@pytest.mark.parametrize("make", [subspace.count_sketch, subspace.gaussian])
+def test_a_given_subspace_is_used(make):
+    params, data = network(KEY, 300)
+    public, private = jax.tree.map(lambda a: a[:100], data), jax.tree.map(lambda a: a[100:], data)
+    space = make(KEY, params, 7, where="layer")
+    release = qexp_jax.fine_tune(KEY, network_loss, params, public=public, private=private, subspace=space, **BUDGET)
+    assert release.certificate["subspace_dim"] == 7
+    np.testing.assert_array_equal(release.params["head"], params["head"])
+    assert np.any(release.params["layer"]["w"] != params["layer"]["w"])
+
+
+def test_a_large_model_gets_a_public_eigenspace():
+    params = {"w": jnp.ones(700)}
+    release = tune(params=params, **regression(d=700))
+    assert "top eigenspace" in release.certificate["per_round"][0]["subspace"]
+    assert release.certificate["subspace_dim"] <= 64
+    assert tune(params=params, subspace_dim=5, **regression(d=700)).certificate["subspace_dim"] == 5
+
+
+def test_non_finite_private_records_neither_raise_nor_reach_the_release():
+    private = regression()["private"]
+    broken = private | {"y": private["y"].at[::7].set(jnp.nan)}
+    assert np.all(np.isfinite(tune(private=broken).params["w"]))
+
+
+class Classifier(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2)(nn.relu(nn.Dense(4)(x)))
+
+
+def classes():
+    x = jax.random.normal(KEY, (300, 3))
+    data = {"x": x, "label": (x[:, 0] > 0).astype(int)}
+    return {"public": jax.tree.map(lambda a: a[:100], data), "private": jax.tree.map(lambda a: a[100:], data)}
+
+
+def cross_entropy(logits, label):
+    return -jax.nn.log_softmax(logits)[label]
+
+
+def test_flax_linen_models_work_unchanged():
+    model = Classifier()
+    params = model.init(KEY, jnp.zeros(3))
+    release = qexp_jax.fine_tune(
+        KEY, lambda p, r: cross_entropy(model.apply(p, r["x"]), r["label"]), params, **classes(), **BUDGET
+    )
+    assert jax.tree.structure(release.params) == jax.tree.structure(params)
+
+
+def test_flax_nnx_models_work_unchanged():
+    graph, params = nnx.split(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+    release = qexp_jax.fine_tune(
+        KEY,
+        lambda p, r: cross_entropy(nnx.merge(graph, p)(r["x"]), r["label"]),
+        params,
+        **classes(),
+        **BUDGET,
+    )
+    assert jax.tree.structure(release.params) == jax.tree.structure(params)
+    assert nnx.merge(graph, release.params)(jnp.ones(3)).shape == (2,)
+
+
+def impure(state=[0.0]):  # noqa: B006
+    def loss(params, record):
+        state[0] += 1.0
+        return regression_loss(params, record) + state[0]
+
+    return loss
+
+
+def printing(params, record):
+    jax.debug.print("{}", record["y"])
+    return regression_loss(params, record)
+
+
+def collective(params, record):
+    return jax.lax.pmean(regression_loss(params, record), "data")
+
+
+EMPTY = jax.tree.map(lambda a: a[:0], regression()["private"])
+BAD = {
+    "epsilon": ({"epsilon": 0.0}, "epsilon=0.0"),
+    "delta": ({"delta": 1.0}, "delta=1.0"),
+    "empty private": ({"private": EMPTY}, "at least one private record"),
+    "empty public": ({"public": EMPTY}, "at least one public record"),
+    "axes": ({"private": {"x": jnp.ones((4, 3)), "y": jnp.ones(5)}}, r"\(4, 3\), \(5,\)"),
+    "integer leaf": ({"params": {"w": jnp.ones(3, int)}}, "int32"),
+    "k > d": ({"subspace_dim": 4}, r"\[1, 3\], found 4"),
+    "k < 1": ({"subspace_dim": 0}, r"\[1, 3\], found 0"),
+    "vector loss": ({"loss": lambda p, r: p["w"] * r["x"]}, "scalar"),
+    "impure": ({"loss": impure()}, "pure"),
+    "callback": ({"loss": printing}, "pure"),
+    "collective": ({"loss": collective}, "collective"),
+    "public NaN": (
+        {"public": {"x": jnp.full((9, 3), jnp.nan), "y": jnp.ones(9)}},
+        r"found nan in leaf \['x'\]",
+    ),
+    "anchor inf": ({"params": {"w": jnp.array([1.0, jnp.inf, 1.0])}}, "found inf"),
+    "not SPD": ({"loss": lambda p, r: p["w"] @ r["x"]}, "not SPD"),
+    "seed": ({"key": 0}, "typed key"),
+    "legacy key": ({"key": jax.random.PRNGKey(0)}, "typed key"),
+    "rounds": ({"rounds": 0}, "found 0"),
+    "public count": ({"neighboring_relation": NeighboringRelation.ADD_OR_REMOVE_ONE}, "public_count"),
+    "damping": ({"damping": -1.0}, "found -1.0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_with_its_value_before_private_data_is_read(case, monkeypatch):
+    changes, message = BAD[case]
+
+    def never(*args, **kwargs):
+        raise AssertionError("private data was read")
+
+    monkeypatch.setattr(qexp_jax.finetune, "_clipped_sum", never)
+    with pytest.raises(ValueError, match=message):
+        tune(**changes)
