@@ -1,8 +1,8 @@
 """The one call: public plan, private pass, exact draw, certificate; a few rounds of it where asked for.
 
 **Rounds (T6).** Round t expands at the parameters that round t - 1 released; its plan depends on public data and
-earlier releases only, so that the rounds compose adaptively to `mu^2 = sum mu_t^2`. Their number and the even split are fixed
-before the first.
+earlier releases only, so that the rounds compose adaptively to `mu^2 = sum mu_t^2`. Their number and the even split are
+fixed before the first.
 """
 
 from typing import Any, NamedTuple
