@@ -68,7 +68,7 @@ def draw(key: jax.Array, precision: Precision) -> jax.Array:
 
 
 def is_spd(precision: Precision) -> jax.Array:
-    """Whether the factorisation worked: under jit Cholesky returns NaN silently, so ask this before the private pass."""
+    """Whether the factorisation worked: under jit Cholesky returns NaN silently, so ask before the private pass."""
     return jnp.isfinite(precision.log_det)
 
 
