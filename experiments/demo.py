@@ -52,7 +52,8 @@ def run(args, split, pretrain_settings):
             seed=args.seed,
             name="pretraining",
         )
-    with stage("private part (curvature, private pass, draw)", seconds):
+    parts = Stopwatch()
+    with stage("private part", seconds):
         release, info = qexp_jax.fine_tune(
             key,
             images.loss_fn,
@@ -62,11 +63,29 @@ def run(args, split, pretrain_settings):
             epsilon=args.epsilon,
             delta=args.delta,
             diagnostics=True,  # measured excess: only because MNIST is open data
+            progress=parts,
         )
-        jax.block_until_ready(release.params)
+    seconds |= parts.seconds
     with stage("non-private reference", seconds):
         ceiling = images.train(anchor, split.private, **NON_PRIVATE, seed=args.seed, name="non-private reference")
     return {"zero_shot": anchor, "private": release.params, "non_private": ceiling}, release, info[0], seconds
+
+
+class Stopwatch:
+    """Seconds of each stage that `fine_tune` announces, compilation included."""
+
+    def __init__(self):
+        """Starts with no stage."""
+        self.seconds, self._stage, self._start = {}, None, 0.0
+
+    def __call__(self, stage_name):
+        """Ends the stage before and begins this one."""
+        now = time.perf_counter()
+        if self._stage is not None:
+            self.seconds[f"  of it {self._stage}"] = round(now - self._start, 2)
+        if stage_name != "done":
+            print(f"  {stage_name} ...", flush=True)
+        self._stage, self._start = stage_name, now
 
 
 @contextlib.contextmanager

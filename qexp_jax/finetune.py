@@ -5,6 +5,7 @@ earlier releases only, so that the rounds compose adaptively to `mu^2 = sum mu_t
 fixed before the first.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -85,6 +86,7 @@ def fine_tune(
     microbatch_size: int = 32,
     mode: Mode = "reverse",
     diagnostics: bool = False,
+    progress: Callable[[str], None] | None = None,
 ) -> Any:
     """Fine-tunes a pretrained model on private records under (epsilon, delta)-differential privacy.
 
@@ -111,6 +113,7 @@ def fine_tune(
       microbatch_size: private units held at a time.
       mode: `"reverse"` or `"forward"`, see `gradients.projected_gradients`.
       diagnostics: return `(release, [RoundInfo])`, where the second part is **not private**.
+      progress: called with the name of each stage as it begins, and with `"done"`.
 
     Returns:
       A `Release`, or `(Release, list[RoundInfo])` with `diagnostics`.
@@ -137,7 +140,7 @@ def fine_tune(
       Tran et al., arXiv:2605.20521 (the mechanism); Dong, Roth and Su, arXiv:1905.02383 (mu-GDP).
     """
     validation.check_key(key)
-    layout = subspaces.layout_of(params) if subspace is None else subspace.layout
+    layout = _layout(params, subspace, subspace_dim)
     mu = privacy.mu_from_budget(epsilon, delta) / _check_settings(rounds, damping, l2_clip_norm, microbatch_size) ** 0.5
     private_n = neighboring_relation is NeighboringRelation.ADD_OR_REMOVE_ONE
     validation.check_records("public", public)
@@ -155,6 +158,7 @@ def fine_tune(
     infos = []
     for round_key in jax.random.split(key, rounds):
         plan_key, noise_key = jax.random.split(round_key)
+        _announce(progress, "public curvature")
         plan = make_plan(
             plan_key,
             loss_fn,
@@ -169,6 +173,7 @@ def fine_tune(
             damping=damping,
             l2_clip_norm=l2_clip_norm,
         )
+        _announce(progress, "private pass", plan)
         total, clip_info = _clipped_sum(
             unit_fn,
             anchor,
@@ -179,11 +184,13 @@ def fine_tune(
             microbatch_size=microbatch_size,
             mode=mode,
         )
+        _announce(progress, "draw", total)
         quadratic = Quadratic(plan.precision, total, num_units)
         noise_std = plan.l2_clip_norm * noise_multiplier
         w, anchor = _draw_and_move(noise_key, anchor, plan.subspace, quadratic, noise_std)
         infos.append((plan, quadratic, noise_std, w, clip_info))
 
+    _announce(progress, "done", anchor)
     certificate = make_certificate(
         epsilon=epsilon,
         delta=delta,
@@ -195,6 +202,24 @@ def fine_tune(
     )
     release = Release(_cast(layout, anchor), certificate)
     return (release, [_round_info(*info) for info in infos]) if diagnostics else release
+
+
+def _announce(progress, stage, finished=None):
+    """Waits for the stage before, so that a caller may time stages; nothing waits where nobody listens."""
+    if progress is not None:
+        jax.block_until_ready([x for x in jax.tree.leaves(finished) if isinstance(x, jax.Array)])
+        progress(stage)
+
+
+def _layout(params, subspace, subspace_dim):
+    if subspace is None:
+        return subspaces.layout_of(params)
+    if subspace_dim is not None:
+        raise ValueError(f"Give a subspace or a subspace_dim, not both: found {subspace.name!r} and {subspace_dim}.")
+    shapes = tuple(jnp.shape(x) for x in jax.tree.leaves(params))
+    if jax.tree.structure(params) != subspace.layout.treedef or shapes != subspace.layout.shapes:
+        raise ValueError(f"The subspace belongs to parameters of shapes {subspace.layout.shapes}, found {shapes}.")
+    return subspace.layout
 
 
 def _check_settings(rounds, damping, l2_clip_norm, microbatch_size):

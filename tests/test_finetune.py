@@ -80,6 +80,13 @@ def test_diagnostics_are_apart_and_measure_the_excess():
     np.testing.assert_allclose(moved["w"], release.params["w"], rtol=1e-5)
 
 
+def test_progress_names_the_stages_and_changes_nothing():
+    stages = []
+    watched = tune(rounds=2, progress=stages.append)
+    assert stages == ["public curvature", "private pass", "draw"] * 2 + ["done"]
+    np.testing.assert_array_equal(watched.params["w"], tune(rounds=2).params["w"])
+
+
 def test_a_release_repeats_with_its_key_and_changes_with_another():
     np.testing.assert_array_equal(tune().params["w"], tune().params["w"])
     assert not np.array_equal(tune().params["w"], tune(key=jax.random.key(18)).params["w"])
@@ -233,6 +240,8 @@ BAD = {
     "legacy key": ({"key": jax.random.PRNGKey(0)}, "typed key"),
     "rounds": ({"rounds": 0}, "found 0"),
     "public count": ({"neighboring_relation": NeighboringRelation.ADD_OR_REMOVE_ONE}, "public_count"),
+    "both": ({"subspace": subspace.full({"w": jnp.ones(3)}), "subspace_dim": 2}, "not both"),
+    "other params": ({"subspace": subspace.full({"w": jnp.ones(4)})}, r"\(\(4,\),\), found \(\(3,\),\)"),
     "damping": ({"damping": -1.0}, "found -1.0"),
 }
 
