@@ -5,6 +5,7 @@ earlier releases only, so that the rounds compose adaptively to `mu^2 = sum mu_t
 fixed before the first.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -143,53 +144,32 @@ def fine_tune(
     layout = _layout(params, subspace, subspace_dim)
     mu = privacy.mu_from_budget(epsilon, delta) / _check_settings(rounds, damping, l2_clip_norm, microbatch_size) ** 0.5
     private_n = neighboring_relation is NeighboringRelation.ADD_OR_REMOVE_ONE
-    validation.check_records("public", public)
-    validation.check_records("private", private, allow_empty=private_n)
-    validation.check_finite("public records", public)
-    validation.check_finite("anchor parameters", params)
-    validation.check_loss(loss_fn, layout, params, public)
-    validation.check_loss(loss_fn, layout, params, private)
+    _check_data(loss_fn, layout, params, public, private, private_n)
     unit_fn, units = _units(loss_fn, private, unit_ids, max_records_per_unit)
     public_fn, public_units = _units(loss_fn, public, public_unit_ids, max_records_per_unit)
     num_units = _public_num_units(units, public_count, private_n)
     noise_multiplier = privacy.noise_multiplier(mu, neighboring_relation)
-
+    plan_round = functools.partial(
+        make_plan,
+        loss_fn=loss_fn,
+        public=public,
+        clip_loss_fn=public_fn,
+        public_units=public_units,
+        num_units=num_units,
+        noise_multiplier=noise_multiplier,
+        subspace=subspace,
+        subspace_dim=subspace_dim,
+        damping=damping,
+        l2_clip_norm=l2_clip_norm,
+    )
+    private_pass = functools.partial(
+        _clipped_sum, loss_fn=unit_fn, units=units, microbatch_size=microbatch_size, mode=mode
+    )
     anchor = subspaces.with_tuned_leaves(layout, params, subspaces.tuned_leaves(layout, params))
-    infos = []
+    rounds_done = []
     for round_key in jax.random.split(key, rounds):
-        plan_key, noise_key = jax.random.split(round_key)
-        _announce(progress, "public curvature")
-        plan = make_plan(
-            plan_key,
-            loss_fn,
-            anchor,
-            public,
-            public_fn,
-            public_units,
-            num_units=num_units,
-            noise_multiplier=noise_multiplier,
-            subspace=subspace,
-            subspace_dim=subspace_dim,
-            damping=damping,
-            l2_clip_norm=l2_clip_norm,
-        )
-        _announce(progress, "private pass", plan)
-        total, clip_info = _clipped_sum(
-            unit_fn,
-            anchor,
-            plan.subspace,
-            plan.precision,
-            units,
-            l2_clip_norm=plan.l2_clip_norm,
-            microbatch_size=microbatch_size,
-            mode=mode,
-        )
-        _announce(progress, "draw", total)
-        quadratic = Quadratic(plan.precision, total, num_units)
-        noise_std = plan.l2_clip_norm * noise_multiplier
-        w, anchor = _draw_and_move(noise_key, anchor, plan.subspace, quadratic, noise_std)
-        infos.append((plan, quadratic, noise_std, w, clip_info))
-
+        anchor, done = _round(round_key, anchor, plan_round, private_pass, num_units, noise_multiplier, progress)
+        rounds_done.append(done)
     _announce(progress, "done", anchor)
     certificate = make_certificate(
         epsilon=epsilon,
@@ -198,10 +178,46 @@ def fine_tune(
         num_units=num_units,
         unit="one record" if unit_ids is None else "all records with one unit id",
         noise_multipliers=[noise_multiplier] * rounds,
-        plans=[plan for plan, *_ in infos],
+        plans=[done.plan for done in rounds_done],
     )
     release = Release(_cast(layout, anchor), certificate)
-    return (release, [_round_info(*info) for info in infos]) if diagnostics else release
+    return (release, [_round_info(done) for done in rounds_done]) if diagnostics else release
+
+
+class _Done(NamedTuple):
+    """One round; all but the plan is not private."""
+
+    plan: Plan
+    quadratic: Quadratic
+    noise_std: float
+    w: jax.Array
+    clip_info: ClipInfo
+
+
+def _round(key, anchor, plan_round, private_pass, num_units, noise_multiplier, progress):
+    """Plans in public, passes once over the private units, draws, and moves the anchor by the draw."""
+    plan_key, noise_key = jax.random.split(key)
+    _announce(progress, "public curvature")
+    plan = plan_round(plan_key, params=anchor)
+    _announce(progress, "private pass", plan)
+    total, clip_info = private_pass(
+        params=anchor, subspace=plan.subspace, precision=plan.precision, l2_clip_norm=plan.l2_clip_norm
+    )
+    _announce(progress, "draw", total)
+    quadratic, noise_std = Quadratic(plan.precision, total, num_units), plan.l2_clip_norm * noise_multiplier
+    w, anchor = _draw_and_move(
+        key=noise_key, params=anchor, subspace=plan.subspace, quadratic=quadratic, noise_std=noise_std
+    )
+    return anchor, _Done(plan, quadratic, noise_std, w, clip_info)
+
+
+def _check_data(loss_fn, layout, params, public, private, private_n):
+    validation.check_records("public", public)
+    validation.check_records("private", private, allow_empty=private_n)
+    validation.check_finite("public records", public)
+    validation.check_finite("anchor parameters", params)
+    validation.check_loss(loss_fn, layout, params, public)
+    validation.check_loss(loss_fn, layout, params, private)
 
 
 def _announce(progress, stage, finished=None):
@@ -256,6 +272,6 @@ def _cast(layout, params):
     )
 
 
-def _round_info(plan, quadratic, noise_std, w, clip_info):
-    excess = mechanism.excess_utility(quadratic, w) / quadratic.num_units
-    return RoundInfo(plan, quadratic, noise_std, w, excess, clip_info)
+def _round_info(done):
+    excess = mechanism.excess_utility(done.quadratic, done.w) / done.quadratic.num_units
+    return RoundInfo(excess_loss=excess, **done._asdict())
