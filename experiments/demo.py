@@ -32,7 +32,7 @@ NON_PRIVATE = {"epochs": 5, "learning_rate": 1e-3, "batch_size": 50}
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=pathlib.Path, help="folder with full MNIST and QMNIST's labels")
-    parser.add_argument("--num-private", type=int, default=10_000, help="private records used of full MNIST")
+    parser.add_argument("--num-private", type=int, default=5000, help="private records used of full MNIST")
     parser.add_argument("--epsilon", type=float, default=1.0)
     parser.add_argument("--delta", type=float, default=1e-5)
     parser.add_argument("--seed", type=int, default=0, help="demonstration only: a real release draws a secret key")

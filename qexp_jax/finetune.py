@@ -62,7 +62,8 @@ _clipped_sum = jax.jit(clipped_sum, static_argnames=("loss_fn", "microbatch_size
 @jax.jit
 def _draw_and_move(key, params, subspace, quadratic, noise_std):
     w = mechanism.draw(key, quadratic, noise_std)
-    return w, subspaces.displace(subspace, params, w)
+    excess = mechanism.excess_utility(quadratic, w) / quadratic.num_units
+    return w, subspaces.displace(subspace, params, w), excess
 
 
 def fine_tune(
@@ -166,10 +167,10 @@ def fine_tune(
         _clipped_sum, loss_fn=unit_fn, units=units, microbatch_size=microbatch_size, mode=mode
     )
     anchor = subspaces.with_tuned_leaves(layout, params, subspaces.tuned_leaves(layout, params))
-    rounds_done = []
+    infos = []
     for round_key in jax.random.split(key, rounds):
-        anchor, done = _round(round_key, anchor, plan_round, private_pass, num_units, noise_multiplier, progress)
-        rounds_done.append(done)
+        anchor, info = _round(round_key, anchor, plan_round, private_pass, num_units, noise_multiplier, progress)
+        infos.append(info)
     _announce(progress, "done", anchor)
     certificate = make_certificate(
         epsilon=epsilon,
@@ -178,20 +179,10 @@ def fine_tune(
         num_units=num_units,
         unit="one record" if unit_ids is None else "all records with one unit id",
         noise_multipliers=[noise_multiplier] * rounds,
-        plans=[done.plan for done in rounds_done],
+        plans=[info.plan for info in infos],
     )
     release = Release(_cast(layout, anchor), certificate)
-    return (release, [_round_info(done) for done in rounds_done]) if diagnostics else release
-
-
-class _Done(NamedTuple):
-    """One round; all but the plan is not private."""
-
-    plan: Plan
-    quadratic: Quadratic
-    noise_std: float
-    w: jax.Array
-    clip_info: ClipInfo
+    return (release, infos) if diagnostics else release
 
 
 def _round(key, anchor, plan_round, private_pass, num_units, noise_multiplier, progress):
@@ -205,10 +196,8 @@ def _round(key, anchor, plan_round, private_pass, num_units, noise_multiplier, p
     )
     _announce(progress, "draw", total)
     quadratic, noise_std = Quadratic(plan.precision, total, num_units), plan.l2_clip_norm * noise_multiplier
-    w, anchor = _draw_and_move(
-        key=noise_key, params=anchor, subspace=plan.subspace, quadratic=quadratic, noise_std=noise_std
-    )
-    return anchor, _Done(plan, quadratic, noise_std, w, clip_info)
+    w, anchor, excess = _draw_and_move(noise_key, anchor, plan.subspace, quadratic, noise_std)
+    return anchor, RoundInfo(plan, quadratic, noise_std, w, excess, clip_info)
 
 
 def _check_data(loss_fn, layout, params, public, private, private_n):
@@ -270,8 +259,3 @@ def _cast(layout, params):
         layout.treedef,
         [jnp.asarray(x, t) if f else x for x, t, f in zip(leaves, layout.dtypes, layout.tuned, strict=True)],
     )
-
-
-def _round_info(done):
-    excess = mechanism.excess_utility(done.quadratic, done.w) / done.quadratic.num_units
-    return RoundInfo(excess_loss=excess, **done._asdict())
