@@ -33,9 +33,8 @@ from qexp_jax.precision import Precision
 from qexp_jax.records import LossFn, Params, Record, microbatches, num_records, take
 from qexp_jax.subspace import Subspace
 
-_DIRECTION_RECORDS = 256
+_SAMPLE = 256
 _CURVATURE_RECORDS = 128
-_CHECK_RECORDS = 512
 _FULL_UP_TO = 512
 _GRADIENT_BYTES = 2**30
 _SKETCH_DIM = 4096
@@ -75,7 +74,7 @@ def make_plan(
     noise_multiplier: float,
     subspace: Subspace | None = None,
     subspace_dim: int | None = None,
-    max_subspace_dim: int = 64,
+    max_subspace_dim: int = 48,
     damping: float | None = None,
     l2_clip_norm: float | None = None,
 ) -> Plan:
@@ -100,8 +99,8 @@ def make_plan(
       ValueError: if the damped curvature is not SPD, or public gradients vanish; no private record has been read then.
     """
     record_key, unit_key, sketch_key, trial_key = jax.random.split(key, 4)
-    curved, held_out = _halves(record_key, public, _DIRECTION_RECORDS)
-    _, clip_units = _halves(unit_key, public_units, _CHECK_RECORDS)
+    curved, held_out = _halves(record_key, public, _SAMPLE)
+    _, clip_units = _halves(unit_key, public_units, _SAMPLE)
     chosen = subspace is None
     if subspace is None:
         dim = max_subspace_dim if subspace_dim is None else subspace_dim
@@ -251,9 +250,7 @@ def _trial_ratios(loss_fn, params, subspace, precision, rows, key, held_out, l2_
     noise = relative_noise * jax.random.normal(noise_key, (_TRIAL_STEPS, subspace.dim), rows.dtype)
     pulls = jnp.mean(clipped[picks], axis=1) + noise
     steps = -jax.vmap(lambda v: precisions.color(precision, v))(pulls)
-    gradient = mean_gradient(loss_fn, params, subspace, held_out, microbatch_size=_CHECK_RECORDS)
+    gradient = mean_gradient(loss_fn, params, subspace, held_out, microbatch_size=_SAMPLE)
     predicted = jnp.sum(pulls**2, axis=1) / 2
-    ratios = taylor_ratio(
-        loss_fn, params, subspace, steps, gradient, predicted, held_out, microbatch_size=_CHECK_RECORDS
-    )
+    ratios = taylor_ratio(loss_fn, params, subspace, steps, gradient, predicted, held_out, microbatch_size=_SAMPLE)
     return jnp.max(jnp.where(jnp.isfinite(ratios), ratios, jnp.inf))
