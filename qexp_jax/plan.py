@@ -27,6 +27,7 @@ import scipy.linalg
 from qexp_jax import precision as precisions
 from qexp_jax import subspace as subspaces
 from qexp_jax.accuracy import taylor_ratio, useful_dimension
+from qexp_jax.clipping import clip
 from qexp_jax.curvature import hessian_product, mean_gradient, psd_part, top_eigenspace
 from qexp_jax.gradients import projected_gradients
 from qexp_jax.precision import Precision
@@ -244,8 +245,7 @@ def _trial_ratio(key, loss_fn, params, plan, rows, held_out, num_units, noise_mu
 def _trial_ratios(loss_fn, params, subspace, precision, rows, key, held_out, l2_clip_norm, relative_noise):
     pick_key, noise_key = jax.random.split(key)
     whitened = jax.vmap(lambda g: precisions.whiten(precision, g))(rows)
-    norms = jnp.linalg.norm(whitened, axis=1, keepdims=True)
-    clipped = whitened * jnp.minimum(1, l2_clip_norm / jnp.maximum(norms, jnp.finfo(norms.dtype).tiny))
+    clipped, *_ = jax.vmap(clip, in_axes=(0, None))(whitened, l2_clip_norm)
     picks = jax.random.randint(pick_key, (_TRIAL_STEPS, _SIGNAL_RECORDS), 0, len(rows))
     noise = relative_noise * jax.random.normal(noise_key, (_TRIAL_STEPS, subspace.dim), rows.dtype)
     pulls = jnp.mean(clipped[picks], axis=1) + noise
