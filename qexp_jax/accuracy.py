@@ -110,8 +110,10 @@ def useful_dimension(
       signal_records: the assumption; smaller means more signal.
 
     Returns:
-      The best k >= 1, and the predicted net gain for each k.
+      The best k >= 1 among K and the numbers of two binary digits (1, 2, 3, 4, 6, 8, 12, ...), so that repeated calls
+      share compiled shapes; and the predicted net gain for each k up to K.
     """
     dims = np.arange(1, len(second_moments) + 1)
     net = second_moments / (2 * signal_records) - dims * noise_std**2 / (2 * num_units**2)
-    return int(np.argmax(net)) + 1, net
+    ladder = [k for k in dims if k == len(dims) or k & (k - 1) == 0 or k % 3 == 0 and (k // 3) & (k // 3 - 1) == 0]
+    return int(max(ladder, key=lambda k: net[k - 1])), net

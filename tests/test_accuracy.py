@@ -70,6 +70,7 @@ def test_more_noise_keeps_fewer_directions():
     moments, ones = np.cumsum(1 / np.arange(1, 51)), np.ones(50)
     dims = [accuracy.useful_dimension(moments, z * ones, 100, 16)[0] for z in (0.1, 5.0, 10.0, 1000.0)]
     assert dims[0] == 50 and dims[0] > dims[1] > dims[2] >= dims[3] == 1
+    assert set(dims[1:]) <= {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48}
 
 
 def test_impossible_probabilities_are_refused():

@@ -7,23 +7,23 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 
-from experiments import data, demo
+from experiments import data, demo, mnist
 
 QEXP_DATA = pathlib.Path(os.environ.get("QEXP_DATA", "absent"))
 
 
 def test_the_packaged_split_is_disjoint_and_as_described():
-    split = data.packaged_mnist()
+    split = mnist.packaged_mnist()
     np.testing.assert_array_equal(np.bincount(split.public["label"]), [380] * 5 + [20] * 5)
     assert len(split.private["label"]) == 2000 and len(split.test["label"]) == 1000
 
 
 def test_the_demo_writes_what_it_promises(tmp_path, monkeypatch):
-    full = data.packaged_mnist()
+    full = mnist.packaged_mnist()
     small = full._replace(
         **{name: data.select(getattr(full, name), np.arange(0, 2000, 10) % 1000) for name in full._fields[:3]}
     )
-    monkeypatch.setattr(data, "packaged_mnist", lambda seed: small)
+    monkeypatch.setattr(mnist, "packaged_mnist", lambda seed: small)
     monkeypatch.setattr(demo, "PRETRAIN", demo.PRETRAIN | {"epochs": 1})
     monkeypatch.setattr(demo, "NON_PRIVATE", demo.NON_PRIVATE | {"epochs": 1})
     with mpl.rc_context():
@@ -38,13 +38,13 @@ def test_the_demo_writes_what_it_promises(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not (QEXP_DATA / "mnist").is_dir(), reason="full MNIST is not present; set QEXP_DATA")
 def test_the_writer_split_has_the_published_sizes():
-    split = data.writers_mnist(QEXP_DATA)
+    split = mnist.writers_mnist(QEXP_DATA)
     assert [len(part["label"]) for part in split[:3]] == [30_950, 29_050, 5_001]
 
 
 def test_a_missing_file_is_named_with_where_to_get_it(tmp_path):
     with pytest.raises(FileNotFoundError, match="train-images.*QMNIST"):
-        data.writers_mnist(tmp_path)
+        mnist.writers_mnist(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -60,11 +60,11 @@ def test_damaged_idx_files_are_refused(tmp_path, content, message):
     path = tmp_path / "some-idx.gz"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        data.read_idx(path)
+        mnist.read_idx(path)
 
 
 def test_a_known_file_with_a_wrong_checksum_is_refused(tmp_path):
     path = tmp_path / "train-labels-idx1-ubyte.gz"
     path.write_bytes(gzip.compress(b"\0\0\x08\x01\0\0\0\x02ab"))
     with pytest.raises(ValueError, match="md5"):
-        data.read_idx(path)
+        mnist.read_idx(path)

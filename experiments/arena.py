@@ -1,0 +1,232 @@
+"""The arena: this library against existing private fine-tuning on equal terms, cell by cell, into one tidy CSV.
+
+    python -m experiments.arena                       # the whole grid; resumes after an interruption
+    python -m experiments.arena --part 0/2            # one of two processes that share the grid
+    python -m experiments.arena --tasks mnist_writers --sizes 1000 --epsilons 1 --seeds 3 --out DIR
+
+A cell is task x model x n x epsilon. A seed is a private subsample of size n and the noise; all methods share the
+subsamples. A rival's hyperparameters are those with the best mean test metric over the first two seeds: chosen on the
+test set, an advantage that ours does not get.
+"""
+
+import argparse
+import csv
+import fcntl
+import json
+import math
+import pathlib
+import platform
+import shlex
+import sys
+import time
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from experiments import models, tasks
+from experiments.data import select
+from experiments.measure import measured
+from experiments.methods import METHODS, Cell, Method
+from experiments.search import Point, climb
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+SIZES = (250, 1000, 4000, 10_000)
+EPSILONS = (8.0, 2.0, 1.0, 0.5, 0.1)
+SELECTION_SEEDS = 2
+COLUMNS = [
+    "task",
+    "model",
+    "n",
+    "epsilon",
+    "delta",
+    "method",
+    "seed",
+    "metric_name",
+    "metric",
+    "seconds",
+    "compile_seconds",
+    "private_gradients",
+    "noisy_steps",
+    "peak_bytes",
+    "settings",
+    "lattice_point",
+]
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "jax_privacy", "dp_accounting", "numpy", "scipy", "scikit-learn")
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=pathlib.Path, default=tasks.data_dir(), help="default: $QEXP_DATA")
+    parser.add_argument("--cache-dir", type=pathlib.Path, default=tasks.cache_dir(), help="default: $QEXP_CACHE")
+    parser.add_argument("--tasks", nargs="+", default=list(tasks.TASKS), choices=list(tasks.TASKS))
+    parser.add_argument("--models", nargs="+", default=["linear", "mlp", "cnn"], choices=list(models.MODELS))
+    parser.add_argument("--sizes", nargs="+", type=int, default=list(SIZES), help="n; capped at what the task has")
+    parser.add_argument("--epsilons", nargs="+", type=float, default=list(EPSILONS))
+    parser.add_argument("--delta", type=float, default=1e-5)
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--part", default="0/1", help="i/m: the i-th of m processes that share the grid")
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder of arena.csv")
+    return parser.parse_args(argv)
+
+
+def sizes_of(available: int, sizes: list[int]) -> list[int]:
+    """The sizes that the task has; its whole private part where the next size would exceed it by little or much."""
+    return sorted({size for size in sizes if size <= available} or {available})
+
+
+def columns_of_work(args) -> list[tuple[str, str, int, str]]:
+    """(task, model, n, method): a process works through the epsilons of one, each search warm-started by the last."""
+    pairs = [
+        (task, model) for model in args.models for task in args.tasks if model in tasks.TASKS[task].pretraining
+    ]  # fmt: skip
+    work = []
+    for task, model in pairs:
+        available = len(tasks.load_split(task, args.data_dir, args.cache_dir).private["label"])
+        names = [name for name in args.methods if model in METHODS[name].models]
+        work += [(task, model, n, name) for n in sizes_of(available, args.sizes) for name in names]
+    part, parts = map(int, args.part.split("/"))
+    return work[part::parts]
+
+
+def subsample(anchor: tasks.Anchor, n: int, seed: int) -> dict[str, np.ndarray]:
+    """The private records of a seed, the same for every method."""
+    private = anchor.split.private
+    return select(private, np.random.default_rng([seed, n]).permutation(len(private["label"]))[:n])
+
+
+def choose(method: Method, cells: list[Cell], starts: list[Point]) -> Point:
+    """The lattice point of best mean test metric over the first seeds."""
+
+    def score(point):
+        settings = method.settings(point)
+        return float(np.mean([metric_of(c, method.run(c, s, settings).params) for s, c in enumerate(cells)]))
+
+    return climb(score, starts, lambda point: method.allowed(cells[0], method.settings(point)))
+
+
+def metric_of(cell: Cell, params: Any) -> float:
+    anchor = cell.anchor
+    return models.evaluate(anchor.model, params, anchor.split.test, anchor.task.metric)
+
+
+def group_rows(anchor, model_name, n, name, epsilon, args, warm: Point | None) -> list[dict[str, Any]]:
+    """All seeds of one method in one cell, its hyperparameters chosen first."""
+    method = METHODS[name]
+    cells = [Cell(anchor, subsample(anchor, n, seed), epsilon, args.delta) for seed in range(args.seeds)]
+    starts = [warm] if warm else method.starts(n)
+    point = choose(method, cells[:SELECTION_SEEDS], starts) if starts else ()
+    settings = method.settings(point)
+    return [
+        _row(anchor, model_name, cell, name, seed, settings, point, args.delta) for seed, cell in enumerate(cells)
+    ]  # fmt: skip
+
+
+def _row(anchor, model_name, cell, name, seed, settings, point, delta):
+    with measured() as cost:
+        outcome = METHODS[name].run(cell, seed, settings)
+    return {
+        "task": anchor.task.name,
+        "model": model_name,
+        "n": cell.num_private,
+        "epsilon": cell.epsilon,
+        "delta": delta,
+        "method": name,
+        "seed": seed,
+        "metric_name": anchor.task.metric,
+        "metric": round(metric_of(cell, outcome.params), 6),
+        "seconds": round(cost.seconds, 4),
+        "compile_seconds": round(cost.compile_seconds, 4),
+        "private_gradients": outcome.private_gradients,
+        "noisy_steps": outcome.noisy_steps,
+        "peak_bytes": cost.peak_bytes,
+        "settings": json.dumps(settings),
+        "lattice_point": " ".join(map(str, point)),
+    }
+
+
+def read_rows(path: pathlib.Path) -> list[dict[str, str]]:
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    if rows and list(rows[0]) != COLUMNS:
+        raise ValueError(f"{path}: expected the columns {COLUMNS}, found {list(rows[0])}; move the file away.")
+    return rows
+
+
+def append_rows(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
+    """Appends a group's rows at once under a lock, so that processes share the file and none is left half written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def record_run(path: pathlib.Path) -> None:
+    """Command, versions and machine, beside the results."""
+    cpu = next(
+        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "unknown"
+    )
+    entry = {
+        "command": shlex.join([pathlib.Path(sys.executable).name, "-m", "experiments.arena", *sys.argv[1:]]),
+        "started": time.strftime("%Y-%m-%d"),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
+        "machine": {"cpu": cpu, "devices": [str(device) for device in jax.devices()], "system": platform.system()},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    runs = json.loads(path.read_text()) if path.is_file() else []
+    if entry not in runs:
+        path.write_text(json.dumps([*runs, entry], indent=1) + "\n")
+
+
+def _lines(path):
+    return pathlib.Path(path).read_text().splitlines() if pathlib.Path(path).is_file() else []
+
+
+def run(args) -> None:
+    """Fills in what the CSV lacks."""
+    path = args.out / "arena.csv"
+    done: dict[tuple, dict[str, str]] = {}
+    for row in read_rows(path):
+        done[(row["task"], row["model"], int(row["n"]), float(row["epsilon"]), row["method"])] = row
+    work = columns_of_work(args)
+    record_run(args.out / "arena_runs.json")
+    anchor, anchored = None, None
+    progress = tqdm(total=sum(len(_epsilons(column[3], args)) for column in work), unit="group")
+    for task, model_name, n, name in work:
+        warm = None
+        for epsilon in _epsilons(name, args):
+            progress.set_description(f"{task} {model_name} n={n} {name} epsilon={epsilon:g}")
+            group = (task, model_name, n, epsilon, name)
+            if group not in done:
+                if anchored != (task, model_name):
+                    anchor = tasks.make_anchor(tasks.TASKS[task], model_name, args.data_dir, args.cache_dir)
+                    anchored = (task, model_name)
+                rows = group_rows(anchor, model_name, n, name, epsilon, args, warm)
+                append_rows(path, rows)
+                done[group] = {key: str(value) for key, value in rows[-1].items()}
+            warm = tuple(map(int, done[group]["lattice_point"].split())) or None
+            progress.update()
+    progress.close()
+
+
+def _epsilons(name, args):
+    """From large to small; a method that protects nothing has the one epsilon of infinity."""
+    return sorted(args.epsilons, reverse=True) if METHODS[name].private else [math.inf]
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    run(args)
+    print(f"results: {args.out / 'arena.csv'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""What a run costs: wall seconds, with compilation apart, and peak memory."""
+
+import contextlib
+import pathlib
+import resource
+import time
+from collections.abc import Iterator
+
+import jax
+
+_COMPILE_EVENTS = "/jax/core/compile/"
+_compile_seconds = 0.0
+
+
+def _listen(event: str, duration: float, **kwargs) -> None:
+    global _compile_seconds
+    if event.startswith(_COMPILE_EVENTS):
+        _compile_seconds += duration
+
+
+jax.monitoring.register_event_duration_secs_listener(_listen)
+
+
+class Cost:
+    """Filled when the block of `measured` ends.
+
+    Attributes:
+      seconds: wall time without compilation.
+      compile_seconds: tracing, lowering and compilation.
+      peak_bytes: most memory that the process held (resident, or on the accelerator), data and runtime included.
+    """
+
+    seconds = compile_seconds = 0.0
+    peak_bytes = 0
+
+
+@contextlib.contextmanager
+def measured() -> Iterator[Cost]:
+    """Measures its block; the block must wait for its own results."""
+    cost, compiled, start = Cost(), _compile_seconds, time.perf_counter()
+    _reset_peak()
+    yield cost
+    elapsed = time.perf_counter() - start
+    cost.compile_seconds = min(_compile_seconds - compiled, elapsed)
+    cost.seconds = elapsed - cost.compile_seconds
+    cost.peak_bytes = _peak()
+
+
+def _reset_peak() -> None:
+    """From here on `_peak` counts anew, where the system allows it (Linux)."""
+    with contextlib.suppress(OSError):
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak() -> int:
+    stats = jax.devices()[0].memory_stats()
+    if stats:
+        return stats["peak_bytes_in_use"]
+    try:
+        lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024

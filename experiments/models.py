@@ -1,0 +1,157 @@
+"""The Flax models of the experiments: loss of one record, training without privacy, test metrics."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from sklearn.metrics import roc_auc_score
+from tqdm import tqdm
+
+from experiments.data import Records, select
+
+
+class Linear(nn.Module):
+    """Logistic regression."""
+
+    num_outputs: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Logits (num_outputs,) of one record."""
+        return nn.Dense(self.num_outputs, name="head")(x.ravel())
+
+
+class MLP(nn.Module):
+    """One hidden layer of 32: about 25,000 parameters on 28 x 28 images."""
+
+    num_outputs: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Logits (num_outputs,) of one record."""
+        return nn.Dense(self.num_outputs, name="head")(nn.relu(nn.Dense(32)(x.ravel())))
+
+
+class SmallCNN(nn.Module):
+    """Two strided convolutions and two dense layers: about 30,000 parameters on 28 x 28 images."""
+
+    num_outputs: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Logits (num_outputs,) of one image (28, 28)."""
+        x = nn.relu(nn.Conv(16, (5, 5), strides=2)(x[..., None]))
+        x = nn.relu(nn.Conv(32, (3, 3), strides=2)(x))
+        x = nn.relu(nn.Dense(16)(x.ravel()))
+        return nn.Dense(self.num_outputs, name="head")(x)
+
+
+MODELS = {"linear": Linear, "mlp": MLP, "cnn": SmallCNN}
+
+
+class Model(NamedTuple):
+    """A Flax module, the loss of one record, and the logits of a batch (jitted)."""
+
+    module: nn.Module
+    loss_fn: Callable[[Any, Any], jax.Array]
+    logits: Callable[[Any, Any], jax.Array]
+
+
+@functools.lru_cache
+def make_model(name: str, num_outputs: int) -> Model:
+    """The model `name`; one output is one logit of a binary outcome. Cached, so that equal models compile once."""
+    module = MODELS[name](num_outputs)
+
+    def loss_fn(params, record):
+        logits = module.apply(params, record["x"])
+        if num_outputs == 1:
+            return optax.sigmoid_binary_cross_entropy(logits[0], record["label"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, record["label"])
+
+    return Model(module, loss_fn, jax.jit(jax.vmap(module.apply, in_axes=(None, 0))))
+
+
+def init(model: Model, key: jax.Array, records: Records) -> Any:
+    """Parameters before training."""
+    return model.module.init(key, jnp.asarray(records["x"][0]))
+
+
+def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Share of records whose label has the largest logit."""
+    return float(np.mean(np.argmax(logits, axis=1) == labels))
+
+
+def auroc(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Area under the ROC curve of one logit; .5 where a logit is not finite."""
+    scores = logits[:, 0]
+    return float(roc_auc_score(labels, scores)) if np.all(np.isfinite(scores)) else 0.5
+
+
+METRICS = {"accuracy": accuracy, "auroc": auroc}
+
+
+def evaluate(model: Model, params: Any, records: Records, metric: str) -> float:
+    """The metric of `params` on `records`."""
+    return METRICS[metric](np.asarray(model.logits(params, records["x"])), records["label"])
+
+
+@functools.partial(jax.jit, static_argnames=("loss_fn", "optimizer"))
+def _step(params, state, records, index, loss_fn, optimizer):
+    batch = jax.tree.map(lambda x: x[index], records)
+
+    def mean_loss(params):
+        return jnp.mean(jax.vmap(loss_fn, in_axes=(None, 0))(params, batch))
+
+    updates, state = optimizer.update(jax.grad(mean_loss)(params), state, params)
+    return optax.apply_updates(params, updates), state
+
+
+@functools.lru_cache
+def _adamw(learning_rate, steps, weight_decay):
+    return optax.adamw(optax.cosine_decay_schedule(learning_rate, steps), weight_decay=weight_decay)
+
+
+def epochs_of_adamw(
+    loss_fn: Callable,
+    params: Any,
+    records: Records,
+    *,
+    epochs: int,
+    learning_rate: float,
+    batch_size: int,
+    seed: int,
+    weight_decay: float = 1e-3,
+    name: str | None = None,
+) -> Iterator[Any]:
+    """Parameters after each epoch of AdamW with a cosine schedule, without privacy; a progress bar if named."""
+    count = len(records["label"])
+    batch_size = min(batch_size, count)
+    steps = count // batch_size
+    optimizer = _adamw(learning_rate, epochs * steps, weight_decay)
+    state, rng = optimizer.init(params), np.random.default_rng(seed)
+    on_device = jax.tree.map(jnp.asarray, records)
+    for _ in tqdm(range(epochs), desc=name, unit="epoch", disable=name is None):
+        for index in rng.permutation(count)[: steps * batch_size].reshape(steps, batch_size):
+            params, state = _step(params, state, on_device, index, loss_fn, optimizer)
+        yield jax.block_until_ready(params)
+
+
+def train(model: Model, params: Any, records: Records, **settings: Any) -> Any:
+    """The parameters after the last epoch of `epochs_of_adamw`."""
+    *_, last = epochs_of_adamw(model.loss_fn, params, records, **settings)
+    return last
+
+
+def pretrain(model: Model, records: Records, *, seed: int, held_out: float = 0.1, **settings: Any) -> Any:
+    """The epoch of least loss on a held-out tenth of the public records."""
+    order = np.random.default_rng(seed).permutation(len(records["label"]))
+    cut = int(held_out * len(order))
+    validation, training = select(records, order[:cut]), select(records, order[cut:])
+    mean_loss = jax.jit(lambda params: jnp.mean(jax.vmap(model.loss_fn, in_axes=(None, 0))(params, validation)))
+    start = init(model, jax.random.key(seed), records)
+    return min(epochs_of_adamw(model.loss_fn, start, training, seed=seed, **settings), key=mean_loss)

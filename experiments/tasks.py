@@ -1,0 +1,80 @@
+"""The arena's tasks: split, metric, models, and how each model is pretrained on the public part."""
+
+import functools
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from experiments import mnist, models, physionet
+from experiments.data import Split
+
+
+class Task(NamedTuple):
+    """A public -> private task.
+
+    Attributes:
+      name: as in the results.
+      metric: key of `models.METRICS`.
+      num_outputs: logits of a model.
+      pretraining: settings of `models.pretrain` for each model.
+      load: `(data_dir, cache_dir) -> Split`.
+    """
+
+    name: str
+    metric: str
+    num_outputs: int
+    pretraining: dict[str, dict[str, Any]]
+    load: Callable[[pathlib.Path, pathlib.Path], Split]
+
+
+_CLINICAL = {
+    "linear": {"epochs": 20, "learning_rate": 3e-3, "batch_size": 64},
+    "mlp": {"epochs": 10, "learning_rate": 1e-3, "batch_size": 64},
+}
+_IMAGES = {
+    "linear": {"epochs": 5, "learning_rate": 1e-3, "batch_size": 64},
+    "mlp": {"epochs": 5, "learning_rate": 1e-3, "batch_size": 64},
+    "cnn": {"epochs": 3, "learning_rate": 1e-3, "batch_size": 64},
+}
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("physionet_icu", "auroc", 1, _CLINICAL, physionet.by_icu),
+        Task("physionet_control", "auroc", 1, _CLINICAL, physionet.no_shift),
+        Task("mnist_writers", "accuracy", 10, _IMAGES, lambda data_dir, cache_dir: mnist.writers_mnist(data_dir)),
+    )
+}
+
+
+class Anchor(NamedTuple):
+    """A task with a pretrained model: what every method starts from."""
+
+    task: Task
+    split: Split
+    model: models.Model
+    params: Any
+
+
+@functools.lru_cache(maxsize=4)
+def load_split(name: str, data_dir: pathlib.Path, cache_dir: pathlib.Path) -> Split:
+    """The task's split, kept in memory."""
+    return TASKS[name].load(data_dir, cache_dir)
+
+
+def make_anchor(task: Task, model_name: str, data_dir: pathlib.Path, cache_dir: pathlib.Path) -> Anchor:
+    """Pretrains `model_name` on the task's public part; deterministic."""
+    split = load_split(task.name, data_dir, cache_dir)
+    model = models.make_model(model_name, task.num_outputs)
+    return Anchor(task, split, model, models.pretrain(model, split.public, seed=0, **task.pretraining[model_name]))
+
+
+def data_dir() -> pathlib.Path:
+    """$QEXP_DATA, or the user's cache."""
+    return pathlib.Path(os.environ.get("QEXP_DATA", pathlib.Path.home() / ".cache" / "qexp_jax" / "data"))
+
+
+def cache_dir() -> pathlib.Path:
+    """$QEXP_CACHE, or the user's cache."""
+    return pathlib.Path(os.environ.get("QEXP_CACHE", pathlib.Path.home() / ".cache" / "qexp_jax" / "tables"))
