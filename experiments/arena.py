@@ -27,7 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments import models, tasks
-from experiments.data import select
+from experiments.data import run_cli, select
 from experiments.measure import measured
 from experiments.methods import METHODS, Cell, Method
 from experiments.search import Point, climb
@@ -36,24 +36,10 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 SIZES = (250, 1000, 4000, 10_000)
 EPSILONS = (8.0, 2.0, 1.0, 0.5, 0.1)
 SELECTION_SEEDS = 2
-COLUMNS = [
-    "task",
-    "model",
-    "n",
-    "epsilon",
-    "delta",
-    "method",
-    "seed",
-    "metric_name",
-    "metric",
-    "seconds",
-    "compile_seconds",
-    "private_gradients",
-    "noisy_steps",
-    "peak_bytes",
-    "settings",
-    "lattice_point",
-]
+COLUMNS = (
+    "task model n epsilon delta method seed metric_name metric seconds compile_seconds private_gradients "
+    "noisy_steps peak_bytes settings lattice_point"
+).split()
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "jax_privacy", "dp_accounting", "numpy", "scipy", "scikit-learn")
 
 
@@ -61,7 +47,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=pathlib.Path, default=tasks.data_dir(), help="default: $QEXP_DATA")
     parser.add_argument("--cache-dir", type=pathlib.Path, default=tasks.cache_dir(), help="default: $QEXP_CACHE")
-    parser.add_argument("--tasks", nargs="+", default=list(tasks.TASKS), choices=list(tasks.TASKS))
+    parser.add_argument("--tasks", nargs="+", default=list(tasks.OPEN_TASKS), choices=list(tasks.TASKS))
     parser.add_argument("--models", nargs="+", default=["linear", "mlp", "cnn"], choices=list(models.MODELS))
     parser.add_argument("--sizes", nargs="+", type=int, default=list(SIZES), help="n; capped at what the task has")
     parser.add_argument("--epsilons", nargs="+", type=float, default=list(EPSILONS))
@@ -169,13 +155,13 @@ def append_rows(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def record_run(path: pathlib.Path) -> None:
+def record_run(path: pathlib.Path, module: str) -> None:
     """Command, versions and machine, beside the results."""
     cpu = next(
         (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "unknown"
     )
     entry = {
-        "command": shlex.join([pathlib.Path(sys.executable).name, "-m", "experiments.arena", *sys.argv[1:]]),
+        "command": shlex.join([pathlib.Path(sys.executable).name, "-m", module, *sys.argv[1:]]),
         "started": time.strftime("%Y-%m-%d"),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
         "machine": {"cpu": cpu, "devices": [str(device) for device in jax.devices()], "system": platform.system()},
@@ -197,7 +183,7 @@ def run(args) -> None:
     for row in read_rows(path):
         done[(row["task"], row["model"], int(row["n"]), float(row["epsilon"]), row["method"])] = row
     work = columns_of_work(args)
-    record_run(args.out / "arena_runs.json")
+    record_run(args.out / "arena_runs.json", "experiments.arena")
     anchor, anchored = None, None
     progress = tqdm(total=sum(len(_epsilons(column[3], args)) for column in work), unit="group")
     for task, model_name, n, name in work:
@@ -229,4 +215,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

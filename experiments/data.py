@@ -1,14 +1,14 @@
 """What every task's loader shares: splits, public standardisation, finding files, one derived table in a cache.
 
 Records are `{"x": (n, ...) float32, "label": (n,) int32}`. A loader takes a data directory laid out as its publisher
-distributes it; `DATA_DIR` in the environment or `--data-dir` names it.
+distributes it, and finds what it needs there or says what is missing and where to get it.
 """
 
 import contextlib
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -84,3 +84,11 @@ def atomic(path: pathlib.Path) -> Iterator[pathlib.Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def run_cli(main: Callable[[], object]) -> None:
+    """Runs a script's main; bad input ends it with the message alone."""
+    try:
+        main()
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error

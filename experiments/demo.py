@@ -20,6 +20,7 @@ from scipy.stats import chi2
 
 import qexp_jax
 from experiments import mnist, models
+from experiments.data import run_cli
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -208,4 +209,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

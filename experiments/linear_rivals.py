@@ -130,7 +130,11 @@ def gradient_mu(outputs: int, norm_bound: float, regularisation: float, epsilon:
     left = epsilon - determinant_share(outputs, norm_bound, regularisation)
     if left <= 0:
         raise ValueError(f"{regularisation=} is too small for {epsilon=} at {norm_bound=}.")
-    return brentq(lambda mu: math.log(perturbation_delta(mu, outputs, left) + 1e-300) - math.log(delta), 1e-4, 20)
+    return brentq(
+        lambda mu: math.log(perturbation_delta(mu, outputs, left) + 1e-300) - math.log(delta),
+        1e-4,
+        10 + math.sqrt(2 * left),
+    )
 
 
 def adassp(

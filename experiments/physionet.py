@@ -15,45 +15,11 @@ import numpy as np
 
 from experiments.data import Records, Split, atomic, find, standardise
 
-SERIES = [
-    "Albumin",
-    "ALP",
-    "ALT",
-    "AST",
-    "Bilirubin",
-    "BUN",
-    "Cholesterol",
-    "Creatinine",
-    "DiasABP",
-    "FiO2",
-    "GCS",
-    "Glucose",
-    "HCO3",
-    "HCT",
-    "HR",
-    "K",
-    "Lactate",
-    "Mg",
-    "MAP",
-    "MechVent",
-    "Na",
-    "NIDiasABP",
-    "NIMAP",
-    "NISysABP",
-    "PaCO2",
-    "PaO2",
-    "pH",
-    "Platelets",
-    "RespRate",
-    "SaO2",
-    "SysABP",
-    "Temp",
-    "TroponinI",
-    "TroponinT",
-    "Urine",
-    "WBC",
-    "Weight",
-]
+SERIES = (
+    "Albumin ALP ALT AST Bilirubin BUN Cholesterol Creatinine DiasABP FiO2 GCS Glucose HCO3 HCT HR K Lactate "
+    "Mg MAP MechVent Na NIDiasABP NIMAP NISysABP PaCO2 PaO2 pH Platelets RespRate SaO2 SysABP Temp TroponinI "
+    "TroponinT Urine WBC Weight"
+).split()
 STATIC = ("Age", "Gender", "Height", "Weight")
 SURGICAL, MEDICAL = (2, 4), (1, 3)
 _HOW_TO_GET = (

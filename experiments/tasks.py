@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from experiments import mnist, models, physionet
+from experiments import mimic, mnist, models, physionet
 from experiments.data import Split
 
 
@@ -38,7 +38,15 @@ _IMAGES = {
     "cnn": {"epochs": 3, "learning_rate": 1e-3, "batch_size": 64},
 }
 
-TASKS = {
+
+def _mimic(outcome, split_by):
+    def load(data_dir, cache_dir):
+        return mimic.load(data_dir, outcome=outcome, split_by=split_by, cache_dir=cache_dir)
+
+    return Task(f"mimic_{outcome}_by_{split_by}", "auroc", 1, _CLINICAL, load)
+
+
+OPEN_TASKS = {
     task.name: task
     for task in (
         Task("physionet_icu", "auroc", 1, _CLINICAL, physionet.by_icu),
@@ -46,6 +54,14 @@ TASKS = {
         Task("mnist_writers", "accuracy", 10, _IMAGES, lambda data_dir, cache_dir: mnist.writers_mnist(data_dir)),
     )
 }
+# For users with credentials: --data-dir names the directory of MIMIC-III or MIMIC-IV.
+MIMIC_TASKS = {
+    task.name: task
+    for task in (
+        _mimic(outcome, split_by) for outcome in ("mortality", "long_stay") for split_by in ("care_unit", "era")
+    )
+}
+TASKS = OPEN_TASKS | MIMIC_TASKS
 
 
 class Anchor(NamedTuple):

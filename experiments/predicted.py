@@ -1,0 +1,116 @@
+"""Predicted against measured: the accuracy estimate (T3) beside the excess, and mu beside dp_accounting's epsilon.
+
+    python -m experiments.predicted
+
+For each task, model, n and epsilon, one release per seed: the excess of the quadratic loss per record that the noise
+cost, over its predicted mean, against the law chi2_k / k; and the epsilon that dp_accounting's PLD accountant finds for
+the certificate's mu. The measured excess is **not private**: it is shown because the data is open. Writes predicted.csv
+and predicted.png into --out.
+"""
+
+import argparse
+import csv
+import pathlib
+
+import jax
+import matplotlib
+import numpy as np
+from dp_accounting import NeighboringRelation
+from dp_accounting.pld import PLDAccountant
+from scipy.stats import chi2
+from tqdm import tqdm
+
+import qexp_jax
+from experiments import models, tasks
+from experiments.arena import RESULTS, record_run, subsample
+from experiments.data import run_cli
+from qexp_jax import privacy
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+COLUMNS = (
+    "task model n epsilon delta seed k mu accountant_epsilon predicted_excess quantile_05 quantile_95 measured_excess"
+).split()
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=pathlib.Path, default=tasks.data_dir(), help="default: $QEXP_DATA")
+    parser.add_argument("--cache-dir", type=pathlib.Path, default=tasks.cache_dir(), help="default: $QEXP_CACHE")
+    parser.add_argument("--tasks", nargs="+", default=list(tasks.OPEN_TASKS), choices=list(tasks.TASKS))
+    parser.add_argument("--models", nargs="+", default=list(models.MODELS), choices=list(models.MODELS))
+    parser.add_argument("--sizes", nargs="+", type=int, default=[1000])
+    parser.add_argument("--epsilons", nargs="+", type=float, default=[0.1, 1.0, 8.0])
+    parser.add_argument("--delta", type=float, default=1e-5)
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    return parser.parse_args(argv)
+
+
+def row_of(anchor, model_name, n, epsilon, delta, seed):
+    """One release, its first round's prediction and what the noise really cost."""
+    private = subsample(anchor, n, seed)
+    release, infos = qexp_jax.fine_tune(
+        jax.random.key(seed), anchor.model.loss_fn, anchor.params,
+        public=anchor.split.public, private=private, epsilon=epsilon, delta=delta, diagnostics=True,
+    )  # fmt: skip
+    k, count, noise_std = infos[0].plan.subspace.dim, len(private["label"]), infos[0].noise_std
+    mu = release.certificate["mu"]
+    predicted = qexp_jax.accuracy.expected_excess(k, noise_std, count)
+    low, high = (qexp_jax.accuracy.excess_quantile(p, k, noise_std, count) for p in (0.05, 0.95))
+    found = (mu, accountant_epsilon(mu, delta), predicted, low, high, float(infos[0].excess_loss))
+    labels = (anchor.task.name, model_name, count, epsilon, delta, seed, k)
+    return dict(zip(COLUMNS, (*labels, *(float(f"{x:.6g}") for x in found)), strict=True))
+
+
+def accountant_epsilon(mu, delta):
+    """dp_accounting's epsilon of one release."""
+    accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE)
+    return accountant.compose(privacy.dp_event([mu])).get_epsilon(delta)
+
+
+def figure(rows, path):
+    """Each release's excess over its predicted mean, with the 90 % band of the law at its k."""
+    groups = sorted({(r["task"], r["model"], r["n"], r["epsilon"]) for r in rows})
+    fig, axis = plt.subplots(figsize=(10, 0.32 * len(groups) + 1.5), layout="constrained")
+    for y, group in enumerate(groups):
+        mine = [r for r in rows if (r["task"], r["model"], r["n"], r["epsilon"]) == group]
+        for r in mine:
+            axis.fill_betweenx(
+                [y - 0.4, y + 0.4], *chi2.ppf([0.05, 0.95], r["k"]) / r["k"], color="tab:blue", alpha=0.03
+            )
+        axis.plot([r["measured_excess"] / r["predicted_excess"] for r in mine], [y] * len(mine), "k.", ms=4)
+    axis.axvline(1, color="tab:blue")
+    axis.set_yticks(range(len(groups)), [f"{t} {m}  n={n}  ε={e:g}" for t, m, n, e in groups], fontsize=8)
+    inside = np.mean([r["quantile_05"] <= r["measured_excess"] <= r["quantile_95"] for r in rows])
+    axis.set(xlabel="measured / predicted excess loss (bands: predicted 90 %)")
+    axis.set_title(f"{inside:.0%} of {len(rows)} releases inside their 90 % interval")
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    pairs = [(t, m) for t in args.tasks for m in args.models if m in tasks.TASKS[t].pretraining]
+    rows = []
+    with tqdm(total=len(pairs) * len(args.sizes) * len(args.epsilons) * args.seeds, unit="release") as progress:
+        for task, model_name in pairs:
+            anchor = tasks.make_anchor(tasks.TASKS[task], model_name, args.data_dir, args.cache_dir)
+            for n in args.sizes:
+                for epsilon in args.epsilons:
+                    for seed in range(args.seeds):
+                        rows.append(row_of(anchor, model_name, n, epsilon, args.delta, seed))
+                        progress.update()
+    args.out.mkdir(parents=True, exist_ok=True)
+    with (args.out / "predicted.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    record_run(args.out / "predicted_runs.json", "experiments.predicted")
+    figure(rows, args.out / "predicted.png")
+    print(f"wrote predicted.csv and predicted.png into {args.out}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,141 @@
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from experiments import report
+
+QEXP, FIRST, SECOND = [0.80, 0.84, 0.85], [0.79, 0.80, 0.86], [0.70, 0.95, 0.70]
+
+
+def runs(method, metrics, *, epsilon=1.0, n=250, task="toy", model="linear", seeds=None):
+    """The CSV's rows of one method in one cell."""
+    fixed = dict.fromkeys(report.COLUMNS, 1) | {"delta": 1e-5, "metric_name": "accuracy", "seconds": 0.1}
+    cell = {"task": task, "model": model, "n": n, "epsilon": epsilon, "method": method}
+    seeds = range(len(metrics)) if seeds is None else seeds
+    return [fixed | cell | {"seed": seed, "metric": metric} for seed, metric in zip(seeds, metrics, strict=True)]
+
+
+def table(*groups):
+    return pd.DataFrame([row for group in groups for row in group])
+
+
+def grid():
+    """Two models, two n, two epsilons, with losses, a cell without ours, one without rivals, one with one seed."""
+    cells = [(model, n, epsilon) for model in ("linear", "mlp") for n in (250, 1000) for epsilon in (0.5, 8.0)]
+    groups = []
+    for i, (model, n, epsilon) in enumerate(cells):
+        at = {"model": model, "n": n, "epsilon": epsilon}
+        groups += [runs("qexp", np.add(QEXP, 0.01 * (i - 3))[: 1 if i == 7 else 3], **at)] if i != 2 else []
+        groups += [runs("dp_gd", FIRST, **at), runs("adassp", SECOND, **at)] if i != 5 else []
+    for model, n in {cell[:2] for cell in cells}:
+        at = {"model": model, "n": n, "epsilon": math.inf}
+        groups += [runs("zero_shot", [0.7] * 3, **at), runs("non_private", [0.9] * 3, **at)]
+    return table(*groups)
+
+
+def page_of(df):
+    return report.page(df, report.cells(df))
+
+
+def render(df, folder):
+    df.to_csv(folder / "arena.csv", index=False)
+    report.main(["--results", str(folder)])
+    return (folder / "arena.md").read_text()
+
+
+def test_the_paired_difference_and_its_error_are_those_computed_by_hand():
+    # Our seed 3 has no partner: the differences are 0.01, 0.04, -0.01.
+    df = table(runs("qexp", [*QEXP, 0.1]), runs("dp_gd", FIRST))
+    cell = report.cells(df).iloc[0]
+    assert cell["seeds"] == 3
+    assert cell["difference"] == pytest.approx(0.04 / 3)
+    assert cell["difference_se"] == pytest.approx(math.sqrt((0.01**2 + 0.08**2 + 0.07**2) / 9 / 2 / 3))
+    assert cell["ours"] == pytest.approx((0.80 + 0.84 + 0.85 + 0.1) / 4)
+    assert cell["verdict"] == "within 2 SE"
+
+
+def test_seeds_are_paired_by_number_and_not_by_order():
+    df = table(runs("qexp", QEXP[::-1], seeds=[2, 1, 0]), runs("dp_gd", np.subtract(QEXP, 0.01)))
+    cell = report.cells(df).iloc[0]
+    assert cell["difference_se"] == pytest.approx(0, abs=1e-12) and cell["verdict"] == "ahead"
+
+
+def test_the_best_rival_is_the_one_with_the_highest_mean():
+    cell = report.cells(table(runs("qexp", QEXP), runs("dp_gd", FIRST), runs("adassp", SECOND))).iloc[0]
+    assert cell["rival"] == "dp_gd" and cell["best"] == pytest.approx(np.mean(FIRST))
+
+
+def test_a_single_seed_has_no_standard_error_and_decides_nothing():
+    df = table(runs("qexp", [0.9]), runs("dp_gd", [0.8]), runs("zero_shot", [0.7], epsilon=math.inf))
+    cell = report.cells(df).iloc[0]
+    assert math.isnan(cell["difference_se"]) and cell["verdict"] == "undecided"
+    assert "+0.1000 ± n/a" in page_of(df)
+
+
+def test_a_loss_is_marked():
+    df = table(runs("qexp", np.subtract(FIRST, 0.02)), runs("dp_gd", FIRST))
+    assert "-0.0200 ± 0.0000 | **behind**" in page_of(df)
+
+
+@pytest.mark.parametrize(("drop", "below"), [(0.0029, False), (0.0031, True), (-0.1, False)])
+def test_ours_is_below_zero_shot_when_it_loses_more_than_noise_and_the_smallest_drop(drop, below):
+    df = table(runs("qexp", [0.7 - drop] * 2), runs("zero_shot", [0.7] * 2, epsilon=math.inf))
+    assert report.cells(df).iloc[0]["below_zero_shot"] == below
+
+
+def test_a_drop_below_zero_shot_within_its_noise_is_not_flagged():
+    df = table(runs("qexp", [0.5, 0.9, 0.65]), runs("zero_shot", [0.7] * 3, epsilon=math.inf))
+    assert not report.cells(df).iloc[0]["below_zero_shot"]
+
+
+def test_missing_cells_are_listed():
+    page = page_of(grid())
+    missing = page.partition("## Missing")[2]
+    assert "- toy, linear, n = 1000, epsilon = 0.5: no qexp\n" in missing
+    assert "- toy, mlp, n = 250, epsilon = 8: no rivals\n" in missing
+    assert "6 of 8 cells compared, 2 missing" in page
+
+
+def test_a_cell_that_lacks_one_rival_says_so():
+    df = table(runs("qexp", QEXP), runs("dp_gd", FIRST), runs("adassp", SECOND, epsilon=8.0))
+    missing = page_of(df).partition("## Missing")[2]
+    assert "epsilon = 1: without adassp" in missing and "epsilon = 8: no qexp" in missing
+
+
+def test_the_summary_counts_every_verdict_once():
+    df = grid()
+    counts = report.cells(df)["verdict"].value_counts()
+    line = next(line for line in page_of(df).splitlines() if line.startswith("| all"))
+    found = [int(text) for text in line.split("|")[2:7]]
+    assert found == [6, *(counts.get(verdict, 0) for verdict in report.VERDICTS)] and sum(found[1:]) == 6
+
+
+def test_main_writes_the_page_and_three_pictures(tmp_path):
+    render(grid(), tmp_path)
+    written = {path.name for path in tmp_path.iterdir() if path.stat().st_size > 0}
+    assert written == {"arena.csv", "arena.md", "arena_epsilon.png", "arena_time.png", "arena_gain.png"}
+
+
+def test_a_model_of_which_only_zero_shot_has_run_is_reported_as_missing(tmp_path):
+    df = table(runs("qexp", QEXP), runs("dp_gd", FIRST), runs("zero_shot", [0.7], epsilon=math.inf, model="cnn"))
+    assert "- toy, cnn, n = 250, epsilon = 1: no qexp, no rivals" in render(df, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty"),
+        ("task,model\ntoy,linear\n", r"lacks the columns \['n', 'epsilon'"),
+        (",".join(report.COLUMNS) + "\n", "header without rows"),
+        (table(runs("qexp", QEXP)).to_csv(index=False) + "toy,linear,250\n", "half-written.* in line 5"),
+        (table(runs("qexp", QEXP), runs("qexp", QEXP)).to_csv(index=False), "already in line 5"),
+        (table(runs("zero_shot", QEXP, epsilon=math.inf)).to_csv(index=False), "no rows of a private method"),
+    ],
+)
+def test_malformed_files_are_refused(tmp_path, content, message):
+    path = tmp_path / "arena.csv"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        report.read(path)
