@@ -115,5 +115,5 @@ def useful_dimension(
     """
     dims = np.arange(1, len(second_moments) + 1)
     net = second_moments / (2 * signal_records) - dims * noise_std**2 / (2 * num_units**2)
-    ladder = [k for k in dims if k == len(dims) or k & (k - 1) == 0 or k % 3 == 0 and (k // 3) & (k // 3 - 1) == 0]
+    ladder = [k for k in dims if k == len(dims) or k & (k - 1) == 0 or (k % 3 == 0 and (k // 3) & (k // 3 - 1) == 0)]
     return int(max(ladder, key=lambda k: net[k - 1])), net

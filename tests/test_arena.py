@@ -1,0 +1,141 @@
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+
+from experiments import ablation, arena, data, measure, methods, predicted, tasks
+
+PRETRAINING = {name: {"epochs": 1, "learning_rate": 1e-2, "batch_size": 32} for name in ("linear", "mlp")}
+
+
+def tiny_split(data_dir, cache_dir):
+    """Two clusters, of which the private ones lean."""
+    rng = np.random.default_rng(0)
+    parts = []
+    for shift in (0.0, 0.5, 0.5):
+        label = rng.integers(0, 2, 120)
+        x = rng.normal(size=(120, 4)) + 1.5 * label[:, None] + shift
+        parts.append({"x": x.astype(np.float32), "label": label.astype(np.int32)})
+    return data.Split(*parts, "tiny")
+
+
+@pytest.fixture(autouse=True)
+def tiny_task(monkeypatch, tmp_path):
+    tiny = {"tiny": tasks.Task("tiny", "auroc", 1, PRETRAINING, tiny_split)}
+    monkeypatch.setattr(tasks, "TASKS", tiny)
+    monkeypatch.setattr(tasks, "OPEN_TASKS", tiny)
+    monkeypatch.setattr(methods, "MAX_STEPS", 6)
+    monkeypatch.setattr(methods, "MIN_BATCH", 8)
+    for name, starts in (("dp_gd", [(0, 1, 0)]), ("dp_adam_all", [(-1, 0, -3, 0)]), ("dp_sgd_bias", [(-1, 0, 1, 0)])):
+        few = methods.METHODS[name]._replace(starts=lambda n, starts=starts: starts)
+        monkeypatch.setitem(methods.METHODS, name, few)
+    monkeypatch.setattr(methods, "NON_PRIVATE_EPOCHS", 2)
+    tasks.load_split.cache_clear()
+    monkeypatch.setattr(arena, "climb", lambda score, starts, allowed: max(starts, key=score))
+    yield
+    tasks.load_split.cache_clear()
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def run(tmp_path, *extra):
+    arena.main(["--models", "linear", "--sizes", "60", "--epsilons", "1", "8", "--seeds", "2",
+                "--out", str(tmp_path), "--data-dir", str(tmp_path), "--cache-dir", str(tmp_path), *extra])  # fmt: skip
+    return rows_of(tmp_path / "arena.csv")
+
+
+def test_the_arena_writes_every_method_with_paired_seeds_and_its_provenance(tmp_path):
+    rows = run(tmp_path, "--methods", "qexp", "zero_shot", "non_private", "dp_gd", "objective_perturbation", "adassp")
+    assert list(rows[0]) == arena.COLUMNS
+    private = {"qexp", "dp_gd", "objective_perturbation", "adassp"}
+    expected = {(m, e, s) for m in private for e in (1.0, 8.0) for s in (0, 1)}
+    expected |= {(m, math.inf, s) for m in ("zero_shot", "non_private") for s in (0, 1)}
+    assert {(r["method"], float(r["epsilon"]), int(r["seed"])) for r in rows} == expected
+    assert len(rows) == len(expected)
+    assert all(0 <= float(r["metric"]) <= 1 and float(r["seconds"]) >= 0 and int(r["peak_bytes"]) > 0 for r in rows)
+    chosen = [json.loads(r["settings"]) for r in rows if r["method"] == "dp_gd"]
+    assert all(s["sampling_prob"] == 1 and s["steps"] == 5 for s in chosen)
+    (entry,) = json.loads((tmp_path / "arena_runs.json").read_text())
+    assert "experiments.arena" in entry["command"] and entry["versions"]["jax_privacy"]
+
+
+def test_a_second_run_computes_nothing(tmp_path, monkeypatch):
+    first = run(tmp_path, "--methods", "qexp", "zero_shot")
+    monkeypatch.setattr(arena, "group_rows", None)
+    assert run(tmp_path, "--methods", "qexp", "zero_shot") == first
+
+
+def test_two_processes_share_the_work_without_overlap(tmp_path):
+    options = ["--methods", "zero_shot", "adassp", "--data-dir", str(tmp_path), "--cache-dir", str(tmp_path)]
+    parts = [
+        arena.columns_of_work(
+            arena.parse_args([*options, "--models", "linear", "--sizes", "50", "100", "--part", part])
+        )
+        for part in ("0/2", "1/2")
+    ]
+    assert len(parts[0] + parts[1]) == len(set(parts[0] + parts[1])) == 4
+
+
+def test_every_network_rival_runs(tmp_path):
+    out = ["--methods", "dp_adam_all", "dp_sgd_bias", "--models", "mlp", "--epsilons", "8"]
+    rows = run(tmp_path, *out)
+    assert {(r["method"], r["noisy_steps"]) for r in rows} == {("dp_adam_all", "5"), ("dp_sgd_bias", "5")}
+
+
+def test_methods_see_the_same_private_records():
+    anchor = tasks.make_anchor(tasks.TASKS["tiny"], "linear", None, None)
+    a, b, c = (arena.subsample(anchor, 40, seed) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(a["x"], b["x"])
+    assert not np.array_equal(a["x"], c["x"])
+
+
+def test_sizes_beyond_the_task_fall_away():
+    assert arena.sizes_of(4084, [250, 1000, 4000, 10_000]) == [250, 1000, 4000]
+    assert arena.sizes_of(100, [250, 1000]) == [100]
+
+
+def test_another_table_is_not_appended_to(tmp_path):
+    (tmp_path / "arena.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="expected the columns"):
+        run(tmp_path, "--methods", "zero_shot")
+
+
+def test_compilation_is_told_apart_from_running():
+    import jax
+    import jax.numpy as jnp
+
+    f = jax.jit(lambda x: jnp.linalg.svd(x @ x.T)[1])
+    with measure.measured() as first:
+        f(jnp.ones((30, 30))).block_until_ready()
+    with measure.measured() as second:
+        f(jnp.ones((30, 30))).block_until_ready()
+    assert first.compile_seconds > 10 * second.compile_seconds and first.peak_bytes > 0
+
+
+def test_bad_input_ends_a_script_with_a_message(tmp_path):
+    def main():
+        raise FileNotFoundError("No set-a.tar.gz in X. Get it from Y.")
+
+    with pytest.raises(SystemExit, match=r"error: No set-a.tar.gz in X. Get it from Y."):
+        data.run_cli(main)
+
+
+def test_the_ablation_covers_every_kind_of_subspace(tmp_path):
+    ablation.main(["--tasks", "tiny", "--dims", "4", "--n", "60", "--seeds", "1", "--out", str(tmp_path),
+                   "--models", "mlp", "--data-dir", str(tmp_path), "--cache-dir", str(tmp_path)])  # fmt: skip
+    rows = rows_of(tmp_path / "ablation.csv")
+    assert {row["subspace"] for row in rows} == set(ablation.KINDS) and (tmp_path / "ablation.png").is_file()
+
+
+def test_predictions_are_compared_with_measurements_and_with_an_accountant(tmp_path):
+    predicted.main(["--tasks", "tiny", "--models", "linear", "--sizes", "60", "--epsilons", "1", "--seeds", "3",
+                    "--out", str(tmp_path), "--data-dir", str(tmp_path), "--cache-dir", str(tmp_path)])  # fmt: skip
+    rows = rows_of(tmp_path / "predicted.csv")
+    assert all(float(row["accountant_epsilon"]) == pytest.approx(1.0, abs=1e-3) for row in rows)
+    ratios = [float(row["measured_excess"]) / float(row["predicted_excess"]) for row in rows]
+    assert 0.01 < np.mean(ratios) < 10 and (tmp_path / "predicted.png").is_file()
