@@ -1,9 +1,16 @@
 # Each target sets up what it needs: a virtual environment in .venv with the extras of pyproject.toml.
+# QEXP_DATA names the folder with mnist/ and physionet2012/; see experiments/README.md. ARGS reach the script.
 PYTHON ?= python3
 BIN := .venv/bin
-DATA ?= ../shared/data
+export QEXP_DATA ?= $(if $(wildcard ../shared/data),$(abspath ../shared/data),$(HOME)/.cache/qexp_jax/data)
+ARENA := $(BIN)/python -m experiments.arena
+REPORT := $(BIN)/python -m experiments.report
+OUT := experiments/out
+ONE_TASK := --sizes 1000 --epsilons 0.5 1 8 --seeds 3
+FEW_RIVALS := --methods qexp zero_shot non_private dp_gd dp_sgd_all dp_adam_last objective_perturbation
+MIMIC_TASKS := mimic_mortality_by_care_unit mimic_long_stay_by_care_unit mimic_mortality_by_era mimic_long_stay_by_era
 
-.PHONY: demo test lint clean
+.PHONY: demo compare compare-full mnist mimic ablation predicted report test lint clean
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -14,8 +21,42 @@ DATA ?= ../shared/data
 demo: .venv/ready
 	$(BIN)/python -m experiments.demo $(ARGS)
 
+# A representative part of the arena: at most a quarter of an hour on two cores.
+compare: .venv/ready
+	$(ARENA) --tasks physionet_icu mnist_writers --models linear mlp --sizes 1000 --epsilons 1 8 --seeds 3 \
+	  $(FEW_RIVALS) --out $(OUT)/compare $(ARGS)
+	$(REPORT) --results $(OUT)/compare
+
+# The whole grid, by two processes, overnight; started again, it goes on where it stopped.
+compare-full: .venv/ready
+	$(ARENA) --part 0/2 $(ARGS) & $(ARENA) --part 1/2 $(ARGS); wait
+	$(REPORT)
+
+mnist: .venv/ready
+	$(ARENA) --tasks mnist_writers $(ONE_TASK) $(FEW_RIVALS) --out $(OUT)/mnist $(ARGS)
+	$(REPORT) --results $(OUT)/mnist
+
+# DATA=<directory of MIMIC-III or MIMIC-IV> for users with credentials.
+mimic: .venv/ready
+ifdef DATA
+	$(ARENA) --tasks $(MIMIC_TASKS) --data-dir $(DATA) $(ONE_TASK) $(FEW_RIVALS) --out $(OUT)/mimic $(ARGS)
+else
+	@echo "No DATA=<directory of MIMIC-III or MIMIC-IV>: running the open stand-in, PhysioNet 2012 (stays of MIMIC-II)."
+	$(ARENA) --tasks physionet_icu $(ONE_TASK) $(FEW_RIVALS) --out $(OUT)/mimic $(ARGS)
+endif
+	$(REPORT) --results $(OUT)/mimic
+
+ablation: .venv/ready
+	$(BIN)/python -m experiments.ablation $(ARGS)
+
+predicted: .venv/ready
+	$(BIN)/python -m experiments.predicted $(ARGS)
+
+report: .venv/ready
+	$(REPORT) $(ARGS)
+
 test: .venv/ready
-	QEXP_DATA="$${QEXP_DATA:-$(abspath $(DATA))}" $(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -23,4 +64,4 @@ lint: .venv/ready
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv experiments/out
+	rm -rf .venv $(OUT)

@@ -65,7 +65,7 @@ def sizes_of(available: int, sizes: list[int]) -> list[int]:
 
 
 def columns_of_work(args) -> list[tuple[str, str, int, str]]:
-    """(task, model, n, method): a process works through the epsilons of one, each search warm-started by the last."""
+    """(task, model, n, method), small n first: each search is warm-started by the one at the epsilon before."""
     pairs = [
         (task, model) for model in args.models for task in args.tasks if model in tasks.TASKS[task].pretraining
     ]  # fmt: skip
@@ -75,7 +75,7 @@ def columns_of_work(args) -> list[tuple[str, str, int, str]]:
         names = [name for name in args.methods if model in METHODS[name].models]
         work += [(task, model, n, name) for n in sizes_of(available, args.sizes) for name in names]
     part, parts = map(int, args.part.split("/"))
-    return work[part::parts]
+    return sorted(work, key=lambda column: column[2])[part::parts]
 
 
 def subsample(anchor: tasks.Anchor, n: int, seed: int) -> dict[str, np.ndarray]:
