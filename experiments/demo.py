@@ -71,7 +71,7 @@ def run(args, split, pretrain_settings):
 
 
 class Stopwatch:
-    """Seconds of each stage that `fine_tune` announces, compilation included."""
+    """Seconds of each stage that `fine_tune` announces, over all rounds, compilation included."""
 
     def __init__(self):
         """Starts with no stage."""
@@ -81,9 +81,10 @@ class Stopwatch:
         """Ends the stage before and begins this one."""
         now = time.perf_counter()
         if self._stage is not None:
-            self.seconds[f"  of it {self._stage}"] = round(now - self._start, 2)
-        if stage_name != "done":
-            print(f"  {stage_name} ...", flush=True)
+            name = f"  of it {self._stage}"
+            if name not in self.seconds:
+                print(f"  {self._stage} ...", flush=True)
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + now - self._start, 2)
         self._stage, self._start = stage_name, now
 
 
@@ -98,12 +99,8 @@ def stage(name, seconds):
 
 def summarise(trained, release, info, split, seconds):
     """The figures of `metrics.json`."""
-    round_ = release.certificate["per_round"][0]
-    k, noise_std, n = (
-        round_["subspace_dim"],
-        round_["l2_clip_norm"] * round_["noise_multiplier"],
-        split_size(split),
-    )
+    certificate, n = release.certificate, split_size(split)
+    k, noise_std = certificate["subspace_dim"], certificate["l2_clip_norm"] * certificate["noise_multiplier"]
     return {
         "split": split.description,
         "num_public": len(split.public["label"]),
@@ -113,7 +110,7 @@ def summarise(trained, release, info, split, seconds):
             name: models.evaluate(MODEL, params, split.test, "accuracy") for name, params in trained.items()
         },
         "predicted_excess_loss": {
-            "mean": round_["expected_excess_loss"],
+            "mean": certificate["expected_excess_loss_per_round"],
             "quantile_05": qexp_jax.accuracy.excess_quantile(0.05, k, noise_std, n),
             "quantile_95": qexp_jax.accuracy.excess_quantile(0.95, k, noise_std, n),
         },
@@ -147,14 +144,16 @@ def figure(trained, release, info, split, metrics, path):
     bars.set(xlabel="digit (public images of it)", ylabel="test accuracy", ylim=(0, 1.19))
     bars.set_xticks(range(10), [f"{digit}\n({count})" for digit, count in enumerate(counts)])
     epsilon, delta = release.certificate["epsilon"], release.certificate["delta"]
-    bars.set_title(f"One private draw, ε = {epsilon:g}, δ = {delta:g}, N = {metrics['num_private']}")
+    bars.set_title(
+        f"{release.certificate['rounds']} private draws, ε = {epsilon:g}, δ = {delta:g}, N = {metrics['num_private']}"
+    )
     bars.legend(loc="upper center", ncols=3)
     k, mean = release.certificate["subspace_dim"], metrics["predicted_excess_loss"]["mean"]
     x = np.linspace(*chi2.ppf([1e-4, 1 - 1e-4], k), 200)
     law.fill_between(x * mean / k, chi2.pdf(x, k) * k / mean, color="tab:blue", alpha=0.3, label="predicted law")
     law.axvline(float(info.excess_loss), color="k", label="measured (open data only)")
     law.set(xlabel="loss per record that the noise costs", yticks=[], ylim=(0, None))
-    law.set_title(f"Excess of the quadratic, k = {k}")
+    law.set_title(f"Excess of the first draw, k = {k}")
     law.legend(loc="upper right", fontsize="small")
     fig.savefig(path, dpi=120)
     plt.close(fig)
@@ -169,7 +168,7 @@ def report(metrics, certificate):
     print(f"  pretrained, zero-shot    {accuracy['zero_shot']:.3f}")
     print(f"  private                  {accuracy['private']:.3f}")
     print(f"  non-private reference    {accuracy['non_private']:.3f}")
-    print("\nexcess of the quadratic loss per record")
+    print("\nexcess of the first quadratic, loss per record")
     print(
         f"  predicted  {predicted['mean']:.2e}  "
         f"(90 %: {predicted['quantile_05']:.2e} to {predicted['quantile_95']:.2e})"
@@ -179,7 +178,7 @@ def report(metrics, certificate):
         f"\nprivacy: ({certificate['epsilon']:g}, {certificate['delta']:g})-DP, mu = {certificate['mu']:.4f}, "
         f"{certificate['neighboring_relation']} ({certificate['neighbors']}), unit: {certificate['privacy_unit']}, "
         f"N = {certificate['num_units']}, k = {certificate['subspace_dim']}, "
-        f"noise multiplier {certificate['noise_multiplier']:.3f}, {certificate['rounds']} round"
+        f"noise multiplier {certificate['noise_multiplier']:.3f}, {certificate['rounds']} rounds"
     )
     print("  the zero-shot, non-private and measured figures above use open data without privacy")
     print("\nseconds")

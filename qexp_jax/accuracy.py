@@ -7,10 +7,12 @@ minimiser of the quadratic is, per record, *exactly* distributed as
 
 with tails from the chi-square law (Laurent and Massart 2000 give the closed form). What the draw cannot know is bias:
 clipping, what lies outside the subspace, and the Taylor remainder of the quadratic; each has an estimate below that
-needs public data only. Mean, quantile and their consequence, how many directions carry more signal than noise,
-are ours; the abstract of arXiv:2605.20521 promises accuracy estimates without stating them.
+needs public data only. How much noise the public loss tolerates, and how much of a step a released gradient deserves,
+guide the rounds. All of it is ours; the abstract of arXiv:2605.20521 promises accuracy estimates without stating them.
 """
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,6 +23,9 @@ from scipy.stats import chi2
 from qexp_jax.curvature import mean_loss
 from qexp_jax.records import LossFn, Params, Record
 from qexp_jax.subspace import Subspace, displace
+
+_BISECTIONS = 24
+_ERRORS = 1.5
 
 
 def expected_excess(dim: int, noise_std: float, num_units: int) -> float:
@@ -94,26 +99,45 @@ def taylor_ratio(
     return jax.lax.map(change, steps) / quadratic
 
 
-def useful_dimension(
-    second_moments: np.ndarray, noise_std: np.ndarray, num_units: int, signal_records: int
-) -> tuple[int, np.ndarray]:
-    """How many leading directions to keep, from public gradients alone.
+def noise_tolerance(cost: Callable[[float], float], limit: float) -> float:
+    """The noise scale at which `cost`, the rise of a loss, reaches `limit`; by bisection on the host.
 
-    Suppose that the private mean gradient is as long as the mean of `signal_records` public gradients drawn at random.
-    The first k whitened directions then gain sum_{j<=k} E[vbar_j^2] / (2 signal_records) and cost
-    k (C_k z)^2 / (2 N^2).
+    A cost that is not finite counts as too high.
+
+    >>> round(noise_tolerance(lambda scale: scale**2, limit=0.01), 4)
+    0.1
+    """
+    low, high = 1e-8, 1e4
+    for _ in range(_BISECTIONS):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if cost(middle) <= limit else (low, middle)
+    return low
+
+
+def step_fraction(
+    mean: jax.Array,
+    noise_std: jax.Array | float,
+    directions: jax.Array,
+    rounds: jax.Array | int,
+    noise_cost: jax.Array | float,
+) -> jax.Array:
+    """How much of the planned step the released gradients deserve, in [0, 1]: post-processing, free of budget.
+
+    For a released mean g + s xi, |g + s xi|^2 - k s^2 estimates |g|^2, with error sqrt(2 k) s^2 where nothing but noise
+    is there. In the whitened norm |g|^2 is the gain of one step, so that T of them gain T |g|^2 and, scaled by a, gain
+    a T |g|^2 and cost a^2 times what the noise costs: best at a = T |g|^2 / (2 cost). One and a half
+    errors are subtracted for each of two blocks, the leading directions and the rest, so that noise alone seldom moves
+    anything.
 
     Args:
-      second_moments: (K,) cumulative sums of E[vbar_j^2] over the first k directions, clipped at C_k.
-      noise_std: (K,) C_k z.
-      num_units: N.
-      signal_records: the assumption; smaller means more signal.
-
-    Returns:
-      The best k >= 1 among K and the numbers of two binary digits (1, 2, 3, 4, 6, 8, 12, ...), so that repeated calls
-      share compiled shapes; and the predicted net gain for each k up to K.
+      mean: (k,) whitened mean gradient, averaged over the rounds released so far.
+      noise_std: s of that average.
+      directions: (r, k) orthonormal public directions where signal is expected.
+      rounds: T.
+      noise_cost: what the noise of all rounds costs in public loss.
     """
-    dims = np.arange(1, len(second_moments) + 1)
-    net = second_moments / (2 * signal_records) - dims * noise_std**2 / (2 * num_units**2)
-    ladder = [k for k in dims if k == len(dims) or k & (k - 1) == 0 or (k % 3 == 0 and (k // 3) & (k // 3 - 1) == 0)]
-    return int(max(ladder, key=lambda k: net[k - 1])), net
+    leading = jnp.matmul(directions, mean, precision=jax.lax.Precision.HIGHEST)
+    energy = jnp.array([jnp.sum(leading**2), jnp.sum(mean**2) - jnp.sum(leading**2)])
+    dims = np.array([len(directions), max(0, len(mean) - len(directions))])
+    signal = jnp.sum(jnp.maximum(energy - (dims + _ERRORS * np.sqrt(2 * dims)) * noise_std**2, 0))
+    return jnp.clip(rounds * signal / (2 * noise_cost), 0, 1)

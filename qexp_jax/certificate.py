@@ -1,6 +1,5 @@
 """The certificate: what is promised, to whom, and on which assumptions; JSON-able and free of private values."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -31,8 +30,8 @@ def make_certificate(
     relation: NeighboringRelation,
     num_units: int,
     unit: str,
-    noise_multipliers: Sequence[float],
-    plans: Sequence[Plan],
+    noise_multiplier: float,
+    plan: Plan,
 ) -> dict[str, Any]:
     """The dictionary that accompanies a release.
 
@@ -42,26 +41,15 @@ def make_certificate(
       relation: neighbouring relation.
       num_units: public N.
       unit: what one unit is, in words.
-      noise_multipliers: z of each round.
-      plans: public plan of each round.
+      noise_multiplier: z of each round.
+      plan: public plan of the rounds.
     """
-    mus = [privacy.mu_from_noise(z, relation) for z in noise_multipliers]
-    mu = privacy.compose(mus)
-    rounds = [
-        {
-            "mu": mu_t,
-            "noise_multiplier": z,
-            "l2_clip_norm": plan.l2_clip_norm,
-            "subspace": plan.subspace.name,
-            "subspace_dim": plan.subspace.dim,
-            "damping": plan.damping,
-            "expected_excess_loss": accuracy.expected_excess(plan.subspace.dim, plan.l2_clip_norm * z, num_units),
-            "public_evidence": dict(plan.evidence),
-        }
-        for mu_t, z, plan in zip(mus, noise_multipliers, plans, strict=True)
-    ]
+    mus = [privacy.mu_from_noise(noise_multiplier, relation)] * plan.rounds
+    mu, dim = privacy.compose(mus), plan.subspace.dim
+    excess = accuracy.expected_excess(dim, plan.l2_clip_norm * noise_multiplier, num_units)
     return {
-        "mechanism": "exponential mechanism with quadratic utility: one exact multivariate normal draw a round",
+        "mechanism": "exponential mechanism with quadratic utility: one exact multivariate normal draw a round; the "
+        "step is a function of released sums",
         "epsilon": epsilon,
         "delta": delta,
         "mu": mu,
@@ -70,11 +58,17 @@ def make_certificate(
         "neighbors": _NEIGHBOURS[relation],
         "privacy_unit": unit,
         "num_units": num_units,
-        "noise_multiplier": rounds[0]["noise_multiplier"],
-        "l2_clip_norm": rounds[0]["l2_clip_norm"],
-        "subspace_dim": rounds[0]["subspace_dim"],
-        "rounds": len(rounds),
-        "per_round": rounds,
+        "rounds": plan.rounds,
+        "mu_per_round": mus[0],
+        "noise_multiplier": noise_multiplier,
+        "l2_clip_norm": plan.l2_clip_norm,
+        "subspace": plan.subspace.name,
+        "subspace_dim": dim,
+        "precision_rank": len(plan.precision.arrays[2]),
+        "damping": plan.damping,
+        "expected_excess_loss_per_round": excess,
+        "noise_cost": plan.noise_cost,
+        "public_evidence": dict(plan.evidence),
         "assumptions": list(_ASSUMPTIONS),
         "jax_version": jax.__version__,
     }

@@ -1,8 +1,9 @@
-"""The one call: public plan, private pass, exact draw, certificate; a few rounds of it where asked for.
+"""The one call: a public plan, then rounds of private pass and exact draw, and a certificate.
 
-**Rounds (T6).** Round t expands at the parameters that round t - 1 released; its plan depends on public data and
-earlier releases only, so that the rounds compose adaptively to `mu^2 = sum mu_t^2`. Their number and the even split are
-fixed before the first.
+**Rounds (T6).** Round t expands at the parameters that the rounds before released, with the plan's precision and clip
+norm, so that the rounds compose adaptively to `mu^2 = sum mu_t^2`. Their number and the even split are fixed by public
+data before the first. What a round does with its draw is post-processing (T5): it takes the fraction of the step that
+the sums released so far deserve, down to nothing where they look like noise (`accuracy.step_fraction`).
 """
 
 import functools
@@ -15,6 +16,7 @@ from dp_accounting import NeighboringRelation
 
 from qexp_jax import mechanism, privacy, validation
 from qexp_jax import subspace as subspaces
+from qexp_jax.accuracy import step_fraction
 from qexp_jax.certificate import make_certificate
 from qexp_jax.clipping import ClipInfo, clipped_sum
 from qexp_jax.gradients import Mode
@@ -44,6 +46,7 @@ class RoundInfo(NamedTuple):
       quadratic: the utility with the exact clipped sum.
       noise_std: C z.
       w: the draw.
+      fraction: the share of it that was taken.
       excess_loss: how much of the quadratic's best loss per record the noise cost; reveals |xi|.
       clip_info: counts of clipped and non-finite units.
     """
@@ -52,6 +55,7 @@ class RoundInfo(NamedTuple):
     quadratic: Quadratic
     noise_std: float
     w: jax.Array
+    fraction: jax.Array
     excess_loss: jax.Array
     clip_info: ClipInfo
 
@@ -60,10 +64,16 @@ _clipped_sum = jax.jit(clipped_sum, static_argnames=("loss_fn", "microbatch_size
 
 
 @jax.jit
-def _draw_and_move(key, params, subspace, quadratic, noise_std):
-    w = mechanism.draw(key, quadratic, noise_std)
+def _draw_and_move(key, params, subspace, quadratic, noise_std, released, done, rounds, noise_cost):
+    """One draw, and the parameters moved by the fraction of it that the mean of all released gradients deserves."""
+    noisy = mechanism.noisy_sum(key, quadratic.whitened_sum, noise_std)
+    w = mechanism.release_step(quadratic, noisy)
     excess = mechanism.excess_utility(quadratic, w) / quadratic.num_units
-    return w, subspaces.displace(subspace, params, w), excess
+    released = released + noisy
+    scale = 1 / ((done + 1) * quadratic.num_units)
+    directions = quadratic.precision.arrays[1]
+    fraction = step_fraction(released * scale, noise_std * jnp.sqrt(done + 1) * scale, directions, rounds, noise_cost)
+    return w, fraction, subspaces.displace(subspace, params, fraction * w), excess, released
 
 
 def fine_tune(
@@ -80,7 +90,7 @@ def fine_tune(
     unit_ids: Any = None,
     public_unit_ids: Any = None,
     max_records_per_unit: int | None = None,
-    rounds: int = 1,
+    rounds: int | None = None,
     subspace: Subspace | None = None,
     subspace_dim: int | None = None,
     damping: float | None = None,
@@ -107,11 +117,11 @@ def fine_tune(
         a unit.
       public_unit_ids: the same for the public records; only the clip norm uses them.
       max_records_per_unit: public cap on the records that a unit contributes.
-      rounds: releases, each with mu/sqrt(rounds); fixed in advance.
-      subspace: public subspace to tune in, in place of the chosen one.
-      subspace_dim: k of the chosen one, in place of the choice by signal and noise.
+      rounds: releases, each with mu/sqrt(rounds), in place of the number that the plan chooses.
+      subspace: public subspace to tune in, in place of all parameters.
+      subspace_dim: tune in the leading public eigenspace of this dimension.
       damping: lambda > 0 in units of curvature, public.
-      l2_clip_norm: C > 0 in the whitened norm, public.
+      l2_clip_norm: C > 0 in the norm |M^{-1/2} g| of the plan's precision before its step, public.
       microbatch_size: private units held at a time.
       mode: `"reverse"` or `"forward"`, see `gradients.projected_gradients`.
       diagnostics: return `(release, [RoundInfo])`, where the second part is **not private**.
@@ -143,33 +153,40 @@ def fine_tune(
     """
     validation.check_key(key)
     layout = _layout(params, subspace, subspace_dim)
-    mu = privacy.mu_from_budget(epsilon, delta) / _check_settings(rounds, damping, l2_clip_norm, microbatch_size) ** 0.5
+    _check_settings(rounds, damping, l2_clip_norm, microbatch_size)
+    mu = privacy.mu_from_budget(epsilon, delta)
     private_n = neighboring_relation is NeighboringRelation.ADD_OR_REMOVE_ONE
     _check_data(loss_fn, layout, params, public, private, private_n)
     unit_fn, units = _units(loss_fn, private, unit_ids, max_records_per_unit)
     public_fn, public_units = _units(loss_fn, public, public_unit_ids, max_records_per_unit)
     num_units = _public_num_units(units, public_count, private_n)
-    noise_multiplier = privacy.noise_multiplier(mu, neighboring_relation)
-    plan_round = functools.partial(
-        make_plan,
-        loss_fn=loss_fn,
-        public=public,
-        clip_loss_fn=public_fn,
-        public_units=public_units,
+    plan_key, noise_key = jax.random.split(key)
+    _announce(progress, "public curvature")
+    plan = make_plan(
+        plan_key,
+        loss_fn,
+        subspaces.working(layout, params),
+        public,
+        public_fn,
+        public_units,
         num_units=num_units,
-        noise_multiplier=noise_multiplier,
+        noise_multiplier=privacy.noise_multiplier(mu, neighboring_relation),
+        rounds=rounds,
         subspace=subspace,
         subspace_dim=subspace_dim,
         damping=damping,
         l2_clip_norm=l2_clip_norm,
     )
+    noise_multiplier = privacy.noise_multiplier(mu / plan.rounds**0.5, neighboring_relation)
     private_pass = functools.partial(
         _clipped_sum, loss_fn=unit_fn, units=units, microbatch_size=microbatch_size, mode=mode
     )
-    anchor = subspaces.with_tuned_leaves(layout, params, subspaces.tuned_leaves(layout, params))
-    infos = []
-    for round_key in jax.random.split(key, rounds):
-        anchor, info = _round(round_key, anchor, plan_round, private_pass, num_units, noise_multiplier, progress)
+    anchor, infos = subspaces.working(layout, params), []
+    released = jnp.zeros(plan.subspace.dim, layout.dtype)
+    for done, round_key in enumerate(jax.random.split(noise_key, plan.rounds)):
+        anchor, released, info = _round(
+            round_key, anchor, plan, private_pass, num_units, noise_multiplier, released, done, progress
+        )
         infos.append(info)
     _announce(progress, "done", anchor)
     certificate = make_certificate(
@@ -178,26 +195,25 @@ def fine_tune(
         relation=neighboring_relation,
         num_units=num_units,
         unit="one record" if unit_ids is None else "all records with one unit id",
-        noise_multipliers=[noise_multiplier] * rounds,
-        plans=[info.plan for info in infos],
+        noise_multiplier=noise_multiplier,
+        plan=plan,
     )
     release = Release(_cast(layout, anchor), certificate)
     return (release, infos) if diagnostics else release
 
 
-def _round(key, anchor, plan_round, private_pass, num_units, noise_multiplier, progress):
-    """Plans in public, passes once over the private units, draws, and moves the anchor by the draw."""
-    plan_key, noise_key = jax.random.split(key)
-    _announce(progress, "public curvature")
-    plan = plan_round(plan_key, params=anchor)
-    _announce(progress, "private pass", plan)
+def _round(key, anchor, plan, private_pass, num_units, noise_multiplier, released, done, progress):
+    """Passes once over the private units, draws, and moves the anchor; `released` is the sum of earlier noisy sums."""
+    _announce(progress, "private pass", anchor)
     total, clip_info = private_pass(
         params=anchor, subspace=plan.subspace, precision=plan.precision, l2_clip_norm=plan.l2_clip_norm
     )
     _announce(progress, "draw", total)
     quadratic, noise_std = Quadratic(plan.precision, total, num_units), plan.l2_clip_norm * noise_multiplier
-    w, anchor, excess = _draw_and_move(noise_key, anchor, plan.subspace, quadratic, noise_std)
-    return anchor, RoundInfo(plan, quadratic, noise_std, w, excess, clip_info)
+    w, fraction, anchor, excess, released = _draw_and_move(
+        key, anchor, plan.subspace, quadratic, noise_std, released, done, plan.rounds, plan.noise_cost
+    )
+    return anchor, released, RoundInfo(plan, quadratic, noise_std, w, fraction, excess, clip_info)
 
 
 def _check_data(loss_fn, layout, params, public, private, private_n):
@@ -229,12 +245,11 @@ def _layout(params, subspace, subspace_dim):
 
 def _check_settings(rounds, damping, l2_clip_norm, microbatch_size):
     for name, value in (("rounds", rounds), ("microbatch_size", microbatch_size)):
-        if not (isinstance(value, int) and value >= 1):
+        if value is not None and not (isinstance(value, int) and value >= 1):
             raise ValueError(f"Expected an integer {name} >= 1, found {value}.")
     for name, value in (("damping", damping), ("l2_clip_norm", l2_clip_norm)):
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"Expected a finite {name} > 0, found {value}.")
-    return rounds
 
 
 def _units(loss_fn, records, unit_ids, max_records_per_unit):

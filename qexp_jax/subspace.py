@@ -136,6 +136,11 @@ def with_tuned_leaves(layout: Layout, params: Params, leaves: list[jax.Array]) -
     )
 
 
+def working(layout: Layout, params: Params) -> Params:
+    """The parameters with tuned leaves in the working precision, float32 for half-precision leaves."""
+    return with_tuned_leaves(layout, params, tuned_leaves(layout, params))
+
+
 def displace(subspace: Subspace, params: Params, w: jax.Array) -> Params:
     """theta + P w in the working precision; leaves that are not tuned stay as they are."""
     layout = subspace.layout
@@ -352,3 +357,30 @@ def compose(outer: Subspace, basis: jax.Array, *, orthonormal: bool = False, nam
         name=name or f"directions in {outer.name}",
         arrays=(outer, jnp.asarray(basis, outer.layout.dtype)),
     )
+
+
+_ORTHONORMALISED_UP_TO = 2048
+
+
+def orthonormalise(subspace: Subspace) -> Subspace:
+    """The same span with orthonormal columns, P L^{-T} for P^T P = L L^T; runs on the host.
+
+    Raises:
+      ValueError: if the columns are linearly dependent, or too many for a dense factorisation.
+    """
+    if subspace.orthonormal:
+        return subspace
+    if subspace.dim > _ORTHONORMALISED_UP_TO:
+        raise ValueError(f"Expected orthonormal columns where k > {_ORTHONORMALISED_UP_TO}, found k = {subspace.dim}.")
+    matrix = np.asarray(_gram(subspace), np.float64)
+    try:
+        basis = np.linalg.inv(np.linalg.cholesky(matrix)).T
+    except np.linalg.LinAlgError:
+        raise ValueError(
+            f"Expected linearly independent directions, found a singular P^T P, {matrix.shape=}."
+        ) from None
+    spanned = compose(subspace, jnp.asarray(basis, subspace.layout.dtype), name=subspace.name)
+    return dataclasses.replace(spanned, orthonormal=True)
+
+
+_gram = jax.jit(gram)

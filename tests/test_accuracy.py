@@ -66,11 +66,23 @@ def test_taylor_ratio_is_one_for_a_quadratic_loss_with_its_own_curvature():
     )
 
 
-def test_more_noise_keeps_fewer_directions():
-    moments, ones = np.cumsum(1 / np.arange(1, 51)), np.ones(50)
-    dims = [accuracy.useful_dimension(moments, z * ones, 100, 16)[0] for z in (0.1, 5.0, 10.0, 1000.0)]
-    assert dims[0] == 50 and dims[0] > dims[1] > dims[2] >= dims[3] == 1
-    assert set(dims[1:]) <= {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48}
+def test_the_tolerated_noise_is_where_the_cost_reaches_the_limit():
+    assert accuracy.noise_tolerance(lambda s: 3 * s**2, 0.012) == pytest.approx(0.0632456, rel=1e-4)
+    assert accuracy.noise_tolerance(lambda s: np.inf if s > 1 else 0.0, 0.1) == pytest.approx(1, rel=1e-4)
+    assert accuracy.noise_tolerance(lambda s: np.nan, 0.1) < 1e-7
+
+
+def test_a_gradient_deserves_its_step_and_noise_does_not():
+    directions = jnp.eye(10)[:4]
+    noise = 0.1 * jax.random.normal(KEY, (500, 10))
+    taken = jax.vmap(lambda v: accuracy.step_fraction(v, 0.1, directions, 4, 0.05))(noise)
+    assert np.mean(np.asarray(taken) > 0) < 0.25
+    signal = noise + 2 * directions[0]
+    np.testing.assert_array_equal(
+        jax.vmap(lambda v: accuracy.step_fraction(v, 0.1, directions, 4, 0.05))(signal), 1
+    )  # fmt: skip
+    small = accuracy.step_fraction(0.3 * directions[0], 1e-6, directions, 4, 1.0)
+    np.testing.assert_allclose(small, 4 * 0.09 / 2, rtol=1e-4)
 
 
 def test_impossible_probabilities_are_refused():

@@ -42,8 +42,18 @@ def test_the_private_model_is_better_than_the_pretrained_one():
     def mean_loss(params):
         return jnp.mean(jax.vmap(regression_loss, in_axes=(None, 0))(params, private))
 
-    assert mean_loss(tune().params) < 0.7 * mean_loss({"w": jnp.ones(3)})
-    assert mean_loss(tune(rounds=4, epsilon=8.0).params) < mean_loss(tune(epsilon=8.0).params)
+    assert mean_loss(tune().params) < 0.9 * mean_loss({"w": jnp.ones(3)})
+    assert mean_loss(tune(epsilon=8.0).params) < 0.2 * mean_loss({"w": jnp.ones(3)})
+
+
+def test_where_there_is_nothing_but_noise_the_model_mostly_stays():
+    public = regression()["public"]
+    truth = {"w": jnp.arange(1.0, 4.0)}
+    stays = [
+        bool(jnp.all(tune(params=truth, key=jax.random.key(i), private=public, epsilon=0.5).params["w"] == truth["w"]))
+        for i in range(20)
+    ]
+    assert sum(stays) >= 14
 
 
 def test_certificate_is_json_complete_and_rederives_the_budget():
@@ -52,7 +62,8 @@ def test_certificate_is_json_complete_and_rederives_the_budget():
     assert set(required.split()) <= set(certificate)
     assert len(certificate["assumptions"]) >= 4 and certificate["num_units"] == 400
     np.testing.assert_allclose(privacy.epsilon_from_mu(certificate["mu"], 1e-5), 1.0, rtol=1e-9)
-    mus = [1 / r["noise_multiplier"] for r in certificate["per_round"]]
+    assert certificate["rounds"] == 2
+    mus = [1 / certificate["noise_multiplier"]] * 2
     np.testing.assert_allclose(privacy.compose(mus), certificate["mu"], rtol=1e-12)
 
 
@@ -73,17 +84,17 @@ def test_under_add_or_remove_nothing_but_the_draw_sees_the_true_number():
 
 
 def test_diagnostics_are_apart_and_measure_the_excess():
-    release, info = tune(diagnostics=True)
+    release, info = tune(diagnostics=True, rounds=1)
     assert release._fields == ("params", "certificate")
     assert info[0].excess_loss > 0 and info[0].clip_info.num_units == 400
-    moved = subspace.displace(info[0].plan.subspace, {"w": jnp.ones(3)}, info[0].w)
+    moved = subspace.displace(info[0].plan.subspace, {"w": jnp.ones(3)}, info[0].fraction * info[0].w)
     np.testing.assert_allclose(moved["w"], release.params["w"], rtol=1e-5)
 
 
 def test_progress_names_the_stages_and_changes_nothing():
     stages = []
     watched = tune(rounds=2, progress=stages.append)
-    assert stages == ["public curvature", "private pass", "draw"] * 2 + ["done"]
+    assert stages == ["public curvature", *["private pass", "draw"] * 2, "done"]
     np.testing.assert_array_equal(watched.params["w"], tune(rounds=2).params["w"])
 
 
@@ -105,7 +116,7 @@ def test_repeated_calls_trace_the_loss_once_and_take_milliseconds():
     for seed in range(100):
         qexp_jax.fine_tune(jax.random.key(seed), loss, params, **data, **BUDGET)
     assert len(traces) == before
-    assert time.perf_counter() - start < 10  # 0.6 s on an idle core
+    assert time.perf_counter() - start < 30  # 3 s on an idle core
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -147,12 +158,27 @@ def test_a_given_subspace_is_used(make):
     assert np.any(release.params["layer"]["w"] != params["layer"]["w"])
 
 
-def test_a_large_model_gets_a_public_eigenspace():
+def test_all_parameters_are_tuned_unless_a_dimension_is_given():
     params = {"w": jnp.ones(700)}
-    release = tune(params=params, **regression(d=700))
-    assert "top eigenspace" in release.certificate["per_round"][0]["subspace"]
-    assert release.certificate["subspace_dim"] <= 48
-    assert tune(params=params, subspace_dim=5, **regression(d=700)).certificate["subspace_dim"] == 5
+    whole = tune(params=params, **regression(d=700)).certificate
+    assert whole["subspace_dim"] == 700 and whole["precision_rank"] == 32
+    few = tune(params=params, subspace_dim=5, **regression(d=700)).certificate
+    assert few["subspace_dim"] == 5 and "top eigenspace" in few["subspace"]
+
+
+def test_a_sketch_is_tuned_where_gradients_would_not_fit(monkeypatch):
+    monkeypatch.setattr(qexp_jax.plan, "_GRADIENT_BYTES", 1000)
+    monkeypatch.setattr(qexp_jax.plan, "_SKETCH_DIM", 20)
+    certificate = tune(params={"w": jnp.ones(50)}, **regression(d=50)).certificate
+    assert certificate["subspace"] == "count_sketch" and certificate["subspace_dim"] == 20
+
+
+def test_rounds_grow_with_what_the_noise_allows_and_the_total_privacy_stays():
+    certificates = [tune(epsilon=epsilon, **regression(6000)).certificate for epsilon in (0.1, 1.0, 8.0)]
+    rounds = [c["rounds"] for c in certificates]
+    assert 2 <= rounds[0] <= rounds[1] <= rounds[2] <= 24 and rounds[0] < rounds[2]
+    for c, epsilon in zip(certificates, (0.1, 1.0, 8.0), strict=True):
+        np.testing.assert_allclose(privacy.epsilon_from_mu(c["mu_per_round"] * c["rounds"] ** 0.5, 1e-5), epsilon)
 
 
 def test_non_finite_private_records_neither_raise_nor_reach_the_release():
