@@ -1,9 +1,9 @@
-"""The random-projection ablation: test metric of one draw against k, for each kind of subspace.
+"""The random-projection ablation: test metric against k, for each kind of subspace.
 
     python -m experiments.ablation
 
 Random Gaussian and count-sketch directions, the leading public eigenspace, the last layer, and all parameters with a
-precision of rank k plus damping. Damping, clip norm and everything else are chosen on public data as in the one call.
+precision of rank k plus damping (the default at k = 32). Everything else is chosen on public data as in the one call.
 Writes ablation.csv and ablation.png into --out.
 """
 
@@ -12,7 +12,6 @@ import csv
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import matplotlib
 import numpy as np
 from tqdm import tqdm
@@ -20,15 +19,13 @@ from tqdm import tqdm
 import qexp_jax
 from experiments import models, tasks
 from experiments.arena import RESULTS, record_run, subsample
-from experiments.data import run_cli, select
-from qexp_jax import clipping, curvature, gradients, mechanism, precision, privacy, subspace
+from experiments.data import run_cli
+from qexp_jax import subspace
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 COLUMNS = "task model n epsilon delta subspace k seed metric_name metric".split()
-CLIP_QUANTILE = 0.9
-PUBLIC_RECORDS = 512
 KINDS = ("gaussian", "count_sketch", "public eigenspace", "last layer", "all parameters, rank k")
 
 
@@ -47,42 +44,24 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def release(kind, dim, key, anchor, private, epsilon, delta):
-    """The private parameters of one draw."""
-    if kind == KINDS[-1]:
-        return whole_space_draw(key, anchor, private, dim, privacy.mu_from_budget(epsilon, delta))
-    space_key, key = jax.random.split(key)
-    choice = {
-        "gaussian": lambda: {"subspace": subspace.orthonormal(space_key, anchor.params, dim)},
-        "count_sketch": lambda: {"subspace": subspace.count_sketch(space_key, anchor.params, dim)},
+def choice(kind, dim, key, params):
+    """What of `fine_tune`'s defaults a kind replaces."""
+    return {
+        "gaussian": lambda: {"subspace": subspace.gaussian(key, params, dim)},
+        "count_sketch": lambda: {"subspace": subspace.count_sketch(key, params, dim)},
         "public eigenspace": lambda: {"subspace_dim": dim},
-        "last layer": lambda: {"subspace": subspace.full(anchor.params, where="head")},
+        "last layer": lambda: {"subspace": subspace.full(params, where="head")},
+        "all parameters, rank k": lambda: {"precision_rank": dim},
     }[kind]()
+
+
+def release(kind, dim, key, anchor, private, epsilon, delta):
+    """The private parameters."""
+    space_key, key = jax.random.split(key)
     return qexp_jax.fine_tune(
-        key, anchor.model.loss_fn, anchor.params,
-        public=anchor.split.public, private=private, epsilon=epsilon, delta=delta, **choice,
+        key, anchor.model.loss_fn, anchor.params, public=anchor.split.public, private=private,
+        epsilon=epsilon, delta=delta, **choice(kind, dim, space_key, anchor.params),
     ).params  # fmt: skip
-
-
-def whole_space_draw(key, anchor, private, rank, mu):
-    """One draw on all parameters: H = lambda I + the leading `rank` part of the public Fisher matrix, lambda = its top.
-
-    Formal guarantee: mu-GDP for zeroing out one record; precision and clip norm are public.
-    """
-    public_key, noise_key = jax.random.split(key)
-    loss_fn, params = anchor.model.loss_fn, anchor.params
-    order = np.asarray(jax.random.permutation(public_key, len(anchor.split.public["label"])))
-    curved, held_out = (select(anchor.split.public, part) for part in np.split(order[: 2 * PUBLIC_RECORDS], 2))
-    basis, values = curvature.top_eigenspace(loss_fn, params, curved, rank)
-    space = subspace.full(params)
-    matrix = precision.low_rank(values[0], basis.arrays[1].T, values)
-    rows = gradients.projected_gradients(loss_fn, params, space, held_out)
-    norms = jnp.linalg.norm(jax.vmap(lambda g: precision.whiten(matrix, g))(rows), axis=1)
-    clip_norm = float(jnp.quantile(norms, CLIP_QUANTILE))
-    total, _ = clipping.clipped_sum(loss_fn, params, space, matrix, private, l2_clip_norm=clip_norm)
-    noise_std = clip_norm * privacy.noise_multiplier(mu, qexp_jax.NeighboringRelation.REPLACE_SPECIAL)
-    quadratic = mechanism.Quadratic(matrix, total, len(private["label"]))
-    return subspace.displace(space, params, mechanism.draw(noise_key, quadratic, noise_std))
 
 
 def rows_of(anchor, model_name, args, progress):
@@ -114,7 +93,7 @@ def figure(rows, floors, path):
         axis.axhline(floors[panel], color="k", ls="--", lw=1, label="pretrained")
         axis.set(xscale="log", xlabel="k", ylabel=mine[0]["metric_name"], title=f"{panel[0]}, {panel[1]}")
     axes[0][0].legend(fontsize="small")
-    fig.suptitle(f"One draw, n = {rows[0]['n']}, ε = {rows[0]['epsilon']:g}")
+    fig.suptitle(f"n = {rows[0]['n']}, ε = {rows[0]['epsilon']:g}")
     fig.savefig(path, dpi=120)
     plt.close(fig)
 
@@ -123,7 +102,7 @@ def main(argv=None):
     args = parse_args(argv)
     rows, floors = [], {}
     pairs = [(t, m) for t in args.tasks for m in args.models]
-    with tqdm(total=len(pairs) * args.seeds * (1 + 4 * len(args.dims)), unit="draw") as progress:
+    with tqdm(total=len(pairs) * args.seeds * (1 + 4 * len(args.dims)), unit="release") as progress:
         for task, model_name in pairs:
             anchor = tasks.make_anchor(tasks.TASKS[task], model_name, args.data_dir, args.cache_dir)
             floors[task, model_name] = models.evaluate(

@@ -1,4 +1,4 @@
-"""Differentially private fine-tuning by one exact draw of an exponential mechanism with a quadratic utility.
+"""Differentially private fine-tuning by exact draws of an exponential mechanism with a quadratic utility.
 
 `fine_tune` is the one call. Under it lie pure functions, a room each, every room knowing only those above it:
 
@@ -10,9 +10,9 @@
     clipping     the private pass: whitened, clipped sums of stated sensitivity
     privacy      mu <-> (epsilon, delta), composition
     mechanism    quadratic utility and the exact draw
-    accuracy     what the noise costs, estimated before private data is read
+    accuracy     what the noise costs, and how much of a step a released gradient deserves
     validation   checks of public and static input
-    plan         the public side of a round
+    plan         the public side of a release
     certificate  what is promised
     finetune     the one call
 """

@@ -91,6 +91,7 @@ def fine_tune(
     public_unit_ids: Any = None,
     max_records_per_unit: int | None = None,
     rounds: int | None = None,
+    precision_rank: int = 32,
     subspace: Subspace | None = None,
     subspace_dim: int | None = None,
     damping: float | None = None,
@@ -118,6 +119,7 @@ def fine_tune(
       public_unit_ids: the same for the public records; only the clip norm uses them.
       max_records_per_unit: public cap on the records that a unit contributes.
       rounds: releases, each with mu/sqrt(rounds), in place of the number that the plan chooses.
+      precision_rank: rank of the public curvature, a Hessian-vector product each.
       subspace: public subspace to tune in, in place of all parameters.
       subspace_dim: tune in the leading public eigenspace of this dimension.
       damping: lambda > 0 in units of curvature, public.
@@ -153,7 +155,7 @@ def fine_tune(
     """
     validation.check_key(key)
     layout = _layout(params, subspace, subspace_dim)
-    _check_settings(rounds, damping, l2_clip_norm, microbatch_size)
+    _check_settings(rounds, precision_rank, damping, l2_clip_norm, microbatch_size)
     mu = privacy.mu_from_budget(epsilon, delta)
     private_n = neighboring_relation is NeighboringRelation.ADD_OR_REMOVE_ONE
     _check_data(loss_fn, layout, params, public, private, private_n)
@@ -172,6 +174,7 @@ def fine_tune(
         num_units=num_units,
         noise_multiplier=privacy.noise_multiplier(mu, neighboring_relation),
         rounds=rounds,
+        precision_rank=precision_rank,
         subspace=subspace,
         subspace_dim=subspace_dim,
         damping=damping,
@@ -243,8 +246,9 @@ def _layout(params, subspace, subspace_dim):
     return subspace.layout
 
 
-def _check_settings(rounds, damping, l2_clip_norm, microbatch_size):
-    for name, value in (("rounds", rounds), ("microbatch_size", microbatch_size)):
+def _check_settings(rounds, precision_rank, damping, l2_clip_norm, microbatch_size):
+    integers = {"rounds": rounds, "precision_rank": precision_rank, "microbatch_size": microbatch_size}
+    for name, value in integers.items():
         if value is not None and not (isinstance(value, int) and value >= 1):
             raise ValueError(f"Expected an integer {name} >= 1, found {value}.")
     for name, value in (("damping", damping), ("l2_clip_norm", l2_clip_norm)):

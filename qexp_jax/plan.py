@@ -40,7 +40,6 @@ from qexp_jax.subspace import Subspace
 
 _SAMPLE = 512
 _CURVATURE_RECORDS = 256
-_RANK = 32
 _DAMPING = 0.01
 _CLIP_QUANTILE = 0.9
 _NOISE_COST = 0.006
@@ -84,6 +83,7 @@ def make_plan(
     num_units: int,
     noise_multiplier: float,
     rounds: int | None = None,
+    precision_rank: int = 32,
     subspace: Subspace | None = None,
     subspace_dim: int | None = None,
     damping: float | None = None,
@@ -101,6 +101,7 @@ def make_plan(
       num_units: N.
       noise_multiplier: z of the whole budget spent in one round.
       rounds: T, in place of the choice.
+      precision_rank: at most how many leading directions have their curvature measured, a Hessian-vector product each.
       subspace: public subspace; by default all parameters, or a count-sketch of them where a sample of gradients would
         not fit.
       subspace_dim: tune in the leading public eigenspace of this dimension.
@@ -114,7 +115,7 @@ def make_plan(
     curved, held_out = _halves(record_key, public)
     _, clip_units = _halves(unit_key, public_units)
     space = _tuned_space(sketch_key, loss_fn, params, curved, public, subspace, subspace_dim)
-    values, directions = _curvature(loss_fn, params, space, curved)
+    values, directions = _curvature(loss_fn, params, space, curved, precision_rank)
     damping = _DAMPING * float(values[0]) if damping is None else damping
     shape = _shape(values, directions, damping)
     norms = _whitened_norms(clip_loss_fn, params, space, shape, clip_units)[: num_records(clip_units)]
@@ -179,9 +180,9 @@ _top_eigenspace = jax.jit(
 _product = jax.jit(hessian_product, static_argnums=0)
 
 
-def _curvature(loss_fn, params, space, records):
+def _curvature(loss_fn, params, space, records, most):
     """Curvatures (r,), descending, and orthonormal directions (r, k) of the leading public eigenspace."""
-    rank = min(_RANK, space.dim, num_records(records))
+    rank = min(most, space.dim, num_records(records))
     leading, _ = _top_eigenspace(loss_fn, params, records, rank, space)
     matrix = _public_hessian(loss_fn, params, leading, take(records, slice(0, _CURVATURE_RECORDS)))
     values, vectors = np.linalg.eigh(matrix)
