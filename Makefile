@@ -8,7 +8,7 @@ REPORT := $(BIN)/python -m experiments.report
 OUT := experiments/out
 ONE_TASK := --sizes 1000 --epsilons 0.5 1 8 --seeds 3
 FEW_RIVALS := --methods qexp zero_shot non_private dp_gd dp_sgd_all dp_adam_last objective_perturbation
-MIMIC_TASKS := mimic_mortality_by_care_unit mimic_long_stay_by_care_unit mimic_mortality_by_era mimic_long_stay_by_era
+MIMIC_TASKS ?= mimic_mortality_by_care_unit mimic_long_stay_by_care_unit
 
 .PHONY: demo compare compare-full mnist mimic ablation predicted report test lint clean
 
@@ -36,7 +36,7 @@ mnist: .venv/ready
 	$(ARENA) --tasks mnist_writers $(ONE_TASK) $(FEW_RIVALS) --out $(OUT)/mnist $(ARGS)
 	$(REPORT) --results $(OUT)/mnist
 
-# DATA=<directory of MIMIC-III or MIMIC-IV> for users with credentials.
+# DATA=<directory of MIMIC-III or MIMIC-IV> for users with credentials; MIMIC_TASKS="mimic_mortality_by_era ...".
 mimic: .venv/ready
 ifdef DATA
 	$(ARENA) --tasks $(MIMIC_TASKS) --data-dir $(DATA) $(ONE_TASK) $(FEW_RIVALS) --out $(OUT)/mimic $(ARGS)

@@ -143,7 +143,7 @@ def _descent_allowed(cell, settings):
 
 
 def _descent_starts(lengths, num_private):
-    sampling = -2 if num_private >= 1000 else -1
+    sampling = -2 if num_private >= 1000 else -1 if num_private >= 4 * MIN_BATCH else 0
     return [(sampling, 2, length, 0) for length in lengths]
 
 
