@@ -56,7 +56,7 @@ report: .venv/ready
 	$(REPORT) $(ARGS)
 
 test: .venv/ready
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4
 
 lint: .venv/ready
 	$(BIN)/ruff check .

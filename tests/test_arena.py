@@ -127,7 +127,7 @@ def test_bad_input_ends_a_script_with_a_message(tmp_path):
 
 def test_the_ablation_covers_every_kind_of_subspace(tmp_path):
     ablation.main(["--tasks", "tiny", "--dims", "4", "--n", "60", "--seeds", "1", "--out", str(tmp_path),
-                   "--models", "mlp", "--data-dir", str(tmp_path), "--cache-dir", str(tmp_path)])  # fmt: skip
+                   "--models", "linear", "--data-dir", str(tmp_path), "--cache-dir", str(tmp_path)])  # fmt: skip
     rows = rows_of(tmp_path / "ablation.csv")
     assert {row["subspace"] for row in rows} == set(ablation.KINDS) and (tmp_path / "ablation.png").is_file()
 
