@@ -55,6 +55,7 @@ def test_a_missing_file_is_named_with_where_to_get_it(tmp_path):
         (gzip.compress(b"PNG!"), "IDX header"),
         (gzip.compress(b"\0\0\x08\x01\0\0\0\x03ab"), "expected .* numbers, found 2"),
     ],
+    ids=["truncated", "plain", "header", "length"],
 )
 def test_damaged_idx_files_are_refused(tmp_path, content, message):
     path = tmp_path / "some-idx.gz"
