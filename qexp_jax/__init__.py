@@ -10,7 +10,8 @@
     clipping     the private pass: whitened, clipped sums of stated sensitivity
     privacy      mu <-> (epsilon, delta), composition
     mechanism    quadratic utility and the exact draw
-    accuracy     what the noise costs, and how much of a step a released gradient deserves
+    accuracy     what the noise costs
+    flow         how far to follow the released gradients
     validation   checks of public and static input
     plan         the public side of a release
     certificate  what is promised
@@ -23,6 +24,7 @@ from qexp_jax import (
     accuracy,
     clipping,
     curvature,
+    flow,
     gradients,
     mechanism,
     plan,
@@ -42,6 +44,7 @@ __all__ = [
     "clipping",
     "curvature",
     "fine_tune",
+    "flow",
     "gradients",
     "mechanism",
     "plan",

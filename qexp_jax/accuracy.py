@@ -7,8 +7,8 @@ minimiser of the quadratic is, per record, *exactly* distributed as
 
 with tails from the chi-square law (Laurent and Massart 2000 give the closed form). What the draw cannot know is bias:
 clipping, what lies outside the subspace, and the Taylor remainder of the quadratic; each has an estimate below that
-needs public data only. How much noise the public loss tolerates, and how much of a step a released gradient deserves,
-guide the rounds. All of it is ours; the abstract of arXiv:2605.20521 promises accuracy estimates without stating them.
+needs public data only. How much noise the public loss tolerates bounds the rounds. All of it is ours; the abstract of
+arXiv:2605.20521 promises accuracy estimates without stating them.
 """
 
 import math
@@ -25,7 +25,6 @@ from qexp_jax.records import LossFn, Params, Record
 from qexp_jax.subspace import Subspace, displace
 
 _BISECTIONS = 24
-_ERRORS = 1.5
 
 
 def expected_excess(dim: int, noise_std: float, num_units: int) -> float:
@@ -112,32 +111,3 @@ def noise_tolerance(cost: Callable[[float], float], limit: float) -> float:
         middle = math.sqrt(low * high)
         low, high = (middle, high) if cost(middle) <= limit else (low, middle)
     return low
-
-
-def step_fraction(
-    mean: jax.Array,
-    noise_std: jax.Array | float,
-    directions: jax.Array,
-    rounds: jax.Array | int,
-    noise_cost: jax.Array | float,
-) -> jax.Array:
-    """How much of the planned step the released gradients deserve, in [0, 1]: post-processing, free of budget.
-
-    For a released mean g + s xi, |g + s xi|^2 - k s^2 estimates |g|^2, with error sqrt(2 k) s^2 where nothing but noise
-    is there. In the whitened norm |g|^2 is the gain of one step, so that T of them gain T |g|^2 and, scaled by a, gain
-    a T |g|^2 and cost a^2 times what the noise costs: best at a = T |g|^2 / (2 cost). One and a half
-    errors are subtracted for each of two blocks, the leading directions and the rest, so that noise alone seldom moves
-    anything.
-
-    Args:
-      mean: (k,) whitened mean gradient, averaged over the rounds released so far.
-      noise_std: s of that average.
-      directions: (r, k) orthonormal public directions where signal is expected.
-      rounds: T.
-      noise_cost: what the noise of all rounds costs in public loss.
-    """
-    leading = jnp.matmul(directions, mean, precision=jax.lax.Precision.HIGHEST)
-    energy = jnp.array([jnp.sum(leading**2), jnp.sum(mean**2) - jnp.sum(leading**2)])
-    dims = np.array([len(directions), max(0, len(mean) - len(directions))])
-    signal = jnp.sum(jnp.maximum(energy - (dims + _ERRORS * np.sqrt(2 * dims)) * noise_std**2, 0))
-    return jnp.clip(rounds * signal / (2 * noise_cost), 0, 1)

@@ -67,7 +67,6 @@ def make_certificate(
         "precision_rank": len(plan.precision.arrays[2]),
         "damping": plan.damping,
         "expected_excess_loss_per_round": excess,
-        "noise_cost": plan.noise_cost,
         "public_evidence": dict(plan.evidence),
         "assumptions": list(_ASSUMPTIONS),
         "jax_version": jax.__version__,

@@ -1,9 +1,10 @@
 """The private pass: `S = sum_i vbar_i`, the only function of the library that reads private records.
 
 Each unit's projected gradient is whitened, `v_i = R^{-1} P^T grad loss_i`, and clipped **in the whitened norm, after
-projecting**, to `vbar_i = v_i min(1, C/|v_i|)`. So |vbar_i| <= C, and S moves by at most `sensitivity(C, relation)`
-between neighbours, which is all that the guarantee of `mechanism` rests on (T1). An L2 clip of the gradient to C, with
-noise shaped by H, would have sensitivity C/sqrt(lambda_min(H)) instead.
+projecting**, to `vbar_i = v_i min(1, C/|v_i|)`; whitening is linear, so that records need its norm alone and the sum is
+whitened once. So |vbar_i| <= C, and S moves by at most `sensitivity(C, relation)` between neighbours: all that the
+guarantee of `mechanism` rests on (T1). An L2 clip of the gradient to C, with noise shaped by H, would have sensitivity
+C/sqrt(lambda_min(H)) instead.
 """
 
 from typing import NamedTuple
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from dp_accounting import NeighboringRelation
 
 from qexp_jax.gradients import Mode, projected_gradients
-from qexp_jax.precision import Precision, whiten
+from qexp_jax.precision import Precision, whiten, whitened_norm
 from qexp_jax.records import LossFn, Params, Record, microbatches, num_records, vary
 from qexp_jax.subspace import Subspace
 
@@ -31,26 +32,27 @@ def sensitivity(l2_clip_norm: float, relation: NeighboringRelation) -> float:
     return 2 * l2_clip_norm if relation is NeighboringRelation.REPLACE_ONE else l2_clip_norm
 
 
-def clip(v: jax.Array, l2_clip_norm: jax.Array | float) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Clips one whitened gradient.
+def clip(
+    gradient: jax.Array, norm: jax.Array, l2_clip_norm: jax.Array | float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Clips one gradient whose (whitened) norm is given.
 
-    | v                                    | result                             |
+    | gradient                             | result                             |
     | ------------------------------------ | ---------------------------------- |
-    | |v| <= C                             | v                                  |
-    | |v| > C                              | v C/|v|                            |
-    | any NaN or inf, or |v| overflows     | 0                                  |
+    | norm <= C                            | gradient                           |
+    | norm > C                             | gradient C/norm                    |
+    | any NaN or inf, or the norm overflows | 0                                 |
     | 0                                    | 0                                  |
 
-    Formal guarantee: the result has norm at most C, up to rounding, whatever v is.
+    Formal guarantee: the result has norm at most C, up to rounding, whatever the gradient is.
 
     Returns:
       The clipped vector, whether it was clipped, whether it was finite.
     """
-    norm = jnp.linalg.norm(v)
     finite = jnp.isfinite(norm)
-    factor = jnp.minimum(1, l2_clip_norm / jnp.maximum(norm, jnp.finfo(v.dtype).tiny))
+    factor = jnp.minimum(1, l2_clip_norm / jnp.maximum(norm, jnp.finfo(gradient.dtype).tiny))
     # A select, not a product: 0 * NaN is NaN.
-    return jnp.where(finite, v * factor, 0), finite & (norm > l2_clip_norm), finite
+    return jnp.where(finite, gradient * factor, 0), finite & (norm > l2_clip_norm), finite
 
 
 def clipped_sum(
@@ -95,12 +97,13 @@ def clipped_sum(
         total, info = carry
         records, keep = batch
         gradients = projected_gradients(loss_fn, params, subspace, records, mode=mode, axis_name=axis_name)
-        whitened = jax.vmap(lambda g: whiten(precision, g))(gradients)
-        clipped, was_clipped, finite = jax.vmap(clip, in_axes=(0, None))(whitened, l2_clip_norm)
+        norms = jax.vmap(lambda g: whitened_norm(precision, g))(gradients)
+        clipped, was_clipped, finite = jax.vmap(clip, in_axes=(0, 0, None))(gradients, norms, l2_clip_norm)
         counts = ClipInfo(jnp.sum(keep), jnp.sum(keep & was_clipped), jnp.sum(keep & ~finite))
         total = total + jnp.sum(jnp.where(keep[:, None], clipped, 0), axis=0)
         return (total, jax.tree.map(jnp.add, info, counts)), None
 
     zeros = jnp.zeros(subspace.dim, subspace.layout.dtype), ClipInfo(*[jnp.sum(masks[:0], dtype=int)] * 3)
     result, _ = jax.lax.scan(step, vary(zeros, axis_name), (batches, masks))
-    return result if axis_name is None else jax.lax.psum(result, axis_name)
+    total, info = result if axis_name is None else jax.lax.psum(result, axis_name)
+    return whiten(precision, total), info

@@ -2,8 +2,8 @@
 
 **Rounds (T6).** Round t expands at the parameters that the rounds before released, with the plan's precision and clip
 norm, so that the rounds compose adaptively to `mu^2 = sum mu_t^2`. Their number and the even split are fixed by public
-data before the first. What a round does with its draw is post-processing (T5): it takes the fraction of the step that
-the sums released so far deserve, down to nothing where they look like noise (`accuracy.step_fraction`).
+data before the first. What a round does with its draw is post-processing (T5): it follows it for a T-th of the length
+that the sums released so far deserve (`flow`), next to nothing where they look like noise.
 """
 
 import functools
@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 from dp_accounting import NeighboringRelation
 
-from qexp_jax import mechanism, privacy, validation
+from qexp_jax import flow, mechanism, privacy, validation
 from qexp_jax import subspace as subspaces
-from qexp_jax.accuracy import step_fraction
 from qexp_jax.certificate import make_certificate
 from qexp_jax.clipping import ClipInfo, clipped_sum
 from qexp_jax.gradients import Mode
@@ -46,7 +45,7 @@ class RoundInfo(NamedTuple):
       quadratic: the utility with the exact clipped sum.
       noise_std: C z.
       w: the draw.
-      fraction: the share of it that was taken.
+      step: the multiple of it that was taken.
       excess_loss: how much of the quadratic's best loss per record the noise cost; reveals |xi|.
       clip_info: counts of clipped and non-finite units.
     """
@@ -55,7 +54,7 @@ class RoundInfo(NamedTuple):
     quadratic: Quadratic
     noise_std: float
     w: jax.Array
-    fraction: jax.Array
+    step: jax.Array
     excess_loss: jax.Array
     clip_info: ClipInfo
 
@@ -63,17 +62,38 @@ class RoundInfo(NamedTuple):
 _clipped_sum = jax.jit(clipped_sum, static_argnames=("loss_fn", "microbatch_size", "mode"))
 
 
+class _Walk(NamedTuple):
+    """Carried from round to round; made of releases and public numbers alone.
+
+    Attributes:
+      params: where the next round expands.
+      moved: (k,) whitened displacement from the pretrained parameters.
+      gradients: (k,) sum over rounds of the released mean gradients, each traced back to the pretrained parameters.
+      done: rounds.
+    """
+
+    params: Params
+    moved: jax.Array
+    gradients: jax.Array
+    done: jax.Array
+
+
 @jax.jit
-def _draw_and_move(key, params, subspace, quadratic, noise_std, released, done, rounds, noise_cost):
-    """One draw, and the parameters moved by the fraction of it that the mean of all released gradients deserves."""
+def _draw(key, walk, subspace, quadratic, noise_std, spectrum, rounds, longest, largest_step):
+    """One draw, followed for a step of the flow whose length all releases so far deserve."""
+    num_units = quadratic.num_units
     noisy = mechanism.noisy_sum(key, quadratic.whitened_sum, noise_std)
     w = mechanism.release_step(quadratic, noisy)
-    excess = mechanism.excess_utility(quadratic, w) / quadratic.num_units
-    released = released + noisy
-    scale = 1 / ((done + 1) * quadratic.num_units)
-    directions = quadratic.precision.arrays[1]
-    fraction = step_fraction(released * scale, noise_std * jnp.sqrt(done + 1) * scale, directions, rounds, noise_cost)
-    return w, fraction, subspaces.displace(subspace, params, fraction * w), excess, released
+    excess = mechanism.excess_utility(quadratic, w) / num_units
+    noise_var = (noise_std / num_units) ** 2
+    gradients = walk.gradients + noisy / num_units - flow.predicted_gradient(spectrum, walk.moved)
+    done = walk.done + 1
+    energy = flow.energies(spectrum.directions, gradients / done)
+    signal = flow.signal(energy, spectrum, noise_var / done, num_units)
+    length = flow.best_length(signal, spectrum, noise_var / rounds, num_units, longest)
+    step = jnp.minimum(length / rounds, largest_step)
+    params = subspaces.displace(subspace, walk.params, step * w)
+    return w, step, excess, _Walk(params, walk.moved - step * noisy / num_units, gradients, done)
 
 
 def fine_tune(
@@ -91,7 +111,7 @@ def fine_tune(
     public_unit_ids: Any = None,
     max_records_per_unit: int | None = None,
     rounds: int | None = None,
-    precision_rank: int = 32,
+    precision_rank: int = 128,
     subspace: Subspace | None = None,
     subspace_dim: int | None = None,
     damping: float | None = None,
@@ -119,11 +139,11 @@ def fine_tune(
       public_unit_ids: the same for the public records; only the clip norm uses them.
       max_records_per_unit: public cap on the records that a unit contributes.
       rounds: releases, each with mu/sqrt(rounds), in place of the number that the plan chooses.
-      precision_rank: rank of the public curvature, a Hessian-vector product each.
+      precision_rank: at most how many leading directions of the public gradients have their curvature measured.
       subspace: public subspace to tune in, in place of all parameters.
       subspace_dim: tune in the leading public eigenspace of this dimension.
       damping: lambda > 0 in units of curvature, public.
-      l2_clip_norm: C > 0 in the norm |M^{-1/2} g| of the plan's precision before its step, public.
+      l2_clip_norm: C > 0 in the norm |M^{-1/2} g|, where M has largest eigenvalue 1, public.
       microbatch_size: private units held at a time.
       mode: `"reverse"` or `"forward"`, see `gradients.projected_gradients`.
       diagnostics: return `(release, [RoundInfo])`, where the second part is **not private**.
@@ -184,14 +204,12 @@ def fine_tune(
     private_pass = functools.partial(
         _clipped_sum, loss_fn=unit_fn, units=units, microbatch_size=microbatch_size, mode=mode
     )
-    anchor, infos = subspaces.working(layout, params), []
-    released = jnp.zeros(plan.subspace.dim, layout.dtype)
-    for done, round_key in enumerate(jax.random.split(noise_key, plan.rounds)):
-        anchor, released, info = _round(
-            round_key, anchor, plan, private_pass, num_units, noise_multiplier, released, done, progress
-        )
+    zeros = jnp.zeros(plan.subspace.dim, layout.dtype)
+    walk, infos = _Walk(subspaces.working(layout, params), zeros, zeros, jnp.zeros((), layout.dtype)), []
+    for round_key in jax.random.split(noise_key, plan.rounds):
+        walk, info = _round(round_key, walk, plan, private_pass, num_units, noise_multiplier, progress)
         infos.append(info)
-    _announce(progress, "done", anchor)
+    _announce(progress, "done", walk)
     certificate = make_certificate(
         epsilon=epsilon,
         delta=delta,
@@ -201,22 +219,22 @@ def fine_tune(
         noise_multiplier=noise_multiplier,
         plan=plan,
     )
-    release = Release(_cast(layout, anchor), certificate)
+    release = Release(_cast(layout, walk.params), certificate)
     return (release, infos) if diagnostics else release
 
 
-def _round(key, anchor, plan, private_pass, num_units, noise_multiplier, released, done, progress):
-    """Passes once over the private units, draws, and moves the anchor; `released` is the sum of earlier noisy sums."""
-    _announce(progress, "private pass", anchor)
+def _round(key, walk, plan, private_pass, num_units, noise_multiplier, progress):
+    """Passes once over the private units, draws, and moves."""
+    _announce(progress, "private pass", walk)
     total, clip_info = private_pass(
-        params=anchor, subspace=plan.subspace, precision=plan.precision, l2_clip_norm=plan.l2_clip_norm
+        params=walk.params, subspace=plan.subspace, precision=plan.precision, l2_clip_norm=plan.l2_clip_norm
     )
     _announce(progress, "draw", total)
     quadratic, noise_std = Quadratic(plan.precision, total, num_units), plan.l2_clip_norm * noise_multiplier
-    w, fraction, anchor, excess, released = _draw_and_move(
-        key, anchor, plan.subspace, quadratic, noise_std, released, done, plan.rounds, plan.noise_cost
+    w, step, excess, walk = _draw(
+        key, walk, plan.subspace, quadratic, noise_std, plan.spectrum, plan.rounds, plan.longest, plan.largest_step
     )
-    return anchor, released, RoundInfo(plan, quadratic, noise_std, w, fraction, excess, clip_info)
+    return walk, RoundInfo(plan, quadratic, noise_std, w, step, excess, clip_info)
 
 
 def _check_data(loss_fn, layout, params, public, private, private_n):

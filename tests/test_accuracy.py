@@ -72,19 +72,6 @@ def test_the_tolerated_noise_is_where_the_cost_reaches_the_limit():
     assert accuracy.noise_tolerance(lambda s: np.nan, 0.1) < 1e-7
 
 
-def test_a_gradient_deserves_its_step_and_noise_does_not():
-    directions = jnp.eye(10)[:4]
-    noise = 0.1 * jax.random.normal(KEY, (500, 10))
-    taken = jax.vmap(lambda v: accuracy.step_fraction(v, 0.1, directions, 4, 0.05))(noise)
-    assert np.mean(np.asarray(taken) > 0) < 0.25
-    signal = noise + 2 * directions[0]
-    np.testing.assert_array_equal(
-        jax.vmap(lambda v: accuracy.step_fraction(v, 0.1, directions, 4, 0.05))(signal), 1
-    )  # fmt: skip
-    small = accuracy.step_fraction(0.3 * directions[0], 1e-6, directions, 4, 1.0)
-    np.testing.assert_allclose(small, 4 * 0.09 / 2, rtol=1e-4)
-
-
 def test_impossible_probabilities_are_refused():
     with pytest.raises(ValueError, match="found 1.0"):
         accuracy.excess_quantile(1.0, 3, 1.0, 10)

@@ -46,14 +46,16 @@ def test_the_private_model_is_better_than_the_pretrained_one():
     assert mean_loss(tune(epsilon=8.0).params) < 0.2 * mean_loss({"w": jnp.ones(3)})
 
 
-def test_where_there_is_nothing_but_noise_the_model_mostly_stays():
-    public = regression()["public"]
+def test_where_there_is_nothing_but_noise_the_model_hardly_gets_worse():
+    data = regression()
     truth = {"w": jnp.arange(1.0, 4.0)}
-    stays = [
-        bool(jnp.all(tune(params=truth, key=jax.random.key(i), private=public, epsilon=0.5).params["w"] == truth["w"]))
-        for i in range(20)
-    ]
-    assert sum(stays) >= 14
+
+    def mean_loss(params):
+        return float(jnp.mean(jax.vmap(regression_loss, in_axes=(None, 0))(params, data["private"])))
+
+    losses = [mean_loss(tune(params=truth, key=jax.random.key(i), epsilon=0.1).params) for i in range(20)]
+    root_mean_square = float(jnp.sqrt(jnp.mean(jax.vmap(regression_loss, (None, 0))(truth, data["private"]) ** 2)))
+    assert np.mean(losses) - mean_loss(truth) < 0.02 * root_mean_square
 
 
 def test_certificate_is_json_complete_and_rederives_the_budget():
@@ -87,7 +89,7 @@ def test_diagnostics_are_apart_and_measure_the_excess():
     release, info = tune(diagnostics=True, rounds=1)
     assert release._fields == ("params", "certificate")
     assert info[0].excess_loss > 0 and info[0].clip_info.num_units == 400
-    moved = subspace.displace(info[0].plan.subspace, {"w": jnp.ones(3)}, info[0].fraction * info[0].w)
+    moved = subspace.displace(info[0].plan.subspace, {"w": jnp.ones(3)}, info[0].step * info[0].w)
     np.testing.assert_allclose(moved["w"], release.params["w"], rtol=1e-5)
 
 
@@ -128,9 +130,9 @@ def test_half_precision_parameters_keep_their_dtype_through_rounds(dtype):
 
 
 def test_x64_changes_neither_the_setting_nor_the_certificate():
-    plain = tune().certificate
+    plain = tune(rounds=2).certificate
     with jax.enable_x64(True):
-        release = qexp_jax.fine_tune(KEY, regression_loss, {"w": jnp.ones(3, jnp.float32)}, **regression(), **BUDGET)
+        release = tune(params={"w": jnp.ones(3, jnp.float32)}, rounds=2)
         assert jax.config.jax_enable_x64
     assert release.params["w"].dtype == jnp.float32
     assert {k: release.certificate[k] for k in ("mu", "noise_multiplier", "num_units")} == {
@@ -161,7 +163,7 @@ def test_a_given_subspace_is_used(make):
 def test_all_parameters_are_tuned_unless_a_dimension_is_given():
     params = {"w": jnp.ones(700)}
     whole = tune(params=params, **regression(d=700)).certificate
-    assert whole["subspace_dim"] == 700 and whole["precision_rank"] == 32
+    assert whole["subspace_dim"] == 700 and whole["precision_rank"] == 100
     few = tune(params=params, subspace_dim=5, **regression(d=700)).certificate
     assert few["subspace_dim"] == 5 and "top eigenspace" in few["subspace"]
 
@@ -176,7 +178,7 @@ def test_a_sketch_is_tuned_where_gradients_would_not_fit(monkeypatch):
 def test_rounds_grow_with_what_the_noise_allows_and_the_total_privacy_stays():
     certificates = [tune(epsilon=epsilon, **regression(6000)).certificate for epsilon in (0.1, 1.0, 8.0)]
     rounds = [c["rounds"] for c in certificates]
-    assert 2 <= rounds[0] <= rounds[1] <= rounds[2] <= 24 and rounds[0] < rounds[2]
+    assert 4 <= rounds[0] <= rounds[1] <= rounds[2] <= 12 and rounds[0] < rounds[2]
     for c, epsilon in zip(certificates, (0.1, 1.0, 8.0), strict=True):
         np.testing.assert_allclose(privacy.epsilon_from_mu(c["mu_per_round"] * c["rounds"] ** 0.5, 1e-5), epsilon)
 
@@ -261,7 +263,8 @@ BAD = {
         r"found nan in leaf \['x'\]",
     ),
     "anchor inf": ({"params": {"w": jnp.array([1.0, jnp.inf, 1.0])}}, "found inf"),
-    "not SPD": ({"loss": lambda p, r: p["w"] @ r["x"]}, "not SPD"),
+    "no gradient": ({"loss": lambda p, r: 0.0 * (p["w"] @ r["x"])}, "vanish"),
+    "no curvature": ({"loss": lambda p, r: p["w"] @ r["x"]}, "vanish"),
     "seed": ({"key": 0}, "typed key"),
     "legacy key": ({"key": jax.random.PRNGKey(0)}, "typed key"),
     "rounds": ({"rounds": 0}, "found 0"),

@@ -104,5 +104,6 @@ def test_whole_space_draw_runs_under_jit(form):
         total, _ = clipping.clipped_sum(linear_loss, params, subspace.full(params), factored, records, l2_clip_norm=2.0)
         return mechanism.draw(key, mechanism.Quadratic(factored, total, 20), 0.0)
 
-    clipped = jax.vmap(lambda g: clipping.clip(precision.whiten(factored, g), 2.0)[0])(records["g"]).sum(0)
+    whitened = jax.vmap(lambda g: precision.whiten(factored, g))(records["g"])
+    clipped = jax.vmap(lambda v: clipping.clip(v, jnp.linalg.norm(v), 2.0)[0])(whitened).sum(0)
     np.testing.assert_allclose(release(KEY), -precision.color(factored, clipped) / 20, atol=1e-5)

@@ -29,6 +29,9 @@ def test_operators_are_roots_of_the_dense_matrix(form):
     np.testing.assert_allclose(coloring, whitening.T, atol=1e-6)
     np.testing.assert_allclose(uncoloring @ coloring, eye, atol=2e-5)
     np.testing.assert_allclose(uncoloring.T @ uncoloring, matrix, atol=2e-4)
+    x = jax.random.normal(KEY, (5, operator.dim))
+    norms = jax.vmap(lambda g: precision.whitened_norm(operator, g))(x)
+    np.testing.assert_allclose(norms, jnp.linalg.norm(x @ whitening.T, axis=1), rtol=1e-4)
     np.testing.assert_allclose(operator.log_det, np.linalg.slogdet(np.asarray(matrix, float))[1], rtol=1e-5)
 
 
@@ -51,3 +54,14 @@ def test_wrong_shapes_are_refused():
         precision.dense(jnp.ones((2, 3)))
     with pytest.raises(ValueError, match=r"values.shape=\(2,\)"):
         precision.low_rank(1.0, jnp.ones((3, 5)), jnp.ones(2))
+
+
+def test_a_whitened_norm_is_never_too_small_even_where_it_cancels():
+    vectors = jnp.linalg.qr(jax.random.normal(KEY, (400, 5)))[0].T
+    operator = precision.low_rank(1e-4, vectors, jnp.full(5, 1.0))
+    inside = jax.random.normal(KEY, (50, 5)) @ vectors + 1e-4 * jax.random.normal(KEY, (50, 400))
+    exact = np.asarray(vectors, np.float64)
+    leading = np.asarray(inside, np.float64) @ exact.T
+    rest = np.asarray(inside, np.float64) - leading @ np.linalg.inv(exact @ exact.T) @ exact
+    true = np.sqrt((rest**2).sum(1) / 1e-4 + (leading**2).sum(1) / (1 + 1e-4))
+    assert np.all(jax.vmap(lambda g: precision.whitened_norm(operator, g))(inside) >= true * (1 - 1e-6))

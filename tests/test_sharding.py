@@ -72,7 +72,7 @@ def test_the_danger_is_real_gradients_of_replicated_params_are_summed_before_cli
 
     def naive(units, mask):
         gradients = jax.vmap(jax.grad(lambda w, r: w @ r["g"]), in_axes=(None, 0))(params, units)
-        clipped = jax.vmap(lambda v: clipping.clip(v, 1.0)[0])(gradients)
+        clipped = jax.vmap(lambda v: clipping.clip(v, jnp.linalg.norm(v), 1.0)[0])(gradients)
         return jax.lax.psum(jax.lax.pcast(jnp.sum(clipped, axis=0), "data", to="varying"), "data")
 
     assert jnp.linalg.norm(on_devices("shard_map", naive, data)) > 7.9  # one record moved the sum by 8 C
