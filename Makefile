@@ -10,7 +10,7 @@ ONE_TASK := --sizes 1000 --epsilons 0.5 1 8 --seeds 3
 FEW_RIVALS := --methods qexp zero_shot non_private dp_gd dp_sgd_all dp_adam_last objective_perturbation
 MIMIC_TASKS ?= mimic_mortality_by_care_unit mimic_long_stay_by_care_unit
 
-.PHONY: demo compare compare-full mnist mimic ablation predicted report test lint clean
+.PHONY: demo compare compare-full mnist mimic shift units ablation predicted report test lint clean
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -45,6 +45,15 @@ else
 	$(ARENA) --tasks physionet_icu $(ONE_TASK) $(FEW_RIVALS) --out $(OUT)/mimic $(ARGS)
 endif
 	$(REPORT) --results $(OUT)/mimic
+
+# A shift so heavy that public curvature says little: MNIST turned by 40 degrees.
+shift: .venv/ready
+	$(ARENA) --tasks mnist_rotated --models mlp cnn --sizes 4000 --epsilons 1 8 --seeds 3 \
+	  --methods qexp zero_shot non_private dp_gd dp_sgd_all --out $(OUT)/shift $(ARGS)
+	$(REPORT) --results $(OUT)/shift
+
+units: .venv/ready
+	$(BIN)/python -m experiments.units $(ARGS)
 
 ablation: .venv/ready
 	$(BIN)/python -m experiments.ablation $(ARGS)

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_SAMPLING = 2.0
+_SAMPLING = 1.5
 _COMMON_SHIFT, _LARGEST_SHIFT = 5e-3, 0.5
 _NUM_SHIFTS = 21
 _NUM_LENGTHS = 49
@@ -85,7 +85,7 @@ def signal(energy: jax.Array, spectrum: Spectrum, noise_var: jax.Array | float, 
       energy: (r + 1,) `energies` of a released mean gradient.
       spectrum: public.
       noise_var: variance of its noise in each coordinate.
-      num_units: N, for the sampling error, 2 v_j / N: private records were found to vary up to 2.4 times as much as
+      num_units: N, for the sampling error, 1.5 v_j / N: private records were found to vary up to 2.4 times as much as
         public ones.
     """
     prior = spectrum.shifts[:, None] * spectrum.moments

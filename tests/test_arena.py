@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from experiments import ablation, arena, data, measure, methods, predicted, tasks
+from experiments import ablation, arena, data, measure, methods, predicted, tasks, units
 
 PRETRAINING = {name: {"epochs": 1, "learning_rate": 1e-2, "batch_size": 32} for name in ("linear", "mlp")}
 
@@ -139,3 +139,26 @@ def test_predictions_are_compared_with_measurements_and_with_an_accountant(tmp_p
     assert all(float(row["accountant_epsilon"]) == pytest.approx(1.0, abs=1e-3) for row in rows)
     ratios = [float(row["measured_excess"]) / float(row["predicted_excess"]) for row in rows]
     assert 0.01 < np.mean(ratios) < 10 and (tmp_path / "predicted.png").is_file()
+
+
+def test_writers_and_images_are_compared_on_the_same_records(tmp_path, monkeypatch):
+    def with_writers(data_dir, cache_dir):
+        split = tiny_split(data_dir, cache_dir)
+        parts = [part | {"writer": np.arange(120) // 4} for part in split[:3]]
+        return data.Split(*parts, "tiny")
+
+    monkeypatch.setitem(tasks.TASKS, "tiny", tasks.Task("tiny", "auroc", 1, PRETRAINING, with_writers))
+    options = ["--task", "tiny", "--writers", "20", "--models", "linear", "--seeds", "1", "--out", str(tmp_path)]
+    units.main([*options, "--data-dir", str(tmp_path), "--cache-dir", str(tmp_path)])
+    rows = rows_of(tmp_path / "units.csv")
+    assert {(r["unit"], r["num_units"], r["num_records"]) for r in rows} == {
+        ("image", "80", "80"),
+        ("writer", "20", "80"),
+    }
+    assert (tmp_path / "units.md").read_text().count("linear") == 2
+
+
+def test_units_need_records_that_name_their_writer(tmp_path):
+    with pytest.raises(ValueError, match="name their writer"):
+        units.main(["--task", "tiny", "--models", "linear", "--out", str(tmp_path),
+                    "--data-dir", str(tmp_path), "--cache-dir", str(tmp_path)])  # fmt: skip

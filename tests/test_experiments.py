@@ -40,6 +40,16 @@ def test_the_demo_writes_what_it_promises(tmp_path, monkeypatch):
 def test_the_writer_split_has_the_published_sizes():
     split = mnist.writers_mnist(QEXP_DATA)
     assert [len(part["label"]) for part in split[:3]] == [30_950, 29_050, 5_001]
+    writers = [set(part["writer"].tolist()) for part in split[:3]]
+    assert [len(w) for w in writers[:2]] == [289, 250] and not writers[0] & writers[1] and not writers[1] & writers[2]
+
+
+@pytest.mark.skipif(not (QEXP_DATA / "mnist").is_dir(), reason="full MNIST is not present; set QEXP_DATA")
+def test_the_rotated_split_turns_the_students_images_and_nothing_else():
+    plain, turned = mnist.writers_mnist(QEXP_DATA), mnist.rotated_mnist(QEXP_DATA)
+    np.testing.assert_array_equal(plain.public["x"], turned.public["x"])
+    np.testing.assert_array_equal(plain.test["label"], turned.test["label"])
+    assert not np.allclose(plain.test["x"][0], turned.test["x"][0], atol=0.1)
 
 
 def test_a_missing_file_is_named_with_where_to_get_it(tmp_path):

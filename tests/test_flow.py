@@ -41,7 +41,7 @@ def test_the_expected_excess_is_that_of_simulated_gradient_flows():
     basis[:3] = spectrum.directions
     per_direction = np.append(moments[:3], np.full(7, moments[3]))
     g = rng.normal(size=(40_000, 10)) * np.sqrt(0.05 * per_direction) @ basis
-    seen = g + rng.normal(size=g.shape) * np.sqrt(2.0 * per_direction / num_units + noise_var) @ basis
+    seen = g + rng.normal(size=g.shape) * np.sqrt(1.5 * per_direction / num_units + noise_var) @ basis
     values, vectors = np.linalg.eigh(matrix)
     gain = (vectors * (1 - np.exp(-length * values)) / values) @ vectors.T
     error = -seen @ gain + np.linalg.solve(matrix, g.T).T
@@ -70,7 +70,7 @@ def test_the_signal_is_the_posterior_mean_of_a_grid_computed_in_full():
     x = np.asarray(0.3 * jax.random.normal(jax.random.key(3), (10,)), float)
     energy = flow.energies(spectrum.directions, jnp.asarray(x, jnp.float32))
     moments, dims = np.asarray(spectrum.moments, float), np.asarray(spectrum.dims, float)
-    error, log_evidence, means = 2.0 * moments / num_units + noise_var, [], []
+    error, log_evidence, means = 1.5 * moments / num_units + noise_var, [], []
     for tau in np.asarray(spectrum.shifts, float):
         total = tau * moments + error
         log_evidence.append(-2 * np.log(tau) - 0.5 * np.sum(dims * (np.log(total) + np.asarray(energy, float) / total)))
