@@ -3,7 +3,7 @@
     python -m experiments.ablation
 
 Random Gaussian and count-sketch directions, the leading public eigenspace, the last layer, and all parameters with a
-precision of rank k plus damping (the default at k = 32). Everything else is chosen on public data as in the one call.
+precision of rank k plus damping (the default at k = 128). Everything else is chosen on public data as in the one call.
 Writes ablation.csv and ablation.png into --out.
 """
 
