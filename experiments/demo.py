@@ -99,7 +99,7 @@ def stage(name, seconds):
 
 def summarise(trained, release, info, split, seconds):
     """The figures of `metrics.json`."""
-    certificate, n = release.certificate, split_size(split)
+    certificate, n, step = release.certificate, split_size(split), float(info.step)
     k, noise_std = certificate["subspace_dim"], certificate["l2_clip_norm"] * certificate["noise_multiplier"]
     return {
         "split": split.description,
@@ -110,9 +110,9 @@ def summarise(trained, release, info, split, seconds):
             name: models.evaluate(MODEL, params, split.test, "accuracy") for name, params in trained.items()
         },
         "predicted_excess_loss": {
-            "mean": certificate["expected_excess_loss_per_round"],
-            "quantile_05": qexp_jax.accuracy.excess_quantile(0.05, k, noise_std, n),
-            "quantile_95": qexp_jax.accuracy.excess_quantile(0.95, k, noise_std, n),
+            "mean": step * qexp_jax.accuracy.expected_excess(k, noise_std, n),
+            "quantile_05": step * qexp_jax.accuracy.excess_quantile(0.05, k, noise_std, n),
+            "quantile_95": step * qexp_jax.accuracy.excess_quantile(0.95, k, noise_std, n),
         },
         "measured_excess_loss_not_private": float(info.excess_loss),
         "seconds": seconds,

@@ -46,7 +46,7 @@ def make_certificate(
     """
     mus = [privacy.mu_from_noise(noise_multiplier, relation)] * plan.rounds
     mu, dim = privacy.compose(mus), plan.subspace.dim
-    excess = accuracy.expected_excess(dim, plan.l2_clip_norm * noise_multiplier, num_units)
+    excess = plan.expected_step * accuracy.expected_excess(dim, plan.l2_clip_norm * noise_multiplier, num_units)
     return {
         "mechanism": "exponential mechanism with quadratic utility: one exact multivariate normal draw a round; the "
         "step is a function of released sums",

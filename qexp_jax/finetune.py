@@ -46,7 +46,8 @@ class RoundInfo(NamedTuple):
       noise_std: C z.
       w: the draw.
       step: the multiple of it that was taken.
-      excess_loss: how much of the quadratic's best loss per record the noise cost; reveals |xi|.
+      excess_loss: how much of the best loss per record of the quadratic with precision M / step the noise cost; reveals
+        |xi|.
       clip_info: counts of clipped and non-finite units.
     """
 
@@ -84,7 +85,6 @@ def _draw(key, walk, subspace, quadratic, noise_std, spectrum, rounds, longest, 
     num_units = quadratic.num_units
     noisy = mechanism.noisy_sum(key, quadratic.whitened_sum, noise_std)
     w = mechanism.release_step(quadratic, noisy)
-    excess = mechanism.excess_utility(quadratic, w) / num_units
     noise_var = (noise_std / num_units) ** 2
     gradients = walk.gradients + noisy / num_units - flow.predicted_gradient(spectrum, walk.moved)
     done = walk.done + 1
@@ -93,6 +93,8 @@ def _draw(key, walk, subspace, quadratic, noise_std, spectrum, rounds, longest, 
     length = flow.best_length(signal, spectrum, noise_var / rounds, num_units, longest)
     step = jnp.minimum(length / rounds, largest_step)
     params = subspaces.displace(subspace, walk.params, step * w)
+    # The step of this length is the draw with precision M / step, whose utility is in units of the loss.
+    excess = step * mechanism.excess_utility(quadratic, w) / num_units
     return w, step, excess, _Walk(params, walk.moved - step * noisy / num_units, gradients, done)
 
 

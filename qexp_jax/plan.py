@@ -72,6 +72,7 @@ class Plan(NamedTuple):
       spectrum: curvature and moments in whitened coordinates, for `flow`.
       longest: most that the steps of all rounds may add up to.
       largest_step: most of one round.
+      expected_step: of one round, where the private gradient is as far from the public one as is common.
       evidence: the public numbers that decided, for the certificate.
     """
 
@@ -83,6 +84,7 @@ class Plan(NamedTuple):
     spectrum: Spectrum
     longest: float
     largest_step: float
+    expected_step: float
     evidence: dict[str, Any]
 
 
@@ -156,7 +158,8 @@ def make_plan(
         "expected_length": expected,
         "public_fraction_clipped": float(np.mean(norms > clip_norm)),
     }
-    return Plan(space, precision, clip_norm, damping, rounds, spectrum, longest, largest_step, evidence)
+    step = min(expected / rounds, largest_step)
+    return Plan(space, precision, clip_norm, damping, rounds, spectrum, longest, largest_step, step, evidence)
 
 
 @jax.jit
