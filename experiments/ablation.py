@@ -8,7 +8,6 @@ Writes ablation.csv and ablation.png into --out.
 """
 
 import argparse
-import csv
 import pathlib
 
 import jax
@@ -18,7 +17,7 @@ from tqdm import tqdm
 
 import qexp_jax
 from experiments import models, tasks
-from experiments.arena import RESULTS, record_run, subsample
+from experiments.arena import RESULTS, subsample, write_table
 from experiments.data import run_cli
 from qexp_jax import subspace
 
@@ -109,12 +108,7 @@ def main(argv=None):
                 anchor.model, anchor.params, anchor.split.test, anchor.task.metric
             )
             rows += rows_of(anchor, model_name, args, progress)
-    args.out.mkdir(parents=True, exist_ok=True)
-    with (args.out / "ablation.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    record_run(args.out / "ablation_runs.json", "experiments.ablation")
+    write_table(args.out, "ablation", COLUMNS, rows)
     figure(rows, floors, args.out / "ablation.png")
     print(f"wrote ablation.csv and ablation.png into {args.out}")
 

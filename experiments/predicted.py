@@ -9,7 +9,6 @@ and predicted.png into --out.
 """
 
 import argparse
-import csv
 import pathlib
 
 import jax
@@ -22,7 +21,7 @@ from tqdm import tqdm
 
 import qexp_jax
 from experiments import models, tasks
-from experiments.arena import RESULTS, record_run, subsample
+from experiments.arena import RESULTS, subsample, write_table
 from experiments.data import run_cli
 from qexp_jax import privacy
 
@@ -103,12 +102,7 @@ def main(argv=None):
                     for seed in range(args.seeds):
                         rows.append(row_of(anchor, model_name, n, epsilon, args.delta, seed))
                         progress.update()
-    args.out.mkdir(parents=True, exist_ok=True)
-    with (args.out / "predicted.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    record_run(args.out / "predicted_runs.json", "experiments.predicted")
+    write_table(args.out, "predicted", COLUMNS, rows)
     figure(rows, args.out / "predicted.png")
     print(f"wrote predicted.csv and predicted.png into {args.out}")
 

@@ -7,7 +7,6 @@ units.csv and units.md into --out.
 """
 
 import argparse
-import csv
 import pathlib
 
 import jax
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 import qexp_jax
 from experiments import models, tasks
-from experiments.arena import RESULTS, record_run
+from experiments.arena import RESULTS, write_table
 from experiments.data import run_cli, select
 
 COLUMNS = "task model unit num_units num_records epsilon delta method seed metric_name metric".split()
@@ -93,13 +92,8 @@ def main(argv=None):
                 raise ValueError(f"Expected records that name their writer, found {list(anchor.split.private)}.")
             floors[model_name] = models.evaluate(anchor.model, anchor.params, anchor.split.test, anchor.task.metric)
             rows += rows_of(anchor, model_name, args, progress)
-    args.out.mkdir(parents=True, exist_ok=True)
-    with (args.out / "units.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_table(args.out, "units", COLUMNS, rows)
     (args.out / "units.md").write_text(table(rows, floors))
-    record_run(args.out / "units_runs.json", "experiments.units")
     print(table(rows, floors))
 
 

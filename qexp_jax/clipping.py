@@ -37,12 +37,12 @@ def clip(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Clips one gradient whose (whitened) norm is given.
 
-    | gradient                             | result                             |
-    | ------------------------------------ | ---------------------------------- |
-    | norm <= C                            | gradient                           |
-    | norm > C                             | gradient C/norm                    |
-    | any NaN or inf, or the norm overflows | 0                                 |
-    | 0                                    | 0                                  |
+    | gradient                              | result          |
+    | ------------------------------------- | --------------- |
+    | norm <= C                             | gradient        |
+    | norm > C                              | gradient C/norm |
+    | any NaN or inf, or the norm overflows | 0               |
+    | 0                                     | 0               |
 
     Formal guarantee: the result has norm at most C, up to rounding, whatever the gradient is.
 

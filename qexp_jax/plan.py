@@ -145,9 +145,9 @@ def make_plan(
     curvature = _whitened_curvature(curvature / shape, dims, 2 * cost / tolerance**2)
     numbers = curvature, moments, dims, *flow.shift_prior(num_records(public_units))
     spectrum = Spectrum(directions, *(jnp.asarray(x, directions.dtype) for x in numbers))
-    noise_std = clip_norm * noise_multiplier / num_units
-    longest, largest_step = _LONGEST * tolerance / noise_std, _STEP / float(curvature.max())
-    expected = _expected_length(spectrum, noise_std**2, num_units, longest)
+    noise_std, largest_step = clip_norm * noise_multiplier / num_units, _STEP / float(curvature.max())
+    longest = _LONGEST * tolerance / noise_std
+    expected = float(_expected_length(spectrum, noise_std**2, num_units, longest))
     if rounds is None:
         rounds = int(np.clip(np.ceil(expected / largest_step), _LEAST_ROUNDS, _MOST_ROUNDS))
     evidence = {
@@ -258,13 +258,9 @@ def _whitened_curvature(curvature, dims, trace):
 
 
 @jax.jit
-def _best_expected(spectrum, noise_var, num_units, longest):
-    return flow.best_length(_EXPECTED_SHIFT * spectrum.moments, spectrum, noise_var, num_units, longest)
-
-
 def _expected_length(spectrum, noise_var, num_units, longest):
     """The length that the expected shift deserves."""
-    return float(_best_expected(spectrum, noise_var, num_units, longest))
+    return flow.best_length(_EXPECTED_SHIFT * spectrum.moments, spectrum, noise_var, num_units, longest)
 
 
 def _tolerated_noise(key, loss_fn, params, space, shape, held_out):

@@ -55,6 +55,20 @@ def test_each_units_part_is_bounded_by_the_clip_norm_at_any_scale():
         assert jnp.linalg.norm(total) <= 1 + 1e-6
 
 
+def test_one_unit_moves_a_low_rank_whitened_sum_by_the_clip_norm_and_an_l2_clip_by_more():
+    directions = jnp.linalg.qr(jax.random.normal(KEY, (60, 4)))[0].T
+    factored, params = precision.low_rank(0.1, directions, jnp.full(4, 0.9)), {"w": jnp.zeros(60)}
+    soft = jax.random.normal(KEY, (60,))
+    soft -= directions.T @ (directions @ soft)  # the direction that whitening stretches most
+    for gradient in (1e3 * soft, 1e3 * directions[0], 1e3 * soft + directions[1]):
+        total, _ = clipping.clipped_sum(
+            linear_loss, params, subspace.full(params), factored, {"g": gradient[None]}, l2_clip_norm=1.5
+        )
+        assert 1.5 * 0.999 < jnp.linalg.norm(total) < 1.5 * (1 + 1e-6)
+    twin, *_ = clipping.clip(soft, jnp.linalg.norm(soft), 1.5)
+    assert jnp.linalg.norm(precision.whiten(factored, twin)) > 1.5 * 3
+
+
 def test_masked_and_absent_units_contribute_zero():
     total, info = linear_sum([[5.0, 0.0], [0.0, 0.5]], mask=jnp.array([False, True]))
     np.testing.assert_allclose(total, [0.0, 0.5])
