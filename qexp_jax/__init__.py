@@ -3,6 +3,7 @@
 `fine_tune` is the one call. Under it lie pure functions, a room each, every room knowing only those above it:
 
     records      records and privacy units
+    sketching    random projections made again from their keys
     subspace     public directions: lift R^k -> params, project params -> R^k
     gradients    projected gradients of single records
     curvature    public curvature P^T H P
