@@ -16,6 +16,10 @@
     validation   checks of public and static input
     plan         the public side of a release
     certificate  what is promised
+    stream       data that does not fit in memory
+    passes       the private pass over streams, devices and processes
+    checkpoint   a release in progress on disk
+    rounds       the rounds of a release
     finetune     the one call
 """
 
@@ -34,13 +38,18 @@ from qexp_jax import (
     records,
     subspace,
 )
-from qexp_jax.finetune import Release, RoundInfo, fine_tune
+from qexp_jax.checkpoint import Checkpoint
+from qexp_jax.finetune import Release, fine_tune
+from qexp_jax.rounds import RoundInfo
+from qexp_jax.stream import Stream
 
 __version__ = "0.1.0"
 __all__ = [
+    "Checkpoint",
     "NeighboringRelation",
     "Release",
     "RoundInfo",
+    "Stream",
     "accuracy",
     "clipping",
     "curvature",

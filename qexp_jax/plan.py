@@ -98,6 +98,7 @@ def make_plan(
     *,
     num_units: int,
     noise_multiplier: float,
+    num_public: int | None = None,
     rounds: int | None = None,
     precision_rank: int = 128,
     subspace: Subspace | None = None,
@@ -116,6 +117,7 @@ def make_plan(
       public_units: public units; the same as `public` where a unit is a record.
       num_units: N.
       noise_multiplier: z of the whole budget spent in one round.
+      num_public: how many public units there are, where `public_units` is a sample of them.
       rounds: T, in place of the choice.
       precision_rank: at most how many leading directions have their curvature measured; as many public gradients.
       subspace: public subspace; by default all parameters, or a count-sketch of them where a sample of gradients would
@@ -143,7 +145,7 @@ def make_plan(
     norms, clip_norm, moments = _clipping(squares / shape, dims, l2_clip_norm)
     tolerance, cost = _tolerated_noise(trial_key, loss_fn, params, space, precision, take(held_out, slice(0, _TRIED)))
     curvature = _whitened_curvature(curvature / shape, dims, 2 * cost / tolerance**2)
-    numbers = curvature, moments, dims, *flow.shift_prior(num_records(public_units))
+    numbers = curvature, moments, dims, *flow.shift_prior(num_public or num_records(public_units))
     spectrum = Spectrum(directions, *(jnp.asarray(x, directions.dtype) for x in numbers))
     noise_std, largest_step = clip_norm * noise_multiplier / num_units, _STEP / float(curvature.max())
     longest = _LONGEST * tolerance / noise_std

@@ -7,7 +7,8 @@ import qexp_jax
 
 ROOMS = [
     "records", "sketching", "subspace", "gradients", "curvature", "precision", "clipping", "privacy", "mechanism",
-    "accuracy", "flow", "validation", "plan", "certificate", "finetune", "__init__",
+    "accuracy", "flow", "validation", "plan", "certificate", "stream", "passes", "checkpoint", "rounds",
+    "finetune", "__init__",
 ]  # fmt: skip
 PACKAGE = pathlib.Path(qexp_jax.__file__).parent
 
