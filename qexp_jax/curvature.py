@@ -35,10 +35,12 @@ def mean_over_records(
     mask: jax.Array | None = None,
     microbatch_size: int = _BATCH,
     axis_name: str | None = None,
+    column_axis: str | None = None,
 ) -> Any:
     """Mean over records of a pytree, from `batch_sum(batch, mask) -> sums over one microbatch`.
 
-    With `axis_name`, over the records of all devices.
+    With `axis_name`, over the records of all devices; with `column_axis`, each device has the same records and sums of
+    its own.
     """
     batches, masks = microbatches(records, min(microbatch_size, max(1, num_records(records))), mask)
     first = jax.tree.map(lambda x: x[0], (batches, masks))
@@ -50,7 +52,7 @@ def mean_over_records(
         def step(total, batch):
             return jax.tree.map(jnp.add, total, batch_sum(*batch)), None
 
-        total, _ = jax.lax.scan(step, vary(zeros, axis_name), (batches, masks))
+        total, _ = jax.lax.scan(step, vary(zeros, axis_name or column_axis), (batches, masks))
     count = jnp.sum(masks)
     if axis_name is not None:
         total, count = jax.lax.psum((total, count), axis_name)
@@ -103,7 +105,7 @@ def hessian_product(
     **batching: Any,
 ) -> jax.Array:
     """P^T H P e (k,) for one direction e (k,), forward over reverse; `batching` as in `mean_over_records`."""
-    layout, axis_name = subspace.layout, batching.get("axis_name")
+    layout, axis_name = subspace.layout, batching.get("axis_name") or batching.get("column_axis")
     leaves = vary(tuned_leaves(layout, params), axis_name)
     tangent = vary(subspace.operator.lift(layout, subspace.arrays, direction), axis_name)
     loss = _batch_loss(loss_fn, params, layout)
@@ -130,12 +132,32 @@ def projected_hessian(
     `batching` as in `mean_over_records`.
     """
     eye = jnp.eye(subspace.dim, dtype=subspace.layout.dtype)
-    columns = jax.lax.map(
-        lambda e: hessian_product(loss_fn, params, subspace, e, records, **batching),
-        eye,
-        batch_size=None if columns_per_batch == 1 else min(columns_per_batch, subspace.dim),
-    )
+    columns = hessian_columns(
+        loss_fn, params, subspace, records, eye, columns_per_batch=columns_per_batch, **batching
+    )  # fmt: skip
     return (columns + columns.T) / 2
+
+
+def hessian_columns(
+    loss_fn: LossFn,
+    params: Params,
+    subspace: Subspace,
+    records: Record,
+    directions: jax.Array,
+    *,
+    columns_per_batch: int = 16,
+    **batching: Any,
+) -> jax.Array:
+    """P^T H P e for each row e of `directions` (c, k): (c, k).
+
+    Column-parallel curvature: with the rows shared over the devices of `column_axis`, each computes its columns on all
+    records, and nothing crosses devices but the result. `batching` as in `mean_over_records`.
+    """
+    return jax.lax.map(
+        lambda e: hessian_product(loss_fn, params, subspace, e, records, **batching),
+        directions,
+        batch_size=None if columns_per_batch == 1 else min(columns_per_batch, len(directions)),
+    )
 
 
 def projected_ggn(
