@@ -20,6 +20,7 @@
     passes       the private pass over streams, devices and processes
     checkpoint   a release in progress on disk
     rounds       the rounds of a release
+    preflight    its memory and arithmetic, before any data is read
     finetune     the one call
 """
 
@@ -34,6 +35,7 @@ from qexp_jax import (
     mechanism,
     plan,
     precision,
+    preflight,
     privacy,
     records,
     subspace,
@@ -59,6 +61,7 @@ __all__ = [
     "mechanism",
     "plan",
     "precision",
+    "preflight",
     "privacy",
     "records",
     "subspace",

@@ -9,7 +9,7 @@ import numpy as np
 from dp_accounting import NeighboringRelation
 
 from qexp_jax import checkpoint as checkpoints
-from qexp_jax import passes, privacy, stream, validation
+from qexp_jax import passes, preflight, privacy, stream, validation
 from qexp_jax import rounds as walks
 from qexp_jax import subspace as subspaces
 from qexp_jax.certificate import make_certificate
@@ -56,6 +56,7 @@ def fine_tune(
     mode: Mode = "reverse",
     mesh: jax.sharding.Mesh | None = None,
     checkpoint: Checkpoint | None = None,
+    memory_budget: int | None = None,
     diagnostics: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Any:
@@ -91,6 +92,7 @@ def fine_tune(
         with the same public arguments and ends with the same release.
       checkpoint: where a release in progress is saved; called again with the same arguments, it goes on there, or ends
         with the same release. Holds sums that are **not private**.
+      memory_budget: bytes of one device; a release that `preflight` expects to need more is refused.
       diagnostics: return `(release, [RoundInfo])`, where the second part is **not private**.
       progress: called with the name of each stage as it begins, with each batch of a stream, and with `"done"`.
 
@@ -131,6 +133,22 @@ def fine_tune(
     unit_fn, units = _units(loss_fn, private, unit_ids, max_records_per_unit)
     public_fn, public_units = _units(loss_fn, public, public_unit_ids, max_records_per_unit)
     num_units = _public_num_units(units, public_count, private_n, mesh)
+    if memory_budget is not None:
+        record, batch_size = _one_unit(units)
+        found = preflight.estimate(
+            unit_fn,
+            params,
+            record,
+            num_units=num_units,
+            num_public=num_records(public),
+            subspace=subspace,
+            precision_rank=max(precision_rank, subspace_dim or 0),
+            microbatch_size=microbatch_size,
+            mode=mode,
+            num_devices=passes.num_shares(local),
+            batch_size=batch_size,
+        )
+        preflight.check(found, memory_budget)
     plan_key, noise_key = jax.random.split(key)
     walks.announce(progress, "public curvature")
     plan = make_plan(
@@ -181,6 +199,12 @@ def fine_tune(
     )
     release = Release(_cast(layout, walk.params), certificate)
     return (release, infos) if diagnostics else release
+
+
+def _one_unit(units):
+    """The shapes of one unit, and the length of a batch."""
+    batch = stream.first(units) if stream.is_stream(units) else units
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x)[1:], jnp.result_type(x)), batch), num_records(batch)
 
 
 _PUBLIC_SAMPLE = 4096

@@ -133,7 +133,7 @@ def make_plan(
     curved, held_out = _samples(record_key, public)
     space = _tuned_space(sketch_key, loss_fn, params, curved, public, subspace, subspace_dim)
     rank = min(precision_rank, space.dim, num_records(curved))
-    directions = _top_eigenspace(loss_fn, params, curved, rank, space)[0].arrays[1].T
+    directions = leading_directions(loss_fn, params, curved, rank, space)[0].arrays[1].T
     squares = _squares(loss_fn, params, space, directions, held_out)
     dims = np.append(np.ones(rank), space.dim - rank)
     curvature = _curvature(loss_fn, params, space, directions, squares, dims, held_out)
@@ -164,25 +164,39 @@ def make_plan(
     return Plan(space, precision, clip_norm, damping, rounds, spectrum, longest, largest_step, step, evidence)
 
 
+def num_curved(num_public: int) -> int:
+    """Public records whose gradients give the directions."""
+    return max(1, min(_CURVED, num_public // 2))
+
+
 @jax.jit
 def _samples(key: jax.Array, records: Record) -> tuple[Record, Record]:
     """Two disjoint random samples, for directions and for what is measured; a single record serves as both."""
     n = num_records(records)
     order = jax.random.permutation(key, n)
-    curved = max(1, min(_CURVED, n // 2))
+    curved = num_curved(n)
     return take(records, order[:curved]), take(records, order[curved : curved + _HELD_OUT] if n > 1 else order)
+
+
+def tuned_space(key: jax.Array, params: Params, num_records: int, subspace: Subspace | None, dim: int = 0) -> Subspace:
+    """The given subspace; or all parameters, or a count-sketch of them where a sample of gradients would not fit."""
+    if subspace is not None:
+        return subspace
+    whole = subspaces.full(params)
+    if whole.dim * num_records * 4 <= _GRADIENT_BYTES:
+        return whole
+    return subspaces.count_sketch(key, params, max(_SKETCH_DIM, dim))
 
 
 def _tuned_space(key, loss_fn, params, curved, public, subspace, dim):
     """The space that is tuned in, with orthonormal columns."""
     if subspace is not None:
         return subspaces.orthonormalise(subspace)
-    whole = subspaces.full(params)
-    if dim is not None and not 1 <= dim <= whole.dim:
-        raise ValueError(f"Expected subspace_dim in [1, {whole.dim}], found {dim}.")
+    num_params = subspaces.layout_of(params).num_params
+    if dim is not None and not 1 <= dim <= num_params:
+        raise ValueError(f"Expected subspace_dim in [1, {num_params}], found {dim}.")
     records = public if dim is not None and dim > num_records(curved) else curved
-    if whole.dim * num_records(records) * 4 > _GRADIENT_BYTES:
-        whole = subspaces.count_sketch(key, params, max(_SKETCH_DIM, dim or 0))
+    whole = tuned_space(key, params, num_records(records), None, dim or 0)
     if dim is None or dim == whole.dim:
         return whole
     if dim > num_records(records):
@@ -190,10 +204,10 @@ def _tuned_space(key, loss_fn, params, curved, public, subspace, dim):
             f"subspace_dim={dim} needs as many public records, found {num_records(records)}; or give a subspace, "
             "such as count_sketch."
         )
-    return _top_eigenspace(loss_fn, params, take(records, slice(0, max(dim, num_records(curved)))), dim, whole)[0]
+    return leading_directions(loss_fn, params, take(records, slice(0, max(dim, num_records(curved)))), dim, whole)[0]
 
 
-_top_eigenspace = jax.jit(
+leading_directions = jax.jit(
     lambda loss_fn, params, records, dim, within: top_eigenspace(loss_fn, params, records, dim, within=within),
     static_argnums=(0, 3),
 )

@@ -7,7 +7,7 @@ import qexp_jax
 
 ROOMS = [
     "records", "sketching", "subspace", "gradients", "curvature", "precision", "clipping", "privacy", "mechanism",
-    "accuracy", "flow", "validation", "plan", "certificate", "stream", "passes", "checkpoint", "rounds",
+    "accuracy", "flow", "validation", "plan", "certificate", "stream", "passes", "checkpoint", "rounds", "preflight",
     "finetune", "__init__",
 ]  # fmt: skip
 PACKAGE = pathlib.Path(qexp_jax.__file__).parent
