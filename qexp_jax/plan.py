@@ -207,16 +207,25 @@ def _tuned_space(key, loss_fn, params, curved, public, subspace, dim):
     return leading_directions(loss_fn, params, take(records, slice(0, max(dim, num_records(curved)))), dim, whole)[0]
 
 
-leading_directions = jax.jit(
-    lambda loss_fn, params, records, dim, within: top_eigenspace(loss_fn, params, records, dim, within=within),
-    static_argnums=(0, 3),
-)
-_product = jax.jit(hessian_product, static_argnums=0)
+def _at_a_time(space: Subspace, most: int) -> int:
+    """Records whose gradients are held together: a few for a large model."""
+    return int(np.clip(_GRADIENT_BYTES // (16 * space.layout.num_params), 1, most))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def leading_directions(
+    loss_fn: LossFn, params: Params, records: Record, dim: int, within: Subspace
+) -> tuple[Subspace, jax.Array]:
+    """`curvature.top_eigenspace`, with microbatches that fit."""
+    return top_eigenspace(loss_fn, params, records, dim, within=within, microbatch_size=_at_a_time(within, 64))
+
+
+_product = jax.jit(hessian_product, static_argnums=0, static_argnames="microbatch_size")
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _gradient_squares(loss_fn, params, space, directions, records):
-    batches, _ = microbatches(records, min(64, num_records(records)))
+    batches, _ = microbatches(records, min(_at_a_time(space, 64), num_records(records)))
 
     def squares(batch):
         return jax.vmap(lambda g: flow.energies(directions, g))(projected_gradients(loss_fn, params, space, batch))
@@ -239,7 +248,9 @@ def _curvature(loss_fn, params, space, directions, squares, dims, records):
     moments = squares.mean(axis=0)
     steepest = np.argsort(-moments[:-1])[:_SCALED_DIRECTIONS]
     few = take(records, slice(0, _SCALING_RECORDS))
-    curved = [float(jnp.vdot(v, _product(loss_fn, params, space, v, few))) for v in directions[steepest]]
+    size = _at_a_time(space, _SCALING_RECORDS)
+    products = (_product(loss_fn, params, space, v, few, microbatch_size=size) for v in directions[steepest])
+    curved = [float(jnp.vdot(v, product)) for v, product in zip(directions[steepest], products, strict=True)]
     if not (np.all(np.isfinite(curved)) and np.all(np.isfinite(moments))):
         raise ValueError(f"The public curvature is not finite at the anchor, {moments.shape=}.")
     scale = np.sum(np.abs(curved)) / max(np.sum(moments[steepest]), np.finfo(np.float64).tiny)
@@ -281,12 +292,13 @@ def _expected_length(spectrum, noise_var, num_units, longest):
 
 def _tolerated_noise(key, loss_fn, params, space, shape, held_out):
     """The largest s for which the anchor moved by s M^{-1/2} xi costs the share of the loss's scale, and that cost."""
-    losses = np.asarray(_losses(loss_fn, params, held_out), np.float64)
+    losses = np.asarray(_losses(loss_fn, params, held_out, _at_a_time(space, _TRIED)), np.float64)
     limit = _NOISE_COST * float(np.sqrt(np.mean(losses**2)))
     moves = [_noise_move(k, shape, space) for k in jax.random.split(key, _NOISE_DRAWS)]
 
     def cost(scale):
-        return float(_moved_loss(loss_fn, params, space, scale, moves, held_out)) - float(np.mean(losses))
+        moved = [_moved_loss(loss_fn, params, space, scale * move, held_out) for move in moves]
+        return float(np.mean(jax.device_get(moved))) - float(np.mean(losses))
 
     return noise_tolerance(cost, limit), limit
 
@@ -296,13 +308,14 @@ def _noise_move(key, shape, space):
     return precisions.color(shape, jax.random.normal(key, (space.dim,), space.layout.dtype))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _losses(loss_fn, params, records):
-    return jax.vmap(loss_fn, in_axes=(None, 0))(params, records)
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _losses(loss_fn, params, records, size):
+    if size >= num_records(records):
+        return jax.vmap(loss_fn, in_axes=(None, 0))(params, records)
+    return jax.lax.map(lambda record: loss_fn(params, record), records, batch_size=size)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _moved_loss(loss_fn, params, space, scale, moves, records):
-    # Unrolled: convolutions with several kernels at once are slow.
-    moved = [subspaces.displace(space, params, scale * move) for move in moves]
-    return jnp.mean(jnp.stack([mean_loss(loss_fn, p, records, microbatch_size=_TRIED) for p in moved]))
+def _moved_loss(loss_fn, params, space, move, records):
+    moved = subspaces.displace(space, params, move)
+    return mean_loss(loss_fn, moved, records, microbatch_size=_at_a_time(space, _TRIED))
