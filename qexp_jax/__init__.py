@@ -2,6 +2,7 @@
 
 `fine_tune` is the one call. Under it lie pure functions, a room each, every room knowing only those above it:
 
+    keys         release keys from the system's entropy
     records      records and privacy units
     subspace     public directions: lift R^k -> params, project params -> R^k
     gradients    projected gradients of single records
@@ -26,6 +27,7 @@ from qexp_jax import (
     curvature,
     flow,
     gradients,
+    keys,
     mechanism,
     plan,
     precision,
@@ -34,6 +36,7 @@ from qexp_jax import (
     subspace,
 )
 from qexp_jax.finetune import Release, RoundInfo, fine_tune
+from qexp_jax.keys import fresh_key
 
 __version__ = "0.1.0"
 __all__ = [
@@ -45,7 +48,9 @@ __all__ = [
     "curvature",
     "fine_tune",
     "flow",
+    "fresh_key",
     "gradients",
+    "keys",
     "mechanism",
     "plan",
     "precision",
