@@ -16,6 +16,7 @@
     validation   checks of public and static input
     plan         the public side of a release
     certificate  what is promised
+    verification the promise derived from a certificate anew
     finetune     the one call
 """
 
@@ -34,9 +35,11 @@ from qexp_jax import (
     privacy,
     records,
     subspace,
+    verification,
 )
 from qexp_jax.finetune import Release, RoundInfo, fine_tune
 from qexp_jax.keys import fresh_key
+from qexp_jax.verification import verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -57,4 +60,6 @@ __all__ = [
     "privacy",
     "records",
     "subspace",
+    "verification",
+    "verify",
 ]

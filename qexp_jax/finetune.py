@@ -16,7 +16,7 @@ from dp_accounting import NeighboringRelation
 
 from qexp_jax import flow, mechanism, privacy, validation
 from qexp_jax import subspace as subspaces
-from qexp_jax.certificate import make_certificate
+from qexp_jax.certificate import make_certificate, make_provenance
 from qexp_jax.clipping import ClipInfo, clipped_sum
 from qexp_jax.gradients import Mode
 from qexp_jax.mechanism import Quadratic
@@ -217,9 +217,12 @@ def fine_tune(
         delta=delta,
         relation=neighboring_relation,
         num_units=num_units,
+        num_units_from="slots" if public_count is None else "public_count",
         unit="one record" if unit_ids is None else "all records with one unit id",
         noise_multiplier=noise_multiplier,
         plan=plan,
+        provenance=make_provenance(params, public, subspace),
+        prng_impl=str(jax.random.key_impl(key)),
     )
     release = Release(_cast(layout, walk.params), certificate)
     return (release, infos) if diagnostics else release
