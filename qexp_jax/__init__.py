@@ -10,6 +10,7 @@
     precision    the SPD precision H = R R^T as an operator: whiten, color, draw
     clipping     the private pass: whitened, clipped sums of stated sensitivity
     privacy      mu <-> (epsilon, delta), composition
+    ledger       what all releases over one dataset have spent
     mechanism    quadratic utility and the exact draw
     accuracy     what the noise costs
     flow         how far to follow the released gradients
@@ -29,6 +30,7 @@ from qexp_jax import (
     flow,
     gradients,
     keys,
+    ledger,
     mechanism,
     plan,
     precision,
@@ -39,10 +41,13 @@ from qexp_jax import (
 )
 from qexp_jax.finetune import Release, RoundInfo, fine_tune
 from qexp_jax.keys import fresh_key
+from qexp_jax.ledger import BudgetExceeded, Ledger
 from qexp_jax.verification import verify
 
 __version__ = "0.1.0"
 __all__ = [
+    "BudgetExceeded",
+    "Ledger",
     "NeighboringRelation",
     "Release",
     "RoundInfo",
@@ -54,6 +59,7 @@ __all__ = [
     "fresh_key",
     "gradients",
     "keys",
+    "ledger",
     "mechanism",
     "plan",
     "precision",

@@ -7,6 +7,7 @@ that the sums released so far deserve (`flow`), next to nothing where they look 
 """
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,10 +16,12 @@ import jax.numpy as jnp
 from dp_accounting import NeighboringRelation
 
 from qexp_jax import flow, mechanism, privacy, validation
+from qexp_jax import ledger as ledgers
 from qexp_jax import subspace as subspaces
 from qexp_jax.certificate import make_certificate, make_provenance
 from qexp_jax.clipping import ClipInfo, clipped_sum
 from qexp_jax.gradients import Mode
+from qexp_jax.ledger import Ledger
 from qexp_jax.mechanism import Quadratic
 from qexp_jax.plan import Plan, make_plan
 from qexp_jax.records import LossFn, Params, Record, group_by_unit, num_records, unit_loss
@@ -120,6 +123,7 @@ def fine_tune(
     l2_clip_norm: float | None = None,
     microbatch_size: int = 32,
     mode: Mode = "reverse",
+    ledger: Ledger | str | os.PathLike[str] | None = None,
     diagnostics: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Any:
@@ -148,6 +152,8 @@ def fine_tune(
       l2_clip_norm: C > 0 in the norm |M^{-1/2} g|, where M has largest eigenvalue 1, public.
       microbatch_size: private units held at a time.
       mode: `"reverse"` or `"forward"`, see `gradients.projected_gradients`.
+      ledger: of the dataset, or its path; the release is entered there before a private value is read, and stays
+        entered if it is then interrupted.
       diagnostics: return `(release, [RoundInfo])`, where the second part is **not private**.
       progress: called with the name of each stage as it begins, and with `"done"`.
 
@@ -160,6 +166,7 @@ def fine_tune(
 
     Raises:
       ValueError: for bad static or public input, before any private value is read.
+      BudgetExceeded: where the ledger does not allow the release; a ValueError.
 
     >>> def loss_fn(params, record):
     ...     return (record["x"] @ params["w"] - record["y"]) ** 2 / 2
@@ -184,6 +191,8 @@ def fine_tune(
     unit_fn, units = _units(loss_fn, private, unit_ids, max_records_per_unit)
     public_fn, public_units = _units(loss_fn, public, public_unit_ids, max_records_per_unit)
     num_units = _public_num_units(units, public_count, private_n)
+    unit = "one record" if unit_ids is None else "all records with one unit id"
+    ledger = ledgers.open(ledger) if isinstance(ledger, str | os.PathLike) else ledger
     plan_key, noise_key = jax.random.split(key)
     _announce(progress, "public curvature")
     plan = make_plan(
@@ -207,6 +216,8 @@ def fine_tune(
         _clipped_sum, loss_fn=unit_fn, units=units, microbatch_size=microbatch_size, mode=mode
     )
     zeros = jnp.zeros(plan.subspace.dim, layout.dtype)
+    if ledger is not None:
+        ledgers.debit(ledger, key, mu=mu, neighboring_relation=neighboring_relation, privacy_unit=unit)
     walk, infos = _Walk(subspaces.working(layout, params), zeros, zeros, jnp.zeros((), layout.dtype)), []
     for round_key in jax.random.split(noise_key, plan.rounds):
         walk, info = _round(round_key, walk, plan, private_pass, num_units, noise_multiplier, progress)
@@ -218,7 +229,7 @@ def fine_tune(
         relation=neighboring_relation,
         num_units=num_units,
         num_units_from="slots" if public_count is None else "public_count",
-        unit="one record" if unit_ids is None else "all records with one unit id",
+        unit=unit,
         noise_multiplier=noise_multiplier,
         plan=plan,
         provenance=make_provenance(params, public, subspace),

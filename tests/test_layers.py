@@ -6,7 +6,7 @@ import pathlib
 import qexp_jax
 
 ROOMS = [
-    "keys", "records", "subspace", "gradients", "curvature", "precision", "clipping", "privacy", "mechanism",
+    "keys", "records", "subspace", "gradients", "curvature", "precision", "clipping", "privacy", "ledger", "mechanism",
     "accuracy", "flow", "validation", "plan", "certificate", "verification", "finetune", "__init__",
 ]  # fmt: skip
 PACKAGE = pathlib.Path(qexp_jax.__file__).parent
