@@ -12,6 +12,7 @@
     privacy      mu <-> (epsilon, delta), composition
     ledger       what all releases over one dataset have spent
     mechanism    quadratic utility and the exact draw
+    hardened     the same in integers with exact discrete noise
     accuracy     what the noise costs
     flow         how far to follow the released gradients
     validation   checks of public and static input
@@ -29,6 +30,7 @@ from qexp_jax import (
     curvature,
     flow,
     gradients,
+    hardened,
     keys,
     ledger,
     mechanism,
@@ -58,6 +60,7 @@ __all__ = [
     "flow",
     "fresh_key",
     "gradients",
+    "hardened",
     "keys",
     "ledger",
     "mechanism",

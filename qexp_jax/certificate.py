@@ -5,7 +5,7 @@ Its fields are those of one versioned schema. `verification.verify` derives the 
 
 import hashlib
 import importlib.metadata
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,6 +13,7 @@ from dp_accounting import NeighboringRelation
 
 from qexp_jax import accuracy, privacy
 from qexp_jax.clipping import sensitivity
+from qexp_jax.hardened import DiscreteNoise
 from qexp_jax.plan import Plan
 from qexp_jax.subspace import Subspace
 
@@ -37,24 +38,10 @@ _STANDING_ASSUMPTIONS = (
 _HARDENED_ASSUMPTIONS = (
     "The program of one unit returns integers that depend on that unit and on public values alone; they are clipped, "
     "added and noised exactly, whatever floating point did before.",
-    "The noise is OpenDP's exact discrete Gaussian from the operating system's entropy, which is taken for random; how "
-    "long the release takes is not hidden.",
+    "The noise is OpenDP's exact discrete Gaussian; its random bits are a cryptographic generator's, seeded by the "
+    "operating system, and taken for random. How long the release takes is not hidden.",
 )
 _CURVE = (0.25, 0.5, 1.0, 2.0, 4.0)
-
-
-class DiscreteNoise(NamedTuple):
-    """The integers of a hardened release.
-
-    Attributes:
-      grid: the real length of one integer step.
-      l2_clip_norm: C / grid, an integer: the exact bound on the norm of a unit's integers.
-      scale: sigma of the discrete Gaussian, an integer.
-    """
-
-    grid: float
-    l2_clip_norm: int
-    scale: int
 
 
 def assumptions(hardened: bool, prng_impl: str) -> list[str]:
@@ -120,7 +107,7 @@ def make_certificate(
       plan: public plan of the rounds.
       provenance: of `make_provenance`.
       prng_impl: name of the key's generator.
-      discrete_noise: of a hardened release, with `scale / l2_clip_norm = noise_multiplier`.
+      discrete_noise: of a hardened release; `noise_multiplier` is its multiplier.
     """
     hardened, dim = discrete_noise is not None, plan.subspace.dim
     mu_per_round = sensitivity(1.0, relation) / noise_multiplier

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from dp_accounting import NeighboringRelation
 
 from qexp_jax import flow, mechanism, privacy, validation
+from qexp_jax import hardened as hardening
 from qexp_jax import ledger as ledgers
 from qexp_jax import subspace as subspaces
 from qexp_jax.certificate import make_certificate, make_provenance
@@ -82,11 +83,13 @@ class _Walk(NamedTuple):
     done: jax.Array
 
 
+_noisy_sum = jax.jit(mechanism.noisy_sum)
+
+
 @jax.jit
-def _draw(key, walk, subspace, quadratic, noise_std, spectrum, rounds, longest, largest_step):
-    """One draw, followed for a step of the flow whose length all releases so far deserve."""
+def _follow(noisy, walk, subspace, quadratic, noise_std, spectrum, rounds, longest, largest_step):
+    """The draw of a noisy sum, followed for a step of the flow whose length all releases so far deserve."""
     num_units = quadratic.num_units
-    noisy = mechanism.noisy_sum(key, quadratic.whitened_sum, noise_std)
     w = mechanism.release_step(quadratic, noisy)
     noise_var = (noise_std / num_units) ** 2
     gradients = walk.gradients + noisy / num_units - flow.predicted_gradient(spectrum, walk.moved)
@@ -123,6 +126,7 @@ def fine_tune(
     l2_clip_norm: float | None = None,
     microbatch_size: int = 32,
     mode: Mode = "reverse",
+    hardened: bool = False,
     ledger: Ledger | str | os.PathLike[str] | None = None,
     diagnostics: bool = False,
     progress: Callable[[str], None] | None = None,
@@ -152,6 +156,8 @@ def fine_tune(
       l2_clip_norm: C > 0 in the norm |M^{-1/2} g|, where M has largest eigenvalue 1, public.
       microbatch_size: private units held at a time.
       mode: `"reverse"` or `"forward"`, see `gradients.projected_gradients`.
+      hardened: integers, and exact discrete Gaussian noise, instead of floating point; see the room `hardened`, also
+        for what it costs. Needs OpenDP.
       ledger: of the dataset, or its path; the release is entered there before a private value is read, and stays
         entered if it is then interrupted.
       diagnostics: return `(release, [RoundInfo])`, where the second part is **not private**.
@@ -161,8 +167,8 @@ def fine_tune(
       A `Release`, or `(Release, list[RoundInfo])` with `diagnostics`.
 
     Formal guarantee: `release` is mu-GDP with `certificate["mu"]`, hence (epsilon, delta)-DP, with respect to
-    `neighboring_relation` on units of `private`, under the certificate's assumptions. No exception and no branch
-    depends on a private value.
+    `neighboring_relation` on units of `private`, under the certificate's assumptions; a hardened one is rho-zCDP with
+    `certificate["zcdp_rho"]`, hence (epsilon, delta)-DP. No exception and no branch depends on a private value.
 
     Raises:
       ValueError: for bad static or public input, before any private value is read.
@@ -183,9 +189,11 @@ def fine_tune(
       Tran et al., arXiv:2605.20521 (the mechanism); Dong, Roth and Su, arXiv:1905.02383 (mu-GDP).
     """
     validation.check_key(key)
+    if hardened:
+        hardening.check_available()
     layout = _layout(params, subspace, subspace_dim)
     _check_settings(rounds, precision_rank, damping, l2_clip_norm, microbatch_size)
-    mu = privacy.mu_from_budget(epsilon, delta)
+    mu = (hardening if hardened else privacy).mu_from_budget(epsilon, delta)
     private_n = neighboring_relation is NeighboringRelation.ADD_OR_REMOVE_ONE
     _check_data(loss_fn, layout, params, public, private, private_n)
     unit_fn, units = _units(loss_fn, private, unit_ids, max_records_per_unit)
@@ -212,15 +220,24 @@ def fine_tune(
         l2_clip_norm=l2_clip_norm,
     )
     noise_multiplier = privacy.noise_multiplier(mu / plan.rounds**0.5, neighboring_relation)
+    discrete_noise = None
+    if hardened:
+        discrete_noise = hardening.discrete_noise(noise_multiplier, plan.l2_clip_norm, plan.subspace.dim)
+        noise_multiplier = discrete_noise.multiplier
     private_pass = functools.partial(
-        _clipped_sum, loss_fn=unit_fn, units=units, microbatch_size=microbatch_size, mode=mode
+        hardening.integer_sum if hardened else _clipped_sum,
+        loss_fn=unit_fn,
+        units=units,
+        microbatch_size=microbatch_size,
+        mode=mode,
     )
     zeros = jnp.zeros(plan.subspace.dim, layout.dtype)
     if ledger is not None:
-        ledgers.debit(ledger, key, mu=mu, neighboring_relation=neighboring_relation, privacy_unit=unit)
+        terms = {"neighboring_relation": neighboring_relation, "privacy_unit": unit}
+        ledgers.debit(ledger, key, mu=mu, hardened=hardened, **terms)
     walk, infos = _Walk(subspaces.working(layout, params), zeros, zeros, jnp.zeros((), layout.dtype)), []
     for round_key in jax.random.split(noise_key, plan.rounds):
-        walk, info = _round(round_key, walk, plan, private_pass, num_units, noise_multiplier, progress)
+        walk, info = _round(round_key, walk, plan, private_pass, discrete_noise, num_units, noise_multiplier, progress)
         infos.append(info)
     _announce(progress, "done", walk)
     certificate = make_certificate(
@@ -234,21 +251,27 @@ def fine_tune(
         plan=plan,
         provenance=make_provenance(params, public, subspace),
         prng_impl=str(jax.random.key_impl(key)),
+        discrete_noise=discrete_noise,
     )
     release = Release(_cast(layout, walk.params), certificate)
     return (release, infos) if diagnostics else release
 
 
-def _round(key, walk, plan, private_pass, num_units, noise_multiplier, progress):
+def _round(key, walk, plan, private_pass, discrete_noise, num_units, noise_multiplier, progress):
     """Passes once over the private units, draws, and moves."""
     _announce(progress, "private pass", walk)
     total, clip_info = private_pass(
         params=walk.params, subspace=plan.subspace, precision=plan.precision, l2_clip_norm=plan.l2_clip_norm
     )
     _announce(progress, "draw", total)
-    quadratic, noise_std = Quadratic(plan.precision, total, num_units), plan.l2_clip_norm * noise_multiplier
-    w, step, excess, walk = _draw(
-        key, walk, plan.subspace, quadratic, noise_std, plan.spectrum, plan.rounds, plan.longest, plan.largest_step
+    noise_std = plan.l2_clip_norm * noise_multiplier
+    if discrete_noise is None:
+        noisy = _noisy_sum(key, total, noise_std)
+    else:
+        total, noisy = hardening.noisy_sum(total, discrete_noise, plan.subspace.layout.dtype)
+    quadratic = Quadratic(plan.precision, total, num_units)
+    w, step, excess, walk = _follow(
+        noisy, walk, plan.subspace, quadratic, noise_std, plan.spectrum, plan.rounds, plan.longest, plan.largest_step
     )
     return walk, RoundInfo(plan, quadratic, noise_std, w, step, excess, clip_info)
 

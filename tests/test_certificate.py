@@ -11,7 +11,7 @@ from dp_accounting import NeighboringRelation
 
 import qexp_jax
 from qexp_jax import certificate as certificates
-from qexp_jax import privacy, verification
+from qexp_jax import hardened, privacy, verification
 
 DATA = {"x": jax.random.normal(jax.random.key(1), (60, 3)), "y": jax.random.normal(jax.random.key(2), (60,))}
 PUBLIC = jax.tree.map(lambda a: a[:30], DATA)
@@ -33,15 +33,15 @@ def make_plan(rounds=3):
 PLAN = make_plan()
 
 
-def issued(relation=NeighboringRelation.REPLACE_SPECIAL, epsilon=1.0, delta=1e-5, hardened=False, **changes):
+def issued(relation=NeighboringRelation.REPLACE_SPECIAL, epsilon=1.0, delta=1e-5, discrete=False, **changes):
     """A certificate as `fine_tune` issues it."""
     rho = privacy.rho_from_budget(epsilon, delta)
-    mu = (2 * rho) ** 0.5 if hardened else privacy.mu_from_budget(epsilon, delta)
+    mu = (2 * rho) ** 0.5 if discrete else privacy.mu_from_budget(epsilon, delta)
     z = privacy.noise_multiplier(mu / PLAN.rounds**0.5, relation)
     noise = None
-    if hardened:
-        noise = certificates.DiscreteNoise(PLAN.l2_clip_norm / 2**20, 2**20, int(np.ceil(z * 2**20)))
-        z = noise.scale / 2**20
+    if discrete:
+        noise = hardened.discrete_noise(z, PLAN.l2_clip_norm, 3)
+        z = noise.multiplier
     arguments = {
         "epsilon": epsilon, "delta": delta, "relation": relation, "num_units": 50, "num_units_from": "public_count",
         "unit": "one record", "noise_multiplier": z, "plan": PLAN, "discrete_noise": noise, "prng_impl": "threefry2x32",
@@ -50,21 +50,21 @@ def issued(relation=NeighboringRelation.REPLACE_SPECIAL, epsilon=1.0, delta=1e-5
     return certificates.make_certificate(**arguments | changes)
 
 
-PLAIN, HARDENED = issued(), issued(hardened=True)
+PLAIN, HARDENED = issued(), issued(discrete=True)
 
 
-@pytest.mark.parametrize("hardened", [False, True])
+@pytest.mark.parametrize("discrete", [False, True])
 @pytest.mark.parametrize("relation", RELATIONS)
-def test_issued_certificates_verify_before_and_after_json(relation, hardened):
-    certificate = issued(relation, hardened=hardened)
+def test_issued_certificates_verify_before_and_after_json(relation, discrete):
+    certificate = issued(relation, discrete=discrete)
     qexp_jax.verify(certificate)
     qexp_jax.verify(json.loads(json.dumps(certificate, allow_nan=False)))
 
 
-@pytest.mark.parametrize("hardened", [False, True])
+@pytest.mark.parametrize("discrete", [False, True])
 @pytest.mark.parametrize(("epsilon", "delta"), [(0.01, 1e-3), (0.1, 1e-9), (8.0, 1e-5), (20.0, 0.1), (60.0, 1e-20)])
-def test_other_budgets_verify(epsilon, delta, hardened):
-    qexp_jax.verify(issued(epsilon=epsilon, delta=delta, hardened=hardened))
+def test_other_budgets_verify(epsilon, delta, discrete):
+    qexp_jax.verify(issued(epsilon=epsilon, delta=delta, discrete=discrete))
 
 
 def test_a_hardened_certificate_promises_zcdp_and_not_mu():
@@ -163,9 +163,9 @@ def test_replace_one_with_the_noise_of_zero_out_is_refused():
 def test_a_hardened_release_that_claims_the_exact_gaussian_delta_is_refused():
     mu = privacy.mu_from_budget(1.0, 1e-5)
     z = privacy.noise_multiplier(mu / PLAN.rounds**0.5, NeighboringRelation.REPLACE_SPECIAL)
-    noise = certificates.DiscreteNoise(PLAN.l2_clip_norm / 2**20, 2**20, int(np.ceil(z * 2**20)))
+    noise = hardened.discrete_noise(z, PLAN.l2_clip_norm, 3)
     with pytest.raises(ValueError, match="'delta'"):
-        qexp_jax.verify(issued(noise_multiplier=noise.scale / 2**20, discrete_noise=noise))
+        qexp_jax.verify(issued(noise_multiplier=noise.multiplier, discrete_noise=noise))
 
 
 def test_an_epsilon_below_what_dp_accounting_finds_is_refused(monkeypatch):

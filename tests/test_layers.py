@@ -7,7 +7,7 @@ import qexp_jax
 
 ROOMS = [
     "keys", "records", "subspace", "gradients", "curvature", "precision", "clipping", "privacy", "ledger", "mechanism",
-    "accuracy", "flow", "validation", "plan", "certificate", "verification", "finetune", "__init__",
+    "hardened", "accuracy", "flow", "validation", "plan", "certificate", "verification", "finetune", "__init__",
 ]  # fmt: skip
 PACKAGE = pathlib.Path(qexp_jax.__file__).parent
 
