@@ -279,6 +279,7 @@ def _round(key, walk, plan, private_pass, discrete_noise, num_units, noise_multi
 def _check_data(loss_fn, layout, params, public, private, private_n):
     validation.check_records("public", public)
     validation.check_records("private", private, allow_empty=private_n)
+    validation.check_same_structure(public, private)
     validation.check_finite("public records", public)
     validation.check_finite("anchor parameters", params)
     validation.check_loss(loss_fn, layout, params, public)
@@ -306,7 +307,7 @@ def _layout(params, subspace, subspace_dim):
 def _check_settings(rounds, precision_rank, damping, l2_clip_norm, microbatch_size):
     integers = {"rounds": rounds, "precision_rank": precision_rank, "microbatch_size": microbatch_size}
     for name, value in integers.items():
-        if value is not None and not (isinstance(value, int) and value >= 1):
+        if value is not None and not (type(value) is int and value >= 1):  # True is no number
             raise ValueError(f"Expected an integer {name} >= 1, found {value}.")
     for name, value in (("damping", damping), ("l2_clip_norm", l2_clip_norm)):
         if value is not None and not 0 < value < float("inf"):
@@ -324,14 +325,19 @@ def _public_num_units(units, public_count, private_n):
     if public_count is None and private_n:
         raise ValueError("ADD_OR_REMOVE_ONE keeps the number of private units private: give a public_count.")
     count = num_records(units) if public_count is None else public_count
-    if not (isinstance(count, int) and count >= 1):
-        raise ValueError(f"Expected an integer public_count >= 1, found {public_count}.")
+    if not (type(count) is int and 1 <= count < 2**31):
+        raise ValueError(f"Expected an integer public_count in [1, 2^31), found {public_count}.")
     return count
 
 
 def _cast(layout, params):
+    """Back to the pretrained dtypes, saturated: float16 ends at 65504, and a release holds no infinity."""
+
+    def saturated(x, dtype):
+        return jnp.asarray(jnp.clip(x, jnp.finfo(dtype).min, jnp.finfo(dtype).max), dtype)
+
     leaves = jax.tree.leaves(params)
     return jax.tree.unflatten(
         layout.treedef,
-        [jnp.asarray(x, t) if f else x for x, t, f in zip(leaves, layout.dtypes, layout.tuned, strict=True)],
+        [saturated(x, t) if f else x for x, t, f in zip(leaves, layout.dtypes, layout.tuned, strict=True)],
     )

@@ -16,6 +16,7 @@ about a tenth more noise than the exact conversion of mu.
 """
 
 import math
+import sys
 from collections.abc import Iterable
 
 from dp_accounting import ComposedDpEvent, GaussianDpEvent, NeighboringRelation, ZCDpEvent
@@ -112,7 +113,7 @@ def delta_from_rho(rho: float, epsilon: float) -> float:
 
     if slope(-700.0) >= 0:
         return 1.0
-    x = brentq(slope, -700.0, 700.0, xtol=1e-12)
+    x = 700.0 if slope(700.0) <= 0 else brentq(slope, -700.0, 700.0, xtol=1e-12)  # any order is sound
     excess, alpha = math.exp(x), 1 + math.exp(x)
     return min(1.0, math.exp(excess * (alpha * rho - epsilon) - alpha * math.log1p(1 / excess) - x))
 
@@ -133,7 +134,7 @@ def epsilon_from_rho(rho: float, delta: float) -> float:
 
 def check_budget(epsilon: float, delta: float) -> None:
     """Raises ValueError unless 0 < epsilon < inf and 0 < delta < 1."""
-    if not (epsilon > 0 and math.isfinite(epsilon)):
+    if not 0 < epsilon <= sys.float_info.max:
         raise ValueError(f"Expected a finite epsilon > 0, found {epsilon=}.")
     if not 0 < delta < 1:
         raise ValueError(f"Expected delta in (0, 1), found {delta=}.")

@@ -23,8 +23,6 @@ from qexp_jax.certificate import MECHANISMS, NEIGHBORS, SCHEMA, assumptions
 from qexp_jax.clipping import sensitivity
 
 _RELATIVE = 1e-9
-# A hardened release rounds its noise up to an integer, so that delta may stay a little below what was asked for.
-_UNSPENT = 0.01
 _PLD_UP_TO, _PLD_DELTA_FROM = 5.0, 1e-15  # beyond, a privacy loss distribution takes seconds or is truncated
 _SHARE_SENSITIVITY = {"gradient": sensitivity}  # in units of the share's clip norm
 
@@ -197,9 +195,18 @@ def _check_total(certificate):
     delta_from, parameter = (privacy.delta_from_rho, rho) if hardened else (privacy.delta_from_mu, certificate["mu"])
     for i, point in enumerate(certificate["privacy_curve"]):
         _expect(f"privacy_curve[{i}].delta", point["delta"], delta_from(parameter, point["epsilon"]), relative=1e-7)
-    delta, asked = delta_from(parameter, certificate["epsilon"]), certificate["delta"]
-    if not asked * (1 - _UNSPENT) <= delta <= asked * (1 + _RELATIVE):
+    epsilon, asked = certificate["epsilon"], certificate["delta"]
+    delta, wasteful = delta_from(parameter, epsilon), delta_from(parameter * _slack(certificate), epsilon) <= asked
+    if delta > asked * (1 + _RELATIVE) or wasteful:
         raise ValueError(f"Certificate field 'delta': expected {delta!r} at its epsilon, found {asked!r}.")
+
+
+def _slack(certificate):
+    """By how much mu or rho may stay below the budget: rounding, and steps of the integer scale."""
+    if not certificate["hardened"]:
+        return 1 + 1e-6
+    scale = certificate["discrete_noise"]["scale"]
+    return (scale / (scale - 2)) ** 2 if scale > 2 else 1e200
 
 
 def _check_accountant(certificate, relation):
