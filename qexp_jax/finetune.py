@@ -173,6 +173,7 @@ def fine_tune(
     Raises:
       ValueError: for bad static or public input, before any private value is read.
       BudgetExceeded: where the ledger does not allow the release; a ValueError.
+      ImportError: if a hardened release is asked for and OpenDP is not installed.
 
     >>> def loss_fn(params, record):
     ...     return (record["x"] @ params["w"] - record["y"]) ** 2 / 2

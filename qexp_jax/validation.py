@@ -53,7 +53,8 @@ def check_records(name: str, records: Record, *, allow_empty: bool = False) -> i
 
 def check_same_structure(public: Record, private: Record) -> None:
     """Raises unless the private records are the same pytree as the public ones; shapes and dtypes may differ."""
-    expected, found = jax.tree.structure(public), jax.tree.structure(private)
+    expected: Any = jax.tree.structure(public)
+    found: Any = jax.tree.structure(private)
     if found != expected:
         raise ValueError(f"Expected private records of the public ones' structure {expected}, found {found}.")
 
