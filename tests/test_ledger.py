@@ -158,7 +158,7 @@ def break_ledger(folder, name):
     elif folder.name == "renamed":
         os.replace = lambda *args: (replace(*args), die())
     else:
-        ledgers._compose = lambda body: (time.sleep(0.5), compose(body))[1]  # a wide gap between reading and writing
+        ledgers._compose = lambda body: (time.sleep(1.0), compose(body))[1]  # a wide gap between reading and writing
     if folder.name == "race unlocked":
         ledgers._locked = lambda ledger: contextlib.nullcontext()
         ledgers._beside = lambda ledger, suffix: beside(ledger, suffix + (name if suffix == ".tmp" else ""))
