@@ -2,6 +2,7 @@
 
 `fine_tune` is the one call. Under it lie pure functions, a room each, every room knowing only those above it:
 
+    keys         release keys from the system's entropy
     records      records and privacy units
     sketching    random projections made again from their keys
     subspace     public directions: lift R^k -> params, project params -> R^k
@@ -10,12 +11,15 @@
     precision    the SPD precision H = R R^T as an operator: whiten, color, draw
     clipping     the private pass: whitened, clipped sums of stated sensitivity
     privacy      mu <-> (epsilon, delta), composition
+    ledger       what all releases over one dataset have spent
     mechanism    quadratic utility and the exact draw
+    hardened     the same in integers with exact discrete noise
     accuracy     what the noise costs
     flow         how far to follow the released gradients
     validation   checks of public and static input
     plan         the public side of a release
     certificate  what is promised
+    verification the promise derived from a certificate anew
     stream       data that does not fit in memory
     passes       the private pass over streams, devices and processes
     checkpoint   a release in progress on disk
@@ -32,6 +36,9 @@ from qexp_jax import (
     curvature,
     flow,
     gradients,
+    hardened,
+    keys,
+    ledger,
     mechanism,
     plan,
     precision,
@@ -39,15 +46,21 @@ from qexp_jax import (
     privacy,
     records,
     subspace,
+    verification,
 )
 from qexp_jax.checkpoint import Checkpoint
 from qexp_jax.finetune import Release, fine_tune
+from qexp_jax.keys import fresh_key
+from qexp_jax.ledger import BudgetExceeded, Ledger
 from qexp_jax.rounds import RoundInfo
 from qexp_jax.stream import Stream
+from qexp_jax.verification import verify
 
 __version__ = "0.1.0"
 __all__ = [
+    "BudgetExceeded",
     "Checkpoint",
+    "Ledger",
     "NeighboringRelation",
     "Release",
     "RoundInfo",
@@ -57,7 +70,11 @@ __all__ = [
     "curvature",
     "fine_tune",
     "flow",
+    "fresh_key",
     "gradients",
+    "hardened",
+    "keys",
+    "ledger",
     "mechanism",
     "plan",
     "precision",
@@ -65,4 +82,6 @@ __all__ = [
     "privacy",
     "records",
     "subspace",
+    "verification",
+    "verify",
 ]

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 _WARNING = "NOT PRIVATE: the partial sums in this folder carry no noise. Never release, log or share them.\n"
-_SETTINGS = "settings.json"
+_SETTINGS, _PAID = "settings.json", "paid.txt"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +59,7 @@ class Progress(NamedTuple):
 class Store(NamedTuple):
     """An open checkpoint folder; see `open_store`."""
 
+    folder: pathlib.Path
     manager: Any
     every: int
 
@@ -99,21 +100,36 @@ def open_store(checkpoint: Checkpoint, settings: dict[str, Any]) -> Store:
         max_to_keep=1, enable_async_checkpointing=False, create=False, multiprocessing_options=alone
     )
     (folder / "steps").mkdir(exist_ok=True, mode=0o700)
-    return Store(ocp.CheckpointManager(folder / "steps", options=options), checkpoint.every)
+    return Store(folder, ocp.CheckpointManager(folder / "steps", options=options), checkpoint.every)
 
 
 def _check_settings(folder, settings):
     path = folder / _SETTINGS
     if not path.exists():
         (folder / "NOT_PRIVATE.txt").write_text(_WARNING)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(settings))
-        os.replace(temporary, path)
+        _write(path, json.dumps(settings))
         return
     found = json.loads(path.read_text())
     differing = sorted(name for name in found.keys() | settings.keys() if found.get(name) != settings.get(name))
     if differing:
         raise ValueError(f"The checkpoint {folder} belongs to a release with other {', '.join(differing)}.")
+
+
+def _write(path, text):
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def mark_paid(store: Store, tag: str) -> None:
+    """Notes that a ledger holds this release, by the ledger's tag of its key."""
+    _write(store.folder / _PAID, tag)
+
+
+def is_paid(store: Store, tag: str) -> bool:
+    """Whether this release was entered before it was interrupted: going on costs nothing more."""
+    path = store.folder / _PAID
+    return path.exists() and path.read_text() == tag
 
 
 def save(store: Store, progress: Progress) -> None:

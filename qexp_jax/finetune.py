@@ -1,5 +1,6 @@
 """The one call: checks, a public plan, its rounds, and a certificate."""
 
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,12 +10,15 @@ import numpy as np
 from dp_accounting import NeighboringRelation
 
 from qexp_jax import checkpoint as checkpoints
+from qexp_jax import hardened as hardening
+from qexp_jax import ledger as ledgers
 from qexp_jax import passes, preflight, privacy, stream, validation
 from qexp_jax import rounds as walks
 from qexp_jax import subspace as subspaces
-from qexp_jax.certificate import make_certificate
+from qexp_jax.certificate import make_certificate, make_provenance
 from qexp_jax.checkpoint import Checkpoint
 from qexp_jax.gradients import Mode
+from qexp_jax.ledger import Ledger
 from qexp_jax.plan import make_plan
 from qexp_jax.records import LossFn, Params, Record, group_by_unit, num_records, unit_loss
 from qexp_jax.subspace import Subspace
@@ -57,6 +61,8 @@ def fine_tune(
     mesh: jax.sharding.Mesh | None = None,
     checkpoint: Checkpoint | None = None,
     memory_budget: int | None = None,
+    hardened: bool = False,
+    ledger: Ledger | str | os.PathLike[str] | None = None,
     diagnostics: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Any:
@@ -93,6 +99,10 @@ def fine_tune(
       checkpoint: where a release in progress is saved; called again with the same arguments, it goes on there, or ends
         with the same release. Holds sums that are **not private**.
       memory_budget: bytes of one device; a release that `preflight` expects to need more is refused.
+      hardened: integers, and exact discrete Gaussian noise, instead of floating point; see the room `hardened`, also
+        for what it costs. Needs OpenDP. Of a mesh it uses one device a process.
+      ledger: of the dataset, or its path; the release is entered there before a private value is read, and stays
+        entered if it is then interrupted; one that goes on from its checkpoint is not entered again.
       diagnostics: return `(release, [RoundInfo])`, where the second part is **not private**.
       progress: called with the name of each stage as it begins, with each batch of a stream, and with `"done"`.
 
@@ -100,12 +110,14 @@ def fine_tune(
       A `Release`, or `(Release, list[RoundInfo])` with `diagnostics`.
 
     Formal guarantee: `release` is mu-GDP with `certificate["mu"]`, hence (epsilon, delta)-DP, with respect to
-    `neighboring_relation` on units of `private`, under the certificate's assumptions. No exception and no branch
-    depends on a private value.
+    `neighboring_relation` on units of `private`, under the certificate's assumptions; a hardened one is rho-zCDP with
+    `certificate["zcdp_rho"]`, hence (epsilon, delta)-DP. No exception and no branch depends on a private value.
 
     Raises:
       ValueError: for bad static or public input, before any private value is read; if a stream changes its length
         between rounds, or is not the one that the checkpoint was made of; nothing is released then.
+      BudgetExceeded: where the ledger does not allow the release; a ValueError.
+      ImportError: if a hardened release is asked for and OpenDP is not installed.
 
     >>> def loss_fn(params, record):
     ...     return (record["x"] @ params["w"] - record["y"]) ** 2 / 2
@@ -122,17 +134,21 @@ def fine_tune(
       Tran et al., arXiv:2605.20521 (the mechanism); Dong, Roth and Su, arXiv:1905.02383 (mu-GDP).
     """
     validation.check_key(key)
+    if hardened:
+        hardening.check_available()
     local = passes.local_mesh(mesh)
     key = passes.one_key(key, mesh)
     layout = _layout(params, subspace, subspace_dim)
     _check_settings(rounds, precision_rank, damping, l2_clip_norm, microbatch_size)
-    mu = privacy.mu_from_budget(epsilon, delta)
+    mu = (hardening if hardened else privacy).mu_from_budget(epsilon, delta)
     private_n = neighboring_relation is NeighboringRelation.ADD_OR_REMOVE_ONE
     public, num_public = _public_records(public)
     _check_data(loss_fn, layout, params, public, private, private_n)
     unit_fn, units = _units(loss_fn, private, unit_ids, max_records_per_unit)
     public_fn, public_units = _units(loss_fn, public, public_unit_ids, max_records_per_unit)
     num_units = _public_num_units(units, public_count, private_n, mesh)
+    unit = "one record" if unit_ids is None else "all records with one unit id"
+    ledger = ledgers.open(ledger) if isinstance(ledger, str | os.PathLike) else ledger
     if memory_budget is not None:
         record, batch_size = _one_unit(units)
         found = preflight.estimate(
@@ -169,6 +185,10 @@ def fine_tune(
         l2_clip_norm=l2_clip_norm,
     )
     noise_multiplier = privacy.noise_multiplier(mu / plan.rounds**0.5, neighboring_relation)
+    discrete_noise = None
+    if hardened:
+        discrete_noise = hardening.discrete_noise(noise_multiplier, plan.l2_clip_norm, plan.subspace.dim)
+        noise_multiplier = discrete_noise.multiplier
     walk = walks.start(layout, params, plan.subspace.dim)
     store = None
     if checkpoint is not None:
@@ -180,11 +200,16 @@ def fine_tune(
             "num_units": num_units,
             "microbatch_size": microbatch_size,
             "mode": mode,
+            "hardened": hardened,
             "devices": passes.num_shares(local),
             "processes": jax.process_count() if passes.spans_processes(mesh) else 1,
         }
         store = checkpoints.open_store(checkpoint, settings)
-    engine = walks.Engine(unit_fn, microbatch_size, mode, mesh, store, progress)
+    if ledger is not None and not (passes.spans_processes(mesh) and jax.process_index()):
+        _enter(
+            ledger, key, store, mu=mu, hardened=hardened, neighboring_relation=neighboring_relation, privacy_unit=unit
+        )
+    engine = walks.Engine(unit_fn, microbatch_size, mode, mesh, discrete_noise, store, progress)
     walk, infos = walks.run(
         noise_key, walk, plan, units, engine, num_units=num_units, noise_multiplier=noise_multiplier
     )  # fmt: skip
@@ -193,12 +218,26 @@ def fine_tune(
         delta=delta,
         relation=neighboring_relation,
         num_units=num_units,
-        unit="one record" if unit_ids is None else "all records with one unit id",
+        num_units_from="slots" if public_count is None else "public_count",
+        unit=unit,
         noise_multiplier=noise_multiplier,
         plan=plan,
+        provenance=make_provenance(params, public, subspace),
+        prng_impl=str(jax.random.key_impl(key)),
+        discrete_noise=discrete_noise,
     )
     release = Release(_cast(layout, walk.params), certificate)
     return (release, infos) if diagnostics else release
+
+
+def _enter(ledger, key, store, **terms):
+    """Debits the release, unless its checkpoint shows that it was debited before it was interrupted."""
+    tag = ledgers.key_tag(ledger, key)
+    if store is not None and checkpoints.is_paid(store, tag):
+        return
+    ledgers.debit(ledger, key, **terms)
+    if store is not None:
+        checkpoints.mark_paid(store, tag)
 
 
 def _one_unit(units):
@@ -226,6 +265,7 @@ def _check_data(loss_fn, layout, params, public, private, private_n):
     validation.check_loss(loss_fn, layout, params, public)
     if first is not None or not private_n:
         validation.check_records("private", {} if first is None else first, allow_empty=private_n)
+        validation.check_same_structure(public, first)
         validation.check_loss(loss_fn, layout, params, first)
 
 
@@ -243,7 +283,7 @@ def _layout(params, subspace, subspace_dim):
 def _check_settings(rounds, precision_rank, damping, l2_clip_norm, microbatch_size):
     integers = {"rounds": rounds, "precision_rank": precision_rank, "microbatch_size": microbatch_size}
     for name, value in integers.items():
-        if value is not None and not (isinstance(value, int) and value >= 1):
+        if value is not None and not (type(value) is int and value >= 1):  # True is no number
             raise ValueError(f"Expected an integer {name} >= 1, found {value}.")
     for name, value in (("damping", damping), ("l2_clip_norm", l2_clip_norm)):
         if value is not None and not 0 < value < float("inf"):
@@ -266,14 +306,19 @@ def _public_num_units(units, public_count, private_n, mesh):
         raise ValueError("Several processes hold the private units: give a public_count of all of them.")
     if public_count is None:
         public_count = stream.count(units) if stream.is_stream(units) else num_records(units)
-    if not (isinstance(public_count, int) and public_count >= 1):
-        raise ValueError(f"Expected an integer public_count >= 1, found {public_count}.")
+    if not (type(public_count) is int and 1 <= public_count < 2**31):
+        raise ValueError(f"Expected an integer public_count in [1, 2^31), found {public_count}.")
     return public_count
 
 
 def _cast(layout, params):
+    """Back to the pretrained dtypes, saturated: float16 ends at 65504, and a release holds no infinity."""
+
+    def saturated(x, dtype):
+        return jnp.asarray(jnp.clip(x, jnp.finfo(dtype).min, jnp.finfo(dtype).max), dtype)
+
     leaves = jax.tree.leaves(params)
     return jax.tree.unflatten(
         layout.treedef,
-        [jnp.asarray(x, t) if f else x for x, t, f in zip(leaves, layout.dtypes, layout.tuned, strict=True)],
+        [saturated(x, t) if f else x for x, t, f in zip(leaves, layout.dtypes, layout.tuned, strict=True)],
     )

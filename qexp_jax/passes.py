@@ -19,9 +19,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from qexp_jax import records as record_trees
 from qexp_jax import stream as streams
 from qexp_jax.clipping import ClipInfo, clipped_sum
 from qexp_jax.gradients import Mode
+from qexp_jax.hardened import integer_sum
 from qexp_jax.precision import Precision
 from qexp_jax.records import LossFn, Params, Record
 from qexp_jax.subspace import Subspace
@@ -33,12 +35,12 @@ class Partial(NamedTuple):
     """**Not private**: the sum over the batches read so far.
 
     Attributes:
-      total: (k,) compensated sum.
+      total: (k,) compensated sum; int64 on the host where it is exact (`hardened`).
       lost: (k,) what rounding has cost it (Kahan).
       info: counts.
     """
 
-    total: jax.Array
+    total: Any
     lost: jax.Array
     info: ClipInfo
 
@@ -52,10 +54,11 @@ class Target(NamedTuple):
     l2_clip_norm: jax.Array | float
 
 
-def empty(subspace: Subspace) -> Partial:
+def empty(subspace: Subspace, exact: bool = False) -> Partial:
     """The sum over no batch."""
     zeros = jnp.zeros(subspace.dim, subspace.layout.dtype)
-    return Partial(zeros, zeros, ClipInfo(*[jnp.zeros((), int)] * 3))
+    total = np.zeros(subspace.dim, np.int64) if exact else zeros
+    return Partial(total, zeros, ClipInfo(*[jnp.zeros((), int)] * 3))
 
 
 def local_mesh(mesh: Mesh | None) -> Mesh | None:
@@ -122,9 +125,34 @@ def device_sum(
     )(target, units, mask)
 
 
+def exact_sum(
+    loss_fn: LossFn, target: Target, units: Record, mask: Any, *, microbatch_size: int, mode: Mode
+) -> tuple[np.ndarray, ClipInfo]:
+    """`hardened.integer_sum` of the units that the mask keeps; one unit after the other, on one device."""
+    if mask is not None:
+        units = record_trees.take(units, np.flatnonzero(mask))
+    return integer_sum(
+        loss_fn,
+        target.params,
+        target.subspace,
+        target.precision,
+        units,
+        l2_clip_norm=float(target.l2_clip_norm),
+        microbatch_size=microbatch_size,
+        mode=mode,
+    )
+
+
+def add(partial: Partial, total: Any, info: ClipInfo) -> Partial:
+    """One batch more: compensated on the device, or exact on the host."""
+    if isinstance(total, np.ndarray):
+        return Partial(partial.total + total, partial.lost, jax.tree.map(jnp.add, partial.info, info))
+    return _add_compensated(partial, total, info)
+
+
 @jax.jit
-def add(partial: Partial, total: jax.Array, info: ClipInfo) -> Partial:
-    """One batch more, with Kahan's compensation: the sum of a million units is as exact as that of one batch."""
+def _add_compensated(partial, total, info):
+    """Kahan's sum: that of a million units is as exact as that of one batch."""
     term = total - partial.lost
     new = partial.total + term
     return Partial(new, (new - partial.total) - term, jax.tree.map(jnp.add, partial.info, info))
@@ -168,7 +196,14 @@ def over_processes(tree: Any, mesh: Mesh | None) -> Any:
     """Sums over the processes of a mesh, in the order of their numbers: the same bits in each process."""
     if not spans_processes(mesh):
         return tree
-    return jax.tree.map(lambda x: jnp.sum(multihost_utils.process_allgather(np.asarray(x)), axis=0), tree)
+
+    def gathered_sum(x):
+        x = np.atleast_1d(np.asarray(x))
+        # As bytes: JAX would cut int64 to int32.
+        parts = multihost_utils.process_allgather(np.frombuffer(x.tobytes(), np.uint8)).view(x.dtype)
+        return np.sum(parts, axis=0, dtype=x.dtype)
+
+    return jax.tree.map(lambda x: gathered_sum(x).reshape(np.shape(x)), tree)
 
 
 def one_key(key: jax.Array, mesh: Mesh | None) -> jax.Array:

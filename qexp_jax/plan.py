@@ -49,6 +49,7 @@ _CURVED, _HELD_OUT, _TRIED = 512, 2048, 512
 _SCALED_DIRECTIONS, _SCALING_RECORDS = 8, 256
 _DAMPING = 0.01
 _CLIP_QUANTILE = 0.9
+_SMALLEST_CLIP_NORM = 1e-18  # C, C z and sums of C stay within float32
 _NOISE_COST = 0.006
 _NOISE_DRAWS = 3
 _LONGEST = 4.0
@@ -253,7 +254,8 @@ def _curvature(loss_fn, params, space, directions, squares, dims, records):
     curved = [float(jnp.vdot(v, product)) for v, product in zip(directions[steepest], products, strict=True)]
     if not (np.all(np.isfinite(curved)) and np.all(np.isfinite(moments))):
         raise ValueError(f"The public curvature is not finite at the anchor, {moments.shape=}.")
-    scale = np.sum(np.abs(curved)) / max(np.sum(moments[steepest]), np.finfo(np.float64).tiny)
+    with np.errstate(over="ignore"):  # refused below
+        scale = np.sum(np.abs(curved)) / max(np.sum(moments[steepest]), np.finfo(np.float64).tiny)
     if not (0 < scale < np.inf and moments.max() > 0):
         raise ValueError(
             f"Public gradients or curvature vanish at the anchor, {moments.shape=}: there is no quadratic."
@@ -265,8 +267,8 @@ def _clipping(squares, dims, clip_norm):
     """Public norms, the clip norm, and the second moments of clipped gradients (r + 1,); all whitened."""
     norms = np.sqrt(squares @ dims)
     clip_norm = float(np.quantile(norms, _CLIP_QUANTILE)) if clip_norm is None else clip_norm
-    if not (np.isfinite(clip_norm) and clip_norm > 0):
-        raise ValueError(f"Public gradients give the clip norm {clip_norm}; give l2_clip_norm.")
+    if not _SMALLEST_CLIP_NORM <= clip_norm <= 1 / _SMALLEST_CLIP_NORM:
+        raise ValueError(f"Expected a clip norm in [1e-18, 1e18], found {clip_norm}; give l2_clip_norm.")
     kept = np.minimum(1, clip_norm / np.maximum(norms, np.finfo(np.float64).tiny))
     moments = np.mean(squares * kept[:, None] ** 2, axis=0)
     return norms, float(np.float32(clip_norm)), np.maximum(moments, 1e-9 * moments.max())

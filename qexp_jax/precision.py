@@ -115,7 +115,8 @@ def _scale_by(power):
         scale, vectors, values = arrays
         inside = jnp.matmul(vectors, x, precision=_HIGHEST)
         change = (scale + values) ** power - scale**power
-        return scale**power * x + jnp.matmul(vectors.T, change * inside, precision=_HIGHEST)
+        # From the left: XLA's CPU product with the transpose takes ten times as long.
+        return scale**power * x + jnp.matmul(change * inside, vectors, precision=_HIGHEST)
 
     return apply
 

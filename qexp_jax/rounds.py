@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from qexp_jax import checkpoint as checkpoints
-from qexp_jax import flow, mechanism, passes, records, stream
+from qexp_jax import flow, hardened, mechanism, passes, records, stream
 from qexp_jax import subspace as subspaces
 from qexp_jax.checkpoint import Progress
 from qexp_jax.clipping import ClipInfo
 from qexp_jax.gradients import Mode
+from qexp_jax.hardened import DiscreteNoise
 from qexp_jax.mechanism import Quadratic
 from qexp_jax.passes import Target
 from qexp_jax.plan import Plan
@@ -73,6 +74,7 @@ class Engine(NamedTuple):
       microbatch_size: units held at a time.
       mode: see `gradients.projected_gradients`.
       mesh: devices that share the units, if several; over several processes, each has units of its own.
+      discrete_noise: of a hardened release.
       store: an open checkpoint, if any.
       progress: called with the name of each stage as it begins.
     """
@@ -81,6 +83,7 @@ class Engine(NamedTuple):
     microbatch_size: int
     mode: Mode
     mesh: jax.sharding.Mesh | None
+    discrete_noise: DiscreteNoise | None
     store: checkpoints.Store | None
     progress: Callable[[str], None] | None
 
@@ -123,9 +126,14 @@ def run(
         announce(engine.progress, "private pass", progress.walk)
         total, clip_info, length = _pass(engine, plan, units, progress, length)
         announce(engine.progress, "draw", total)
-        quadratic, noise_std = Quadratic(plan.precision, total, num_units), plan.l2_clip_norm * noise_multiplier
-        w, step, excess, walk = _draw(
-            round_key,
+        noise_std = plan.l2_clip_norm * noise_multiplier
+        if engine.discrete_noise is None:
+            noisy = _noisy_sum(round_key, total, noise_std)
+        else:
+            total, noisy = hardened.noisy_sum(total, engine.discrete_noise, layout.dtype)
+        quadratic = Quadratic(plan.precision, total, num_units)
+        w, step, excess, walk = _follow(
+            noisy,
             progress.walk,
             plan.subspace,
             quadratic,
@@ -136,17 +144,19 @@ def run(
             plan.largest_step,
         )
         infos.append(RoundInfo(plan, quadratic, noise_std, w, step, excess, clip_info))
-        progress = _beginning(progress.round + 1, walk, plan)
+        progress = _beginning(progress.round + 1, walk, plan, engine)
         _save(engine, layout, progress)
     announce(engine.progress, "done", progress.walk)
     return progress.walk, infos
 
 
+_noisy_sum = jax.jit(mechanism.noisy_sum)
+
+
 @jax.jit
-def _draw(key, walk, subspace, quadratic, noise_std, spectrum, rounds, longest, largest_step):
-    """One draw, followed for a step of the flow whose length all releases so far deserve."""
+def _follow(noisy, walk, subspace, quadratic, noise_std, spectrum, rounds, longest, largest_step):
+    """The draw of a noisy sum, followed for a step of the flow whose length all releases so far deserve."""
     num_units = quadratic.num_units
-    noisy = mechanism.noisy_sum(key, quadratic.whitened_sum, noise_std)
     w = mechanism.release_step(quadratic, noisy)
     noise_var = (noise_std / num_units) ** 2
     gradients = walk.gradients + noisy / num_units - flow.predicted_gradient(spectrum, walk.moved)
@@ -181,9 +191,11 @@ def _placed(mesh, units):
 def _pass(engine, plan, units, progress, length):
     """The exact clipped sum of one round over all devices and processes, its counts, and the stream's length."""
     mesh = passes.local_mesh(engine.mesh)
-    batch_sum = functools.partial(
-        passes.device_sum, engine.loss_fn, microbatch_size=engine.microbatch_size, mode=engine.mode, mesh=mesh
-    )
+    settings = {"microbatch_size": engine.microbatch_size, "mode": engine.mode}
+    if engine.discrete_noise is None:
+        batch_sum = functools.partial(passes.device_sum, engine.loss_fn, mesh=mesh, **settings)
+    else:
+        batch_sum = functools.partial(passes.exact_sum, engine.loss_fn, **settings)
     target = Target(progress.walk.params, plan.subspace, plan.precision, plan.l2_clip_norm)
     if stream.is_stream(units):
         total, info, length = _stream_pass(engine, plan, batch_sum, target, units, progress, length)
@@ -216,8 +228,9 @@ def _stream_pass(engine, plan, batch_sum, target, units, progress, length):
 # --- checkpoints ---
 
 
-def _beginning(number, walk, plan):
-    return Progress(number, 0, walk, passes.empty(plan.subspace), np.zeros(32, np.uint8))
+def _beginning(number, walk, plan, engine):
+    empty = passes.empty(plan.subspace, exact=engine.discrete_noise is not None)
+    return Progress(number, 0, walk, empty, np.zeros(32, np.uint8))
 
 
 def _save(engine, layout, progress):
@@ -229,7 +242,7 @@ def _save(engine, layout, progress):
 
 def _resumed(engine, layout, walk, plan):
     """The beginning, or where the checkpoint stands; over several processes, where the furthest does."""
-    beginning = _beginning(0, walk, plan)
+    beginning = _beginning(0, walk, plan, engine)
     if engine.store is None:
         return beginning
     short = beginning._replace(walk=walk._replace(params=subspaces.tuned_leaves(layout, walk.params)))
@@ -237,4 +250,4 @@ def _resumed(engine, layout, walk, plan):
     number, releases = passes.furthest(engine.mesh, found.round, found.walk)
     params = subspaces.with_tuned_leaves(layout, walk.params, releases.params)
     walk = releases._replace(params=params)
-    return found._replace(walk=walk) if number == found.round else _beginning(number, walk, plan)
+    return found._replace(walk=walk) if number == found.round else _beginning(number, walk, plan, engine)

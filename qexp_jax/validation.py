@@ -51,6 +51,14 @@ def check_records(name: str, records: Record, *, allow_empty: bool = False) -> i
     return n
 
 
+def check_same_structure(public: Record, private: Record) -> None:
+    """Raises unless the private records are the same pytree as the public ones; shapes and dtypes may differ."""
+    expected: Any = jax.tree.structure(public)
+    found: Any = jax.tree.structure(private)
+    if found != expected:
+        raise ValueError(f"Expected private records of the public ones' structure {expected}, found {found}.")
+
+
 @jax.jit
 def _all_finite(leaves: list[jax.Array]) -> jax.Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]))

@@ -60,6 +60,7 @@ def test_where_there_is_nothing_but_noise_the_model_hardly_gets_worse():
 
 def test_certificate_is_json_complete_and_rederives_the_budget():
     certificate = json.loads(json.dumps(tune(rounds=2).certificate))
+    qexp_jax.verify(certificate)
     required = "epsilon delta mu neighboring_relation num_units noise_multiplier l2_clip_norm subspace_dim rounds"
     assert set(required.split()) <= set(certificate)
     assert len(certificate["assumptions"]) >= 4 and certificate["num_units"] == 400

@@ -6,9 +6,9 @@ import pathlib
 import qexp_jax
 
 ROOMS = [
-    "records", "sketching", "subspace", "gradients", "curvature", "precision", "clipping", "privacy", "mechanism",
-    "accuracy", "flow", "validation", "plan", "certificate", "stream", "passes", "checkpoint", "rounds", "preflight",
-    "finetune", "__init__",
+    "keys", "records", "sketching", "subspace", "gradients", "curvature", "precision", "clipping", "privacy", "ledger",
+    "mechanism", "hardened", "accuracy", "flow", "validation", "plan", "certificate", "verification", "stream",
+    "passes", "checkpoint", "rounds", "preflight", "finetune", "__init__",
 ]  # fmt: skip
 PACKAGE = pathlib.Path(qexp_jax.__file__).parent
 

@@ -200,3 +200,33 @@ def test_repeated_releases_from_a_stream_trace_the_loss_once():
         if i == 0:
             before = len(traces)
     assert len(traces) == before
+
+
+def test_a_hardened_stream_sums_the_very_integers_of_memory_and_goes_on_with_them(tmp_path):
+    arguments = {"rounds": 1, "microbatch_size": 16, "public_count": 400, "hardened": True}
+    sums = []
+    for private in (DATA["private"], split(DATA["private"]), split(DATA["private"], 23)):
+        _, (info,) = tune(private=private, diagnostics=True, **arguments)
+        sums.append(info.quadratic.whitened_sum)
+    arguments["checkpoint"] = qexp_jax.Checkpoint(directory=tmp_path, every=2)
+    with pytest.raises(Stopped):
+        tune(private=split(DATA["private"], stop_after=6), **arguments)
+    _, (info,) = tune(private=split(DATA["private"]), diagnostics=True, **arguments)
+    for other in (*sums[1:], info.quadratic.whitened_sum):
+        np.testing.assert_array_equal(sums[0], other)
+
+
+def test_a_release_that_goes_on_is_entered_once_and_its_key_serves_no_other(tmp_path):
+    ledger = qexp_jax.ledger.create(tmp_path / "ledger.json", epsilon=1.0, delta=1e-5)
+    arguments = ROUNDS | {"public_count": 400, "ledger": ledger}
+    checkpoint = {"checkpoint": qexp_jax.Checkpoint(directory=tmp_path / "run", every=2)}
+    with pytest.raises(Stopped):
+        tune(private=split(DATA["private"], stop_after=6), **arguments, **checkpoint)
+    assert qexp_jax.ledger.spent(ledger).releases == 1
+    tune(private=split(DATA["private"]), **arguments, **checkpoint)
+    assert qexp_jax.ledger.spent(ledger).releases == 1
+    with pytest.raises(ValueError, match="key was used"):
+        tune(private=split(DATA["private"]), **arguments)
+    elsewhere = {"checkpoint": qexp_jax.Checkpoint(directory=tmp_path / "other")}
+    with pytest.raises(ValueError, match="key was used"):
+        tune(private=split(DATA["private"]), **arguments, **elsewhere)

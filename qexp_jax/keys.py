@@ -1,0 +1,23 @@
+"""Release keys: drawn from the operating system's entropy, secret, one a release."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def fresh_key() -> jax.Array:
+    """A typed key with as many random bits as the default PRNG takes (threefry: 64).
+
+    `jax.random.key(seed)` of a small seed is for demonstrations: whoever tries all seeds knows the noise. The key is as
+    secret as the private records, from the draw on for as long as the release is out: its repr shows its bits, so never
+    print, log or store it. In several processes, one draws it and broadcasts it.
+
+    >>> key = fresh_key()
+    >>> key.shape, key.dtype == jax.random.key(0).dtype, bool(key == fresh_key())
+    ((), True, False)
+    """
+    shape = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
+    words = np.frombuffer(os.urandom(4 * int(np.prod(shape))), np.uint32).reshape(shape)
+    return jax.random.wrap_key_data(jnp.asarray(words))

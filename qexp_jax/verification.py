@@ -1,0 +1,225 @@
+"""Derives the promise of a certificate from its fields anew.
+
+    fields       exactly those of the schema, of their types, finite
+    shares       each share's mu and rho from its noise multiplier and the sensitivity of the relation
+    composition  mu^2 = sum mu_t^2, rho = sum rho_t
+    curve        delta(epsilon) from mu, exactly, or from rho where the release is hardened
+    accountant   dp_accounting's, on an event made from the noise multipliers alone: its privacy loss distribution, or
+                 RDP where the release is hardened
+
+What it cannot check is in the certificate's assumptions: that the release was made as the certificate says.
+"""
+
+import math
+import re
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from dp_accounting import NeighboringRelation, pld, rdp
+
+from qexp_jax import privacy
+from qexp_jax.certificate import MECHANISMS, NEIGHBORS, SCHEMA, assumptions
+from qexp_jax.clipping import sensitivity
+
+_RELATIVE = 1e-9
+_PLD_UP_TO, _PLD_DELTA_FROM = 5.0, 1e-15  # beyond, a privacy loss distribution takes seconds or is truncated
+_SHARE_SENSITIVITY = {"gradient": sensitivity}  # in units of the share's clip norm
+
+
+class _Kind(NamedTuple):
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def _is_number(x):
+    return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) <= sys.float_info.max  # JSON knows 10^400
+
+
+def _is_integer(x):
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+def _one_of(values):
+    return _Kind(f"one of {list(values)}", lambda x: isinstance(x, str) and x in values)
+
+
+_NUMBER = _Kind("a finite number", _is_number)
+_NOT_NEGATIVE = _Kind("a finite number >= 0", lambda x: _is_number(x) and x >= 0)
+_POSITIVE = _Kind("a finite number > 0", lambda x: _is_number(x) and x > 0)
+_PROBABILITY = _Kind("a number in [0, 1]", lambda x: _is_number(x) and 0 <= x <= 1)
+_POSITIVE_OR_NONE = _Kind("null or a finite number > 0", lambda x: x is None or (_is_number(x) and x > 0))
+_COUNT = _Kind("an integer in [1, 2^63)", lambda x: _is_integer(x) and 1 <= x < 2**63)
+_TEXT = _Kind("a text", lambda x: isinstance(x, str) and x != "")
+_SHA256 = _Kind("a SHA-256 digest", lambda x: isinstance(x, str) and re.fullmatch("[0-9a-f]{64}", x) is not None)
+_SHA256_OR_NONE = _Kind("null or a SHA-256 digest", lambda x: x is None or _SHA256.holds(x))
+_FLAG = _Kind("true or false", lambda x: isinstance(x, bool))
+
+_FIELDS: dict[str, Any] = {
+    "schema": _Kind(repr(SCHEMA), lambda x: isinstance(x, str) and x == SCHEMA),
+    "mechanism": _TEXT,
+    "hardened": _FLAG,
+    "epsilon": _POSITIVE,
+    "delta": _Kind("a number in (0, 1)", lambda x: _is_number(x) and 0 < x < 1),
+    "mu": _POSITIVE_OR_NONE,
+    "zcdp_rho": _POSITIVE,
+    "privacy_curve": [{"epsilon": _NOT_NEGATIVE, "delta": _PROBABILITY}],
+    "budget": [
+        {
+            "purpose": _one_of(_SHARE_SENSITIVITY),
+            "noise_multiplier": _POSITIVE,
+            "mu": _POSITIVE_OR_NONE,
+            "zcdp_rho": _POSITIVE,
+        }
+    ],
+    "neighboring_relation": _one_of([relation.name for relation in NeighboringRelation]),
+    "neighbors": _TEXT,
+    "privacy_unit": _TEXT,
+    "num_units": _COUNT,
+    "num_units_from": _one_of(["slots", "public_count"]),
+    "rounds": _COUNT,
+    "mu_per_round": _POSITIVE_OR_NONE,
+    "noise_multiplier": _POSITIVE,
+    "l2_clip_norm": _POSITIVE,
+    "discrete_noise": _Kind("null or a mapping", lambda x: x is None or isinstance(x, dict)),
+    "subspace": _TEXT,
+    "subspace_dim": _COUNT,
+    "precision_rank": _COUNT,
+    "damping": _POSITIVE,
+    "expected_excess_loss_per_round": _NOT_NEGATIVE,
+    "public_evidence": _Kind("a mapping", lambda x: isinstance(x, dict) and all(isinstance(name, str) for name in x)),
+    "provenance": {"anchor_sha256": _SHA256, "public_records_sha256": _SHA256, "subspace_sha256": _SHA256_OR_NONE},
+    "dtype": _one_of(["float32", "float64"]),
+    "prng_impl": _TEXT,
+    "assumptions": [_TEXT],
+    "versions": {"qexp_jax": _TEXT, "jax": _TEXT, "dp_accounting": _TEXT},
+}
+_DISCRETE_NOISE = {"grid": _POSITIVE, "l2_clip_norm": _COUNT, "scale": _COUNT}
+
+
+def verify(certificate: dict[str, Any]) -> None:
+    """Checks a certificate against itself, against this library's formulas and against dp_accounting.
+
+    Args:
+      certificate: of a `Release`, or read back from JSON.
+
+    Raises:
+      ValueError: naming the first field that is missing, unknown, of another type, not finite, or inconsistent with
+        the others.
+
+    Takes a fraction of a second.
+
+    References:
+      Dong, Roth and Su, arXiv:1905.02383 (mu-GDP); Canonne, Kamath and Steinke, arXiv:2004.00010 (the discrete
+      Gaussian).
+    """
+    _conform(certificate, _FIELDS, "certificate")
+    for name, value in certificate["public_evidence"].items():
+        _conform(value, _NUMBER, f"public_evidence.{name}")
+    relation = NeighboringRelation[certificate["neighboring_relation"]]
+    _check_words(certificate, relation)
+    _check_counts(certificate, relation)
+    _check_shares(certificate, relation)
+    _check_discrete_noise(certificate)
+    _check_total(certificate)
+    _check_accountant(certificate, relation)
+
+
+def _conform(value, expected, field):
+    if isinstance(expected, _Kind):
+        if not expected.holds(value):
+            raise ValueError(f"Certificate field {field!r}: expected {expected.words}, found {value!r}.")
+    elif isinstance(expected, list):
+        if not isinstance(value, list) or not value:
+            raise ValueError(f"Certificate field {field!r}: expected a list of at least one entry, found {value!r}.")
+        for i, entry in enumerate(value):
+            _conform(entry, expected[0], f"{field}[{i}]")
+    else:
+        if not isinstance(value, dict):
+            raise ValueError(f"Certificate field {field!r}: expected a mapping, found {type(value).__name__}.")
+        for name in set(expected) ^ set(value):
+            wrong = "missing" if name in expected else "unknown"
+            raise ValueError(f"Certificate field {name!r} of {field!r} is {wrong}.")
+        for name, inner in expected.items():
+            _conform(value[name], inner, name if field == "certificate" else f"{field}.{name}")
+
+
+def _expect(field, found, expected, relative=_RELATIVE):
+    same = math.isclose(found, expected, rel_tol=relative) if _is_number(expected) and _is_number(found) else False
+    if not (same or (type(found) is type(expected) and found == expected)):
+        raise ValueError(f"Certificate field {field!r}: expected {expected!r} from the other fields, found {found!r}.")
+
+
+def _check_words(certificate, relation):
+    _expect("neighbors", certificate["neighbors"], NEIGHBORS[relation])
+    _expect("mechanism", certificate["mechanism"], MECHANISMS[certificate["hardened"]])
+    expected = assumptions(certificate["hardened"], certificate["prng_impl"])
+    _expect("assumptions", certificate["assumptions"], expected)
+
+
+def _check_counts(certificate, relation):
+    if relation is NeighboringRelation.ADD_OR_REMOVE_ONE:
+        _expect("num_units_from", certificate["num_units_from"], "public_count")
+    _expect("rounds", certificate["rounds"], len([s for s in certificate["budget"] if s["purpose"] == "gradient"]))
+    if certificate["precision_rank"] > certificate["subspace_dim"]:
+        raise ValueError(
+            f"Certificate field 'precision_rank': expected at most subspace_dim={certificate['subspace_dim']}, "
+            f"found {certificate['precision_rank']}."
+        )
+
+
+def _check_shares(certificate, relation):
+    for i, share in enumerate(certificate["budget"]):
+        mu = _SHARE_SENSITIVITY[share["purpose"]](1.0, relation) / share["noise_multiplier"]
+        _expect(f"budget[{i}].mu", share["mu"], None if certificate["hardened"] else mu)
+        _expect(f"budget[{i}].zcdp_rho", share["zcdp_rho"], mu**2 / 2)
+        if share["purpose"] == "gradient":
+            _expect(f"budget[{i}].noise_multiplier", share["noise_multiplier"], certificate["noise_multiplier"])
+            _expect("mu_per_round", certificate["mu_per_round"], share["mu"])
+
+
+def _check_discrete_noise(certificate):
+    noise = certificate["discrete_noise"]
+    if not certificate["hardened"]:
+        return _expect("discrete_noise", noise, None)
+    _conform(noise, _DISCRETE_NOISE, "discrete_noise")
+    _expect("discrete_noise.grid", noise["grid"] * noise["l2_clip_norm"], certificate["l2_clip_norm"])
+    _expect("discrete_noise.scale", noise["scale"] / noise["l2_clip_norm"], certificate["noise_multiplier"])
+
+
+def _check_total(certificate):
+    shares, hardened = certificate["budget"], certificate["hardened"]
+    rho = math.fsum(share["zcdp_rho"] for share in shares)
+    _expect("zcdp_rho", certificate["zcdp_rho"], rho)
+    _expect("mu", certificate["mu"], None if hardened else privacy.compose([share["mu"] for share in shares]))
+    delta_from, parameter = (privacy.delta_from_rho, rho) if hardened else (privacy.delta_from_mu, certificate["mu"])
+    for i, point in enumerate(certificate["privacy_curve"]):
+        _expect(f"privacy_curve[{i}].delta", point["delta"], delta_from(parameter, point["epsilon"]), relative=1e-7)
+    epsilon, asked = certificate["epsilon"], certificate["delta"]
+    delta, wasteful = delta_from(parameter, epsilon), delta_from(parameter * _slack(certificate), epsilon) <= asked
+    if delta > asked * (1 + _RELATIVE) or wasteful:
+        raise ValueError(f"Certificate field 'delta': expected {delta!r} at its epsilon, found {asked!r}.")
+
+
+def _slack(certificate):
+    """By how much mu or rho may stay below the budget: rounding, and steps of the integer scale."""
+    if not certificate["hardened"]:
+        return 1 + 1e-6
+    scale = certificate["discrete_noise"]["scale"]
+    return (scale / (scale - 2)) ** 2 if scale > 2 else 1e200
+
+
+def _check_accountant(certificate, relation):
+    """dp_accounting on the noise multipliers alone; its epsilons are upper bounds, and coarse where they are small."""
+    mus = [_SHARE_SENSITIVITY[s["purpose"]](1.0, relation) / s["noise_multiplier"] for s in certificate["budget"]]
+    epsilon, delta = certificate["epsilon"], certificate["delta"]
+    if certificate["hardened"]:
+        accountant = rdp.RdpAccountant().compose(privacy.zcdp_event(mu**2 / 2 for mu in mus))
+        least = 0.9 * accountant.get_epsilon(delta) - 0.05
+    elif privacy.compose(mus) <= _PLD_UP_TO and delta >= _PLD_DELTA_FROM:
+        accountant = pld.PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE).compose(privacy.dp_event(mus))
+        least = 0.999 * accountant.get_epsilon(delta) - 0.001
+    else:
+        return
+    if epsilon < least:
+        raise ValueError(f"Certificate field 'epsilon': dp_accounting finds at least {least!r}, found {epsilon!r}.")
