@@ -10,6 +10,8 @@
     clipping     the private pass: whitened, clipped sums of stated sensitivity
     privacy      mu <-> (epsilon, delta), composition
     mechanism    quadratic utility and the exact draw
+    truncated    a Gaussian restricted to a ball
+    pure         draws of pure epsilon
     accuracy     what the noise costs
     flow         how far to follow the released gradients
     validation   checks of public and static input
@@ -30,8 +32,10 @@ from qexp_jax import (
     plan,
     precision,
     privacy,
+    pure,
     records,
     subspace,
+    truncated,
 )
 from qexp_jax.finetune import Release, RoundInfo, fine_tune
 
@@ -50,6 +54,8 @@ __all__ = [
     "plan",
     "precision",
     "privacy",
+    "pure",
     "records",
     "subspace",
+    "truncated",
 ]
