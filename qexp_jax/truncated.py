@@ -87,12 +87,15 @@ def draw(key: jax.Array, mean: jax.Array, concentration: float, num_cells: int) 
       concentration: kappa > 0, static.
       num_cells: static; `density_error` says how exact it makes the draw.
     """
-    across_key, along_key, direction_key = jax.random.split(key, 3)
+    cell_key, point_key, direction_key = jax.random.split(key, 3)
+    # Gumbel-max needs no cumulative sum, which would lose cells of small mass.
+    gumbels = jax.random.gumbel(cell_key, (2, num_cells), mean.dtype, mode="high")
+    shares = jax.random.uniform(point_key, (2,), mean.dtype)
     centre, axis = _norm_and_direction(mean)
     if len(mean) == 1:
-        return _along(along_key, centre, jnp.ones((), mean.dtype), concentration, num_cells) * axis
-    rho, chord = _across(across_key, centre, len(mean), concentration, num_cells)
-    t = _along(along_key, centre, chord, concentration, num_cells)
+        return _along(gumbels[0], shares[0], centre, jnp.ones((), mean.dtype), concentration) * axis
+    rho, chord = _across(gumbels[0], shares[0], centre, len(mean), concentration)
+    t = _along(gumbels[1], shares[1], centre, chord, concentration)
     spread = jax.random.normal(direction_key, mean.shape, mean.dtype)
     return t * axis + rho * _norm_and_direction(spread - jnp.vdot(spread, axis) * axis)[1]
 
@@ -152,29 +155,28 @@ def _log_mean(concentration, centre, b, xp):
     return xp.log(inside * (high - low) / (4 * half))
 
 
-def _across(key, centre, dim, concentration, num_cells):
+def _across(gumbels, share, centre, dim, concentration):
     """rho and b."""
-    chi = _nodes(num_cells)
+    chi = _nodes(len(gumbels))
     fixed, (log_rho2, log_b2) = _fixed_part(dim, concentration, chi), _log_squares(chi)
     heights = jnp.asarray(fixed - fixed.max(), centre.dtype)
     heights += _centred_part(concentration, centre, jnp.asarray(_chord(chi), centre.dtype), jnp)
     tau = log_rho2 - log_b2
-    tau = _piecewise_exponential(key, tau, heights, slopes=((dim - 1) / 2, 1.5))
+    tau = _piecewise_exponential(gumbels, share, tau, heights, slopes=((dim - 1) / 2, 1.5))
     return jnp.exp(jax.nn.log_sigmoid(tau) / 2), jnp.exp(jax.nn.log_sigmoid(-tau) / 2)
 
 
-def _along(key, centre, b, concentration, num_cells):
+def _along(gumbels, share, centre, b, concentration):
     """t."""
-    t = b * jnp.linspace(-1, 1, num_cells + 1, dtype=centre.dtype)
+    t = b * jnp.linspace(-1, 1, len(gumbels) + 1, dtype=centre.dtype)
     mode = jnp.minimum(centre, b)
     heights = -concentration / 2 * (t - mode) * (t + mode - 2 * centre)
-    return _piecewise_exponential(key, t, heights)
+    return _piecewise_exponential(gumbels, share, t, heights)
 
 
-def _piecewise_exponential(key, nodes, heights, slopes=None):
+def _piecewise_exponential(gumbels, u, nodes, heights, slopes=None):
     """A draw from the density whose log interpolates `heights` (n,) linearly, with exponential tails if given."""
-    cell_key, point_key = jax.random.split(key)
-    widths = jnp.asarray(np.diff(nodes) if isinstance(nodes, np.ndarray) else jnp.diff(nodes), heights.dtype)
+    widths = jnp.asarray(nodes[1:] - nodes[:-1], heights.dtype)
     nodes = jnp.asarray(nodes, heights.dtype)
     rise = jnp.diff(heights)
     drop = jnp.abs(rise)
@@ -182,14 +184,10 @@ def _piecewise_exponential(key, nodes, heights, slopes=None):
     if slopes is not None:
         tails = heights[jnp.array([0, -1])] - jnp.log(jnp.asarray(slopes, heights.dtype))
         masses = jnp.concatenate([masses, tails])
-    # Gumbel-max needs no cumulative sum, which would lose cells of small mass.
-    cell = jax.random.categorical(cell_key, masses, mode="high")
-    u = jax.random.uniform(point_key, (), heights.dtype)
+    cell = jnp.argmax(masses + gumbels)
     inner = jnp.minimum(cell, len(widths) - 1)
-    share = _inverse_decay(u, drop[inner])
-    point = jnp.where(
-        rise[inner] > 0, nodes[inner + 1] - share * widths[inner], nodes[inner] + share * widths[inner]
-    )  # fmt: skip
+    fall = widths[inner] * _inverse_decay(u, drop[inner])
+    point = jnp.where(rise[inner] > 0, nodes[inner + 1] - fall, nodes[inner] + fall)
     if slopes is None:
         return point
     beyond = -jnp.log1p(-u)

@@ -1,5 +1,7 @@
 """Pure epsilon: exact laws with twins that are rejected, and log-ratios that touch the claim and never exceed it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ KEY = jax.random.key(23)
 ZERO_OUT = NeighboringRelation.REPLACE_SPECIAL
 MATRIX = spd(KEY, 4)
 DRAWS = 1500
+TOTALS = jnp.array([[1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, np.nextafter(np.float32(4), np.float32(5))]])
 
 
 # --- The Gaussian restricted to a ball ---
@@ -33,16 +36,21 @@ def axial_cdf(dim, concentration, centre):
     return lambda x: np.interp(x, t, masses / masses[-1])
 
 
-def sample(dim, concentration, centre, count=DRAWS, num_cells=512):
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def draws(mean, concentration, count):
+    one = lambda key: truncated.draw(key, mean, concentration, num_cells=512)
+    return jax.lax.map(one, jax.random.split(KEY, count), batch_size=250)
+
+
+def sample(dim, concentration, centre, count=DRAWS):
     """Draws around a mean in a generic direction, and their coordinates along it."""
     axis = np.asarray(jax.random.normal(jax.random.key(dim), (dim,)))
-    mean = jnp.asarray(centre * axis / np.linalg.norm(axis), jnp.float32)
-    one = jax.jit(lambda key: truncated.draw(key, mean, concentration, num_cells))
-    y = np.asarray(jax.lax.map(one, jax.random.split(KEY, count), batch_size=250), float)
-    return y, y @ axis / np.linalg.norm(axis)
+    axis = axis / np.linalg.norm(axis)
+    y = np.asarray(draws(jnp.asarray(centre * axis), concentration, count), float)
+    return y, y @ axis
 
 
-CASES = [(1, 30.0, 1.5), (2, 8.0, 0.6), (3, 0.2, 0.0), (10, 40.0, 1.3), (1500, 900.0, 0.7)]
+CASES = [(1, 30.0, 1.5), (3, 8.0, 0.0), (3, 8.0, 0.6), (3, 8.0, 1.3), (1500, 900.0, 0.7)]
 
 
 @pytest.mark.parametrize(("dim", "concentration", "centre"), CASES)
@@ -91,9 +99,9 @@ def interpolation_errors(dim, concentration, centre, num_cells):
 
 def test_the_density_error_is_bounded_as_stated_and_the_bound_is_nearly_attained():
     num_cells, shares = 1024, []
-    for dim in (2, 3, 10, 300, 5000):
-        for concentration in (0.1, 1.0, 30.0, 1e3, 1e5):
-            for centre in (0.0, 0.01, 0.3, 0.9, 1.0, 1.2, 2.0):
+    for dim in (2, 3, 50, 5000):
+        for concentration in (0.1, 3.0, 1e3, 1e5):
+            for centre in (0.0, 0.3, 0.9, 1.0, 1.2, 2.0):
                 errors = interpolation_errors(dim, concentration, centre, num_cells)
                 along = concentration / (2 * num_cells**2)
                 bound = truncated.density_error(dim, concentration, centre, num_cells)
@@ -102,7 +110,7 @@ def test_the_density_error_is_bounded_as_stated_and_the_bound_is_nearly_attained
 
 
 def test_float32_heights_agree_with_float64_where_draws_fall():
-    chi = truncated._nodes(4096)
+    chi = truncated._nodes(1024)
     log_widths = np.log(truncated._stretch(chi))
     for dim, concentration, centre in ((10, 5e4, 0.9), (500, 5e4, 0.1), (2000, 1e3, 1.2)):
         b = truncated._chord(chi)
@@ -163,7 +171,7 @@ def test_the_log_ratio_of_neighbours_touches_epsilon_and_never_exceeds_it(relati
     assert ball.epsilon <= 1.0
     exact = ball.epsilon - 2 * ball.density_error
     assert exact > 0.9979
-    assert 0.999 * exact < largest_log_ratio(ball, delta, count=15) < exact * 1.0005  # float32
+    assert 0.999 * exact < largest_log_ratio(ball, delta, count=10) < exact * 1.0005  # float32
     larger = ball._replace(inverse_temperature=1.03 * ball.inverse_temperature)
     assert largest_log_ratio(larger, delta, count=0) > 1.02
 
@@ -183,24 +191,38 @@ def test_calibration_is_never_worse_than_the_textbook_by_more_than_the_density_e
     assert gains["small sums"] > 1.8 and gains["wide noise"] > 1.9
 
 
-def test_ball_draws_follow_the_law_in_the_models_coordinates():
-    ball = calibrated(num_units=40, epsilon=4.0, radius=2.0)
-    total = jnp.array([30.0, -10.0, 5.0, 12.0])
+BALL = calibrated(epsilon=4.0, radius=2.0)
+
+
+@jax.jit
+def ball_draws(total):
     quadratic = mechanism.Quadratic(FACTORED, total, 40)
-    one = jax.jit(lambda key: pure.ball_draw(key, quadratic, ball))
-    w = jax.lax.map(one, jax.random.split(KEY, DRAWS), batch_size=250)
+    one = lambda key: pure.ball_draw(key, quadratic, BALL)
+    return jax.lax.map(one, jax.random.split(KEY, DRAWS), batch_size=250)
+
+
+def test_ball_draws_follow_the_law_in_the_models_coordinates():
+    total = jnp.array([30.0, -10.0, 5.0, 12.0])
+    w = ball_draws(total)
     x = np.asarray(jax.vmap(lambda v: precision.uncolor(FACTORED, v))(w), float)
     assert np.linalg.norm(x, axis=1).max() <= 2.0001
     norm = float(jnp.linalg.norm(total))
-    concentration, centre = ball.inverse_temperature * 40 * 4, norm / 80
+    concentration, centre = BALL.inverse_temperature * 40 * 4, norm / 80
     along = -x @ np.asarray(total) / norm / 2
     assert stats.kstest(along, axial_cdf(4, concentration, centre)).pvalue > 1e-3
     assert stats.kstest(along, axial_cdf(4, concentration / 2, centre)).pvalue < 1e-6  # the textbook's order of beta
-    excess = jax.vmap(lambda v: mechanism.excess_utility(quadratic, v))(w) / 40
-    expected = pure.ball_expected_excess(ball, norm)
+    excess = np.sum((x + np.asarray(total) / 40) ** 2, axis=1) / 2
+    expected = pure.ball_expected_excess(BALL, norm)
     assert abs(np.mean(excess) - expected) < 4 * np.std(excess) / DRAWS**0.5
-    sharper = ball._replace(inverse_temperature=1.5 * ball.inverse_temperature)
+    sharper = BALL._replace(inverse_temperature=1.5 * BALL.inverse_temperature)
     assert np.mean(excess) > 1.1 * pure.ball_expected_excess(sharper, norm)
+
+
+def test_a_reused_key_never_repeats_its_noise_on_other_data_and_a_sum_of_zero_is_no_exception():
+    first, other = ball_draws(TOTALS[0]), ball_draws(TOTALS[1])
+    np.testing.assert_array_equal(first[:9], ball_draws(TOTALS[0])[:9])
+    assert np.min(np.max(np.abs(first - other), axis=1)) > 1e-3
+    assert np.all(np.isfinite(ball_draws(jnp.zeros(4))))
 
 
 def test_sums_beyond_the_bound_are_moved_to_it():
@@ -210,27 +232,13 @@ def test_sums_beyond_the_bound_are_moved_to_it():
     np.testing.assert_allclose(pure.ball_log_density(ball, far, w), pure.ball_log_density(ball, on, w), rtol=1e-6)
 
 
-def test_the_ball_draw_holds_with_no_sum_and_one_unit_and_refuses_other_numbers():
-    ball = calibrated(num_units=1, epsilon=0.1, relation=NeighboringRelation.REPLACE_ONE)
-    w = pure.ball_draw(KEY, mechanism.Quadratic(FACTORED, jnp.zeros(4), 1), ball)
-    assert np.all(np.isfinite(w))
+def test_impossible_numbers_are_refused():
     with pytest.raises(ValueError, match="num_units"):
-        pure.ball_draw(KEY, mechanism.Quadratic(FACTORED, jnp.zeros(4), 2), ball)
+        pure.ball_draw(KEY, mechanism.Quadratic(FACTORED, jnp.zeros(4), 2), BALL)
     for bad in ({"epsilon": 0.0}, {"radius": -1.0}, {"num_units": 10**12}):
         with pytest.raises(ValueError, match="Expected"):
             calibrated(**bad)
-
-
-def test_a_reused_key_never_repeats_its_noise_on_other_data():
-    totals = jnp.array([1.0, 2.0, 3.0, 4.0]), jnp.array([1.0, 2.0, 3.0, np.nextafter(np.float32(4), np.float32(5))])
-    ball = calibrated()
-    for draw in (
-        lambda q: pure.ball_draw(KEY, q, ball),
-        lambda q: pure.knorm_draw(KEY, q, 1.5, 1.0, ZERO_OUT),
-    ):
-        first, other = (draw(mechanism.Quadratic(FACTORED, s, 40)) for s in totals)
-        np.testing.assert_array_equal(first, draw(mechanism.Quadratic(FACTORED, totals[0], 40)))
-        assert np.max(np.abs(first - other)) > 1e-3
+    assert calibrated(num_units=1, epsilon=0.1, relation=NeighboringRelation.REPLACE_ONE).epsilon <= 0.1
 
 
 # --- The K-norm gradient mechanism ---
@@ -243,7 +251,7 @@ def knorm_noise(dim, epsilon, count=DRAWS):
     return np.asarray(-50 * draw(jax.random.split(KEY, count)) - total, float)
 
 
-@pytest.mark.parametrize("dim", [1, 3, 400])
+@pytest.mark.parametrize("dim", [1, 400])
 def test_knorm_noise_has_a_gamma_length_and_a_uniform_direction(dim):
     noise = knorm_noise(dim, 2.0)
     lengths = np.linalg.norm(noise, axis=1)
@@ -263,6 +271,8 @@ def test_knorm_noise_has_a_gamma_length_and_a_uniform_direction(dim):
 
 def test_knorm_log_ratio_touches_epsilon_and_never_exceeds_it():
     quadratic = quadratic_from(MATRIX, jnp.array([3.0, -1.0, 2.0, 0.5]), 40)
+    draw = jax.jit(lambda s: pure.knorm_draw(KEY, quadratic._replace(whitened_sum=s), 1.5, 0.7, ZERO_OUT))
+    assert np.max(np.abs(draw(TOTALS[0]) - draw(TOTALS[1]))) > 1e-3  # a reused key, other data
     move = 1.5 * jnp.array([0.6, 0.0, -0.8, 0.0])
     other = quadratic._replace(whitened_sum=quadratic.whitened_sum + move)
     points = [-(quadratic.whitened_sum + a * move) / 40 for a in (-3.0, 5.0)]
