@@ -18,12 +18,14 @@
     plan         the public side of a release
     certificate  what is promised
     finetune     the one call
+    audit        attained against claimed privacy
 """
 
 from dp_accounting import NeighboringRelation
 
 from qexp_jax import (
     accuracy,
+    audit,
     clipping,
     curvature,
     flow,
@@ -45,6 +47,7 @@ __all__ = [
     "Release",
     "RoundInfo",
     "accuracy",
+    "audit",
     "clipping",
     "curvature",
     "fine_tune",

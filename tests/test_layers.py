@@ -7,7 +7,7 @@ import qexp_jax
 
 ROOMS = [
     "records", "subspace", "gradients", "curvature", "precision", "clipping", "privacy", "mechanism",
-    "truncated", "pure", "accuracy", "flow", "validation", "plan", "certificate", "finetune", "__init__",
+    "truncated", "pure", "accuracy", "flow", "validation", "plan", "certificate", "finetune", "audit", "__init__",
 ]  # fmt: skip
 PACKAGE = pathlib.Path(qexp_jax.__file__).parent
 
