@@ -10,7 +10,7 @@ from dp_accounting import NeighboringRelation
 from problems import quadratic_from, spd
 from scipy import special, stats
 
-from qexp_jax import mechanism, precision, pure, truncated
+from qexp_jax import mechanism, precision, privacy, pure, truncated
 
 KEY = jax.random.key(23)
 ZERO_OUT = NeighboringRelation.REPLACE_SPECIAL
@@ -119,7 +119,7 @@ def test_float32_heights_agree_with_float64_where_draws_fall():
         single = (fixed - fixed.max()).astype(np.float32)
         single = single + truncated._centred_part(concentration, jnp.float32(centre), jnp.asarray(b, jnp.float32), jnp)
         seen = exact + log_widths > np.max(exact + log_widths) - 15
-        assert np.ptp((np.asarray(single, float) - exact)[seen]) < 1e-2 * concentration**0.5 / 200
+        assert np.ptp((np.asarray(single, float) - exact)[seen]) < 5e-4
 
 
 def test_log_mass_is_the_noncentral_chi_square_distribution_function():
@@ -230,6 +230,20 @@ def test_sums_beyond_the_bound_are_moved_to_it():
     far, on = (mechanism.Quadratic(FACTORED, jnp.array([s, 0.0, 0.0, 0.0]), 40) for s in (50.0, 12.0))
     w = precision.color(FACTORED, jnp.array([0.1, 0.1, 0.0, 0.0]))
     np.testing.assert_allclose(pure.ball_log_density(ball, far, w), pure.ball_log_density(ball, on, w), rtol=1e-6)
+
+
+def test_the_exact_law_is_gaussian_dp_like_the_unrestricted_draw_and_not_of_a_smaller_mu():
+    """k = 1, by integration: delta(epsilon) of neighbours against that of mu-GDP."""
+    y, excess, mus = np.linspace(-1, 1, 200_001), [], np.array([1.0, 0.95])
+    for concentration in (0.5, 50.0, 500.0):
+        for centre in (0.0, 0.5, 1.0, 1.4):
+            mu, move = 0.7, 0.7 / concentration**0.5
+            p, q = (np.exp(-concentration / 2 * ((y - m) ** 2 - max(0, m - 1) ** 2)) for m in (centre, centre + move))
+            p, q = p / p.sum(), q / q.sum()
+            for epsilon in (0.1, 1.0, 2.0):
+                found = max(np.sum(np.maximum(0, a - np.exp(epsilon) * b)) for a, b in ((p, q), (q, p)))
+                excess.append([found - privacy.delta_from_mu(mu * share, epsilon) for share in mus])
+    assert np.max(excess, axis=0)[0] < 1e-9 < np.max(excess, axis=0)[1]
 
 
 def test_impossible_numbers_are_refused():
