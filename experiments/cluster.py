@@ -87,7 +87,7 @@ def main(argv=None):
     anchor = models.train(model, start, split.public, **settings, seed=0, name=f"process {me}: pretraining")
     mine = select(split.private, np.arange(me, demo.split_size(split), count))
     release = qexp_jax.fine_tune(
-        jax.random.key(0),
+        qexp_jax.fresh_key(),  # the first process's is taken by all
         model.loss_fn,
         anchor,
         public=split.public,

@@ -22,7 +22,7 @@ import optax
 import qexp_jax
 from experiments.arena import RESULTS, write_table
 from experiments.data import run_cli
-from experiments.measure import peak, reset_peak
+from experiments.measure import live_bytes, peak, reset_peak, resident
 from qexp_jax import accuracy, clipping, curvature, mechanism, precision, preflight, privacy, subspace
 
 COLUMNS = (
@@ -109,7 +109,11 @@ def text_records(count: int, tokens: int, seed: int) -> dict[str, np.ndarray]:
 
 
 class Stages:
-    """Seconds and peak resident memory of each stage; called with a stage's name as it begins."""
+    """Seconds and memory of each stage; called with a stage's name as it begins.
+
+    Memory is what JAX's arrays hold as the stage begins and what the process grows by at most until it ends: without
+    interpreter and compiler, and of a stage that compiles, with its compilation.
+    """
 
     def __init__(self) -> None:
         """Nothing has begun."""
@@ -119,8 +123,9 @@ class Stages:
     def __call__(self, name: str) -> None:
         """Ends the stage before, and begins `name`."""
         if self.name:
-            self.rows.append((self.name, time.perf_counter() - self.began, peak()))
+            self.rows.append((self.name, time.perf_counter() - self.began, self.live + max(0, peak() - self.resident)))
             print(f"{self.name:>20}  {self.rows[-1][1]:8.1f} s  {self.rows[-1][2] / 2**20:8.0f} MiB", flush=True)
+        self.live, self.resident = live_bytes(), resident()
         reset_peak()
         self.name, self.began = name, time.perf_counter()
 
@@ -130,7 +135,7 @@ def sketched(args, loss_fn, params, public, private, stages):
     space = subspace.count_sketch(jax.random.key(1), params, args.dim)
     settings = {"subspace": space, "precision_rank": 8, "microbatch_size": 1}
     release = qexp_jax.fine_tune(
-        jax.random.key(2), loss_fn, params, public=public, private=private, rounds=2,
+        qexp_jax.fresh_key(), loss_fn, params, public=public, private=private, rounds=2,
         epsilon=args.epsilon, delta=args.delta, progress=stages, **settings,
     )  # fmt: skip
     return release.params, settings
@@ -152,7 +157,7 @@ def lora(args, loss_fn, params, public, private, stages):
         total.block_until_ready()
     stages("draw")
     quadratic = mechanism.Quadratic(H, total, args.private)
-    w = mechanism.draw(jax.random.key(2), quadratic, noise_std=z)
+    w = mechanism.draw(qexp_jax.fresh_key(), quadratic, noise_std=z)
     moved = jax.block_until_ready(subspace.displace(space, params, w))
     stages("done")
     print("expected excess per record", accuracy.expected_excess(space.dim, z, args.private))
@@ -168,8 +173,6 @@ def main(argv=None):
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, record["tokens"][1:]))
 
     private, public = (text_records(n, args.tokens, seed) for n, seed in ((args.private, 1), (args.public, 0)))
-    reset_peak()
-    baseline = peak()
     params = jax.jit(model.init)(jax.random.key(0), private["tokens"][0, :-1])
     parameter_bytes = sum(x.nbytes for x in jax.tree.leaves(params))
     stages = Stages()
@@ -186,7 +189,7 @@ def main(argv=None):
         dict(
             zip(
                 COLUMNS,
-                (*common, name, round(seconds, 2), top - baseline, parameter_bytes, found.pass_bytes),
+                (*common, name, round(seconds, 2), top, parameter_bytes, found.pass_bytes),
                 strict=True,
             )
         )

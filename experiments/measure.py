@@ -1,6 +1,8 @@
 """What a run costs: wall seconds, with compilation apart, and peak memory."""
 
 import contextlib
+import ctypes
+import gc
 import pathlib
 import resource
 import time
@@ -44,6 +46,23 @@ def measured() -> Iterator[Cost]:
     cost.compile_seconds = min(_compile_seconds - compiled, elapsed)
     cost.seconds = elapsed - cost.compile_seconds
     cost.peak_bytes = peak()
+
+
+def live_bytes() -> int:
+    """Bytes of all arrays that JAX holds, each buffer once."""
+    return sum({x.unsafe_buffer_pointer(): x.nbytes for x in jax.live_arrays() if x.is_fully_addressable}.values())
+
+
+def resident() -> int:
+    """Bytes resident now, freed memory given back first; 0 where the system does not say."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
+    except OSError:
+        return 0
+    return int(pages) * resource.getpagesize()
 
 
 def reset_peak() -> None:

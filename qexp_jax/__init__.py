@@ -14,6 +14,8 @@
     ledger       what all releases over one dataset have spent
     mechanism    quadratic utility and the exact draw
     hardened     the same in integers with exact discrete noise
+    truncated    a Gaussian restricted to a ball
+    pure         draws of pure epsilon
     accuracy     what the noise costs
     flow         how far to follow the released gradients
     validation   checks of public and static input
@@ -26,12 +28,14 @@
     rounds       the rounds of a release
     preflight    its memory and arithmetic, before any data is read
     finetune     the one call
+    audit        attained against claimed privacy
 """
 
 from dp_accounting import NeighboringRelation
 
 from qexp_jax import (
     accuracy,
+    audit,
     clipping,
     curvature,
     flow,
@@ -44,8 +48,10 @@ from qexp_jax import (
     precision,
     preflight,
     privacy,
+    pure,
     records,
     subspace,
+    truncated,
     verification,
 )
 from qexp_jax.checkpoint import Checkpoint
@@ -66,6 +72,7 @@ __all__ = [
     "RoundInfo",
     "Stream",
     "accuracy",
+    "audit",
     "clipping",
     "curvature",
     "fine_tune",
@@ -80,8 +87,10 @@ __all__ = [
     "precision",
     "preflight",
     "privacy",
+    "pure",
     "records",
     "subspace",
+    "truncated",
     "verification",
     "verify",
 ]

@@ -23,6 +23,9 @@ from qexp_jax.plan import make_plan
 from qexp_jax.records import LossFn, Params, Record, group_by_unit, num_records, unit_loss
 from qexp_jax.subspace import Subspace
 
+# The plan's randomness is public, and not a child of the secret key: the certificate tells what the plan saw.
+_PLAN_SEED = 0
+
 
 class Release(NamedTuple):
     """What may leave the curator.
@@ -165,10 +168,9 @@ def fine_tune(
             batch_size=batch_size,
         )
         preflight.check(found, memory_budget)
-    plan_key, noise_key = jax.random.split(key)
     walks.announce(progress, "public curvature")
     plan = make_plan(
-        plan_key,
+        jax.random.key(_PLAN_SEED),
         loss_fn,
         subspaces.working(layout, params),
         public,
@@ -211,7 +213,7 @@ def fine_tune(
         )
     engine = walks.Engine(unit_fn, microbatch_size, mode, mesh, discrete_noise, store, progress)
     walk, infos = walks.run(
-        noise_key, walk, plan, units, engine, num_units=num_units, noise_multiplier=noise_multiplier
+        key, walk, plan, units, engine, num_units=num_units, noise_multiplier=noise_multiplier
     )  # fmt: skip
     certificate = make_certificate(
         epsilon=epsilon,

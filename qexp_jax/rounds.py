@@ -19,12 +19,14 @@ from qexp_jax import flow, hardened, mechanism, passes, records, stream
 from qexp_jax import subspace as subspaces
 from qexp_jax.checkpoint import Progress
 from qexp_jax.clipping import ClipInfo
+from qexp_jax.flow import Spectrum
 from qexp_jax.gradients import Mode
 from qexp_jax.hardened import DiscreteNoise
 from qexp_jax.mechanism import Quadratic
 from qexp_jax.passes import Target
 from qexp_jax.plan import Plan
 from qexp_jax.records import LossFn, Params, Record
+from qexp_jax.subspace import Subspace
 
 
 class RoundInfo(NamedTuple):
@@ -132,7 +134,7 @@ def run(
         else:
             total, noisy = hardened.noisy_sum(total, engine.discrete_noise, layout.dtype)
         quadratic = Quadratic(plan.precision, total, num_units)
-        w, step, excess, walk = _follow(
+        w, step, excess, walk = follow(
             noisy,
             progress.walk,
             plan.subspace,
@@ -154,8 +156,24 @@ _noisy_sum = jax.jit(mechanism.noisy_sum)
 
 
 @jax.jit
-def _follow(noisy, walk, subspace, quadratic, noise_std, spectrum, rounds, longest, largest_step):
-    """The draw of a noisy sum, followed for a step of the flow whose length all releases so far deserve."""
+def follow(
+    noisy: jax.Array,
+    walk: Walk,
+    subspace: Subspace,
+    quadratic: Quadratic,
+    noise_std: jax.Array | float,
+    spectrum: Spectrum,
+    rounds: int,
+    longest: float,
+    largest_step: float,
+) -> tuple[jax.Array, jax.Array, jax.Array, Walk]:
+    """The draw of a noisy sum, followed for a step of the flow whose length all releases so far deserve.
+
+    Post-processing of `noisy`, but for the excess, which is **not private**.
+
+    Returns:
+      The draw w, the multiple of it that is taken, its excess loss, and the walk after it.
+    """
     num_units = quadratic.num_units
     w = mechanism.release_step(quadratic, noisy)
     noise_var = (noise_std / num_units) ** 2

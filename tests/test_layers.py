@@ -7,8 +7,8 @@ import qexp_jax
 
 ROOMS = [
     "keys", "records", "sketching", "subspace", "gradients", "curvature", "precision", "clipping", "privacy", "ledger",
-    "mechanism", "hardened", "accuracy", "flow", "validation", "plan", "certificate", "verification", "stream",
-    "passes", "checkpoint", "rounds", "preflight", "finetune", "__init__",
+    "mechanism", "hardened", "truncated", "pure", "accuracy", "flow", "validation", "plan", "certificate",
+    "verification", "stream", "passes", "checkpoint", "rounds", "preflight", "finetune", "audit", "__init__",
 ]  # fmt: skip
 PACKAGE = pathlib.Path(qexp_jax.__file__).parent
 
