@@ -10,7 +10,7 @@ ONE_TASK := --sizes 1000 --epsilons 0.5 1 8 --seeds 3
 FEW_RIVALS := --methods qexp zero_shot non_private dp_gd dp_sgd_all dp_adam_last objective_perturbation
 MIMIC_TASKS ?= mimic_mortality_by_care_unit mimic_long_stay_by_care_unit
 
-.PHONY: demo compare compare-full mnist mimic shift units ablation predicted report test lint clean
+.PHONY: demo compare compare-full mnist mimic shift units ablation predicted benchmarks report test lint clean
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -60,6 +60,11 @@ ablation: .venv/ready
 
 predicted: .venv/ready
 	$(BIN)/python -m experiments.predicted $(ARGS)
+
+# Other libraries, torch among them, go into the same environment; about half an hour on one core.
+benchmarks: .venv/ready
+	$(BIN)/pip install --quiet '.[benchmarks]'
+	$(BIN)/python -m experiments.benchmarks $(ARGS)
 
 report: .venv/ready
 	$(REPORT) $(ARGS)

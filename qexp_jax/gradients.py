@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from qexp_jax.records import LossFn, Params, Record, vary
 from qexp_jax.subspace import Subspace, tuned_leaves, with_tuned_leaves
 
-Mode = Literal["reverse", "forward"]
+Mode = Literal["auto", "reverse", "forward"]
+_FORWARD_UP_TO = 4
 
 
 def projected_gradients(
@@ -17,7 +18,7 @@ def projected_gradients(
     subspace: Subspace,
     records: Record,
     *,
-    mode: Mode = "reverse",
+    mode: Mode = "auto",
     axis_name: str | None = None,
 ) -> jax.Array:
     """Gradients of one microbatch, (m, k).
@@ -37,6 +38,8 @@ def projected_gradients(
     def loss(tuned, record):
         return loss_fn(with_tuned_leaves(layout, params, tuned), record).astype(layout.dtype)
 
+    if mode == "auto":
+        mode = "forward" if subspace.dim <= _FORWARD_UP_TO else "reverse"
     if mode == "reverse":
 
         def gradient(record):
@@ -44,7 +47,7 @@ def projected_gradients(
 
         return jax.vmap(gradient)(records)
     if mode != "forward":
-        raise ValueError(f"Expected mode 'reverse' or 'forward', found {mode=}.")
+        raise ValueError(f"Expected mode 'auto', 'reverse' or 'forward', found {mode=}.")
 
     def derivative(direction):
         tangent = vary(subspace.operator.lift(layout, subspace.arrays, direction), axis_name)
