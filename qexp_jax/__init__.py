@@ -4,6 +4,7 @@
 
     records      records and privacy units
     subspace     public directions: lift R^k -> params, project params -> R^k
+    convolutions convolutions as matrix products, for CPUs
     gradients    projected gradients of single records
     curvature    public curvature P^T H P
     precision    the SPD precision H = R R^T as an operator: whiten, color, draw

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qexp_jax import subspace as subspaces
+from qexp_jax.convolutions import as_products
 from qexp_jax.gradients import projected_gradients
 from qexp_jax.records import LossFn, Params, Record, microbatches, num_records, vary
 from qexp_jax.subspace import Subspace, tuned_leaves, with_tuned_leaves
@@ -59,9 +60,10 @@ def mean_over_records(
 
 def _batch_loss(loss_fn, params, layout):
     """Sum of losses over a microbatch, as a function of the tuned leaves."""
+    record_loss = as_products(loss_fn)
 
     def loss(leaves, records, mask):
-        losses = jax.vmap(loss_fn, in_axes=(None, 0))(with_tuned_leaves(layout, params, leaves), records)
+        losses = jax.vmap(record_loss, in_axes=(None, 0))(with_tuned_leaves(layout, params, leaves), records)
         return jnp.sum(jnp.where(mask, losses.astype(layout.dtype), 0))
 
     return loss
@@ -69,9 +71,10 @@ def _batch_loss(loss_fn, params, layout):
 
 def mean_loss(loss_fn: LossFn, params: Params, records: Record, **batching: Any) -> jax.Array:
     """Mean loss over records; `batching` as in `mean_over_records`."""
+    record_loss = as_products(loss_fn)
 
     def batch_sum(batch, mask):
-        return jnp.sum(jnp.where(mask, jax.vmap(loss_fn, in_axes=(None, 0))(params, batch), 0))
+        return jnp.sum(jnp.where(mask, jax.vmap(record_loss, in_axes=(None, 0))(params, batch), 0))
 
     return mean_over_records(batch_sum, records, **batching)
 
@@ -159,10 +162,11 @@ def projected_ggn(
     layout, axis_name = subspace.layout, batching.get("axis_name")
     leaves = vary(tuned_leaves(layout, params), axis_name)
     directions = jnp.eye(subspace.dim, dtype=layout.dtype)
+    record_outputs = as_products(model_fn)
 
     def record_ggn(record):
         def outputs(x):
-            return model_fn(with_tuned_leaves(layout, params, x), record).ravel().astype(layout.dtype)
+            return record_outputs(with_tuned_leaves(layout, params, x), record).ravel().astype(layout.dtype)
 
         shape = jax.eval_shape(model_fn, params, record).shape
         value, push = jax.linearize(outputs, leaves)

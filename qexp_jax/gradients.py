@@ -5,6 +5,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from qexp_jax.convolutions import as_products
 from qexp_jax.records import LossFn, Params, Record, vary
 from qexp_jax.subspace import Subspace, tuned_leaves, with_tuned_leaves
 
@@ -34,9 +35,10 @@ def projected_gradients(
     """
     layout = subspace.layout
     leaves = vary(tuned_leaves(layout, params), axis_name)
+    record_loss = as_products(loss_fn)
 
     def loss(tuned, record):
-        return loss_fn(with_tuned_leaves(layout, params, tuned), record).astype(layout.dtype)
+        return record_loss(with_tuned_leaves(layout, params, tuned), record).astype(layout.dtype)
 
     if mode == "auto":
         mode = "forward" if subspace.dim <= _FORWARD_UP_TO else "reverse"

@@ -6,7 +6,7 @@ import pathlib
 import qexp_jax
 
 ROOMS = [
-    "records", "subspace", "gradients", "curvature", "precision", "clipping", "privacy", "mechanism",
+    "records", "subspace", "convolutions", "gradients", "curvature", "precision", "clipping", "privacy", "mechanism",
     "accuracy", "flow", "validation", "plan", "certificate", "finetune", "__init__",
 ]  # fmt: skip
 PACKAGE = pathlib.Path(qexp_jax.__file__).parent
