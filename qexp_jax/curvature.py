@@ -1,7 +1,7 @@
 """Public curvature: `P^T Curv P` at the anchor, the mean over **public** records.
 
     hessian             by `jax.hessian` in w: small k
-    projected_hessian   by Hessian-vector products `jvp(grad)` along the k directions
+    projected_hessian   by Hessian-vector products along the k directions
     projected_ggn       generalised Gauss-Newton J^T (output Hessian) J: positive semi-definite, no reverse pass
     projected_fisher    second moment of gradients; with labels drawn from the model it is the Fisher information
     top_eigenspace      the leading eigenvectors of the whole-space Fisher, as a subspace
@@ -128,17 +128,55 @@ def projected_hessian(
 ) -> jax.Array:
     """P^T H P (k, k) by Hessian-vector products, `columns_per_batch` directions at a time.
 
-    Holds as many gradients of the tuned leaves, and as many times the activations of one microbatch; nothing of size
-    d x k beyond what the subspace itself stores. On a CPU, convolutions are fastest one column at a time.
-    `batching` as in `mean_over_records`.
+    The gradient of each microbatch is linearised once for all directions. Holds as many gradients of the tuned leaves,
+    and as many times the activations of one microbatch (one time on a CPU, where one product after the other is
+    faster); nothing of size d x k beyond what the subspace itself stores. `batching` as in `mean_over_records`.
     """
-    eye = jnp.eye(subspace.dim, dtype=subspace.layout.dtype)
-    columns = jax.lax.map(
-        lambda e: hessian_product(loss_fn, params, subspace, e, records, **batching),
-        eye,
-        batch_size=None if columns_per_batch == 1 else min(columns_per_batch, subspace.dim),
-    )
-    return (columns + columns.T) / 2
+    layout, axis_name = subspace.layout, batching.get("axis_name")
+    leaves = vary(tuned_leaves(layout, params), axis_name)
+    loss = _batch_loss(loss_fn, params, layout)
+    in_turn = jax.default_backend() == "cpu"
+
+    def batch_sum(batch, mask):
+        _, push = jax.linearize(lambda x: jax.grad(loss)(x, batch, mask), leaves)
+
+        def rows(directions):
+            tangents = vary(_lifted(subspace, directions), axis_name)
+            products = jax.lax.map(push, tangents) if in_turn else jax.vmap(push)(tangents)
+            return jax.vmap(lambda x: subspace.operator.project(layout, subspace.arrays, x))(products)
+
+        return _in_chunks(rows, _directions(subspace), columns_per_batch)
+
+    matrix = mean_over_records(batch_sum, records, **batching)
+    return (matrix + matrix.T) / 2
+
+
+def _stored(subspace):
+    """Whether the columns of P lie in memory as leaves (k, *shape), so that lifting need not multiply by them."""
+    return subspace.operator.lift is subspaces._combine
+
+
+def _directions(subspace):
+    """What `_lifted` takes: the stored columns themselves, or the unit vectors; a leading axis k."""
+    return subspace.arrays if _stored(subspace) else jnp.eye(subspace.dim, dtype=subspace.layout.dtype)
+
+
+def _lifted(subspace, directions):
+    """Columns of P as leaves with a leading axis."""
+    if _stored(subspace):
+        return directions
+    return jax.vmap(lambda e: subspace.operator.lift(subspace.layout, subspace.arrays, e))(directions)
+
+
+def _in_chunks(rows, xs, size):
+    """`rows` of chunks of the leading axis, one chunk after the other."""
+    count = num_records(xs)
+    size = min(size, count)
+    whole = count // size * size
+    chunks = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), xs)
+    found = jax.lax.map(rows, chunks)
+    found = found.reshape(whole, *found.shape[2:])
+    return found if whole == count else jnp.concatenate([found, rows(jax.tree.map(lambda x: x[whole:], xs))])
 
 
 def projected_ggn(
@@ -161,7 +199,7 @@ def projected_ggn(
     """
     layout, axis_name = subspace.layout, batching.get("axis_name")
     leaves = vary(tuned_leaves(layout, params), axis_name)
-    directions = jnp.eye(subspace.dim, dtype=layout.dtype)
+    tangents = vary(_lifted(subspace, _directions(subspace)), axis_name)
     record_outputs = as_products(model_fn)
 
     def record_ggn(record):
@@ -170,8 +208,7 @@ def projected_ggn(
 
         shape = jax.eval_shape(model_fn, params, record).shape
         value, push = jax.linearize(outputs, leaves)
-        lifts = jax.vmap(lambda e: subspace.operator.lift(layout, subspace.arrays, e))(directions)
-        jacobian = jax.vmap(push)(vary(lifts, axis_name))
+        jacobian = jax.vmap(push)(tangents)
         curvature = jax.hessian(lambda y: output_loss_fn(y.reshape(shape), record))(value)
         return jnp.einsum("ia,ab,jb->ij", jacobian, curvature, jacobian, precision=_HIGHEST)
 
