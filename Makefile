@@ -10,7 +10,7 @@ ONE_TASK := --sizes 1000 --epsilons 0.5 1 8 --seeds 3
 FEW_RIVALS := --methods qexp zero_shot non_private dp_gd dp_sgd_all dp_adam_last objective_perturbation
 MIMIC_TASKS ?= mimic_mortality_by_care_unit mimic_long_stay_by_care_unit
 
-.PHONY: demo compare compare-full mnist mimic shift units ablation predicted benchmarks report test lint clean
+.PHONY: demo compare compare-full mnist mimic shift units ablation predicted benchmarks cluster large report test lint clean
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -65,6 +65,15 @@ predicted: .venv/ready
 benchmarks: .venv/ready
 	$(BIN)/pip install --quiet '.[benchmarks]'
 	$(BIN)/python -m experiments.benchmarks $(ARGS)
+
+# Two processes on this machine; LAUNCH="srun --ntasks-per-node=1" ARGS= under SLURM, see experiments/cluster.py.
+cluster: .venv/ready
+	$(LAUNCH) $(BIN)/python -m experiments.cluster $(if $(LAUNCH),,--local 2) $(ARGS)
+
+# 124 million parameters on the processor's cores.
+large: .venv/ready
+	$(BIN)/python -m experiments.large $(ARGS)
+	$(BIN)/python -m experiments.large --tune lora $(ARGS)
 
 report: .venv/ready
 	$(REPORT) $(ARGS)

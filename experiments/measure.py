@@ -38,21 +38,21 @@ class Cost:
 def measured() -> Iterator[Cost]:
     """Measures its block; the block must wait for its own results."""
     cost, compiled, start = Cost(), _compile_seconds, time.perf_counter()
-    _reset_peak()
+    reset_peak()
     yield cost
     elapsed = time.perf_counter() - start
     cost.compile_seconds = min(_compile_seconds - compiled, elapsed)
     cost.seconds = elapsed - cost.compile_seconds
-    cost.peak_bytes = _peak()
+    cost.peak_bytes = peak()
 
 
-def _reset_peak() -> None:
-    """From here on `_peak` counts anew, where the system allows it (Linux)."""
+def reset_peak() -> None:
+    """From here on `peak` counts anew, where the system allows it (Linux)."""
     with contextlib.suppress(OSError):
         pathlib.Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak() -> int:
+def peak() -> int:
     stats = jax.devices()[0].memory_stats()
     if stats:
         return stats["peak_bytes_in_use"]

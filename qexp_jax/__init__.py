@@ -3,6 +3,7 @@
 `fine_tune` is the one call. Under it lie pure functions, a room each, every room knowing only those above it:
 
     records      records and privacy units
+    sketching    random projections made again from their keys
     subspace     public directions: lift R^k -> params, project params -> R^k
     convolutions convolutions as matrix products, for CPUs
     gradients    projected gradients of single records
@@ -16,6 +17,11 @@
     validation   checks of public and static input
     plan         the public side of a release
     certificate  what is promised
+    stream       data that does not fit in memory
+    passes       the private pass over streams, devices and processes
+    checkpoint   a release in progress on disk
+    rounds       the rounds of a release
+    preflight    its memory and arithmetic, before any data is read
     finetune     the one call
 """
 
@@ -30,17 +36,23 @@ from qexp_jax import (
     mechanism,
     plan,
     precision,
+    preflight,
     privacy,
     records,
     subspace,
 )
-from qexp_jax.finetune import Release, RoundInfo, fine_tune
+from qexp_jax.checkpoint import Checkpoint
+from qexp_jax.finetune import Release, fine_tune
+from qexp_jax.rounds import RoundInfo
+from qexp_jax.stream import Stream
 
 __version__ = "0.1.0"
 __all__ = [
+    "Checkpoint",
     "NeighboringRelation",
     "Release",
     "RoundInfo",
+    "Stream",
     "accuracy",
     "clipping",
     "curvature",
@@ -50,6 +62,7 @@ __all__ = [
     "mechanism",
     "plan",
     "precision",
+    "preflight",
     "privacy",
     "records",
     "subspace",

@@ -36,10 +36,12 @@ def mean_over_records(
     mask: jax.Array | None = None,
     microbatch_size: int = _BATCH,
     axis_name: str | None = None,
+    column_axis: str | None = None,
 ) -> Any:
     """Mean over records of a pytree, from `batch_sum(batch, mask) -> sums over one microbatch`.
 
-    With `axis_name`, over the records of all devices.
+    With `axis_name`, over the records of all devices; with `column_axis`, each device has the same records and sums of
+    its own.
     """
     batches, masks = microbatches(records, min(microbatch_size, max(1, num_records(records))), mask)
     first = jax.tree.map(lambda x: x[0], (batches, masks))
@@ -51,7 +53,7 @@ def mean_over_records(
         def step(total, batch):
             return jax.tree.map(jnp.add, total, batch_sum(*batch)), None
 
-        total, _ = jax.lax.scan(step, vary(zeros, axis_name), (batches, masks))
+        total, _ = jax.lax.scan(step, vary(zeros, axis_name or column_axis), (batches, masks))
     count = jnp.sum(masks)
     if axis_name is not None:
         total, count = jax.lax.psum((total, count), axis_name)
@@ -106,7 +108,7 @@ def hessian_product(
     **batching: Any,
 ) -> jax.Array:
     """P^T H P e (k,) for one direction e (k,), forward over reverse; `batching` as in `mean_over_records`."""
-    layout, axis_name = subspace.layout, batching.get("axis_name")
+    layout, axis_name = subspace.layout, batching.get("axis_name") or batching.get("column_axis")
     leaves = vary(tuned_leaves(layout, params), axis_name)
     tangent = vary(subspace.operator.lift(layout, subspace.arrays, direction), axis_name)
     loss = _batch_loss(loss_fn, params, layout)
@@ -132,7 +134,33 @@ def projected_hessian(
     and as many times the activations of one microbatch (one time on a CPU, where one product after the other is
     faster); nothing of size d x k beyond what the subspace itself stores. `batching` as in `mean_over_records`.
     """
-    layout, axis_name = subspace.layout, batching.get("axis_name")
+    stored = subspace.arrays if subspace.operator.lift is subspaces._combine else None
+    eye = jnp.eye(subspace.dim, dtype=subspace.layout.dtype)
+    columns = _columns(loss_fn, params, subspace, records, eye, stored, columns_per_batch, **batching)
+    return (columns + columns.T) / 2
+
+
+def hessian_columns(
+    loss_fn: LossFn,
+    params: Params,
+    subspace: Subspace,
+    records: Record,
+    directions: jax.Array,
+    *,
+    columns_per_batch: int = 16,
+    **batching: Any,
+) -> jax.Array:
+    """P^T H P e for each row e of `directions` (c, k): (c, k).
+
+    Column-parallel curvature: with the rows shared over the devices of `column_axis`, each computes its columns on all
+    records, and nothing crosses devices but the result. `batching` as in `mean_over_records`.
+    """
+    return _columns(loss_fn, params, subspace, records, directions, None, columns_per_batch, **batching)
+
+
+def _columns(loss_fn, params, subspace, records, directions, lifted, size, **batching):
+    """P^T H P e for rows e, lifted where `lifted` does not hold P e already."""
+    layout, axis_name = subspace.layout, batching.get("axis_name") or batching.get("column_axis")
     leaves = vary(tuned_leaves(layout, params), axis_name)
     loss = _batch_loss(loss_fn, params, layout)
     in_turn = jax.default_backend() == "cpu"
@@ -140,31 +168,18 @@ def projected_hessian(
     def batch_sum(batch, mask):
         _, push = jax.linearize(lambda x: jax.grad(loss)(x, batch, mask), leaves)
 
-        def rows(directions):
-            tangents = vary(_lifted(subspace, directions), axis_name)
+        def rows(chunk):
+            tangents = vary(_lift_each(subspace, chunk) if lifted is None else chunk, axis_name)
             products = jax.lax.map(push, tangents) if in_turn else jax.vmap(push)(tangents)
             return jax.vmap(lambda x: subspace.operator.project(layout, subspace.arrays, x))(products)
 
-        return _in_chunks(rows, _directions(subspace), columns_per_batch)
+        return _in_chunks(rows, directions if lifted is None else lifted, size)
 
-    matrix = mean_over_records(batch_sum, records, **batching)
-    return (matrix + matrix.T) / 2
-
-
-def _stored(subspace):
-    """Whether the columns of P lie in memory as leaves (k, *shape), so that lifting need not multiply by them."""
-    return subspace.operator.lift is subspaces._combine
+    return mean_over_records(batch_sum, records, **batching)
 
 
-def _directions(subspace):
-    """What `_lifted` takes: the stored columns themselves, or the unit vectors; a leading axis k."""
-    return subspace.arrays if _stored(subspace) else jnp.eye(subspace.dim, dtype=subspace.layout.dtype)
-
-
-def _lifted(subspace, directions):
-    """Columns of P as leaves with a leading axis."""
-    if _stored(subspace):
-        return directions
+def _lift_each(subspace, directions):
+    """P e for rows e, as leaves with a leading axis."""
     return jax.vmap(lambda e: subspace.operator.lift(subspace.layout, subspace.arrays, e))(directions)
 
 
@@ -173,8 +188,7 @@ def _in_chunks(rows, xs, size):
     count = num_records(xs)
     size = min(size, count)
     whole = count // size * size
-    chunks = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), xs)
-    found = jax.lax.map(rows, chunks)
+    found = jax.lax.map(rows, jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), xs))
     found = found.reshape(whole, *found.shape[2:])
     return found if whole == count else jnp.concatenate([found, rows(jax.tree.map(lambda x: x[whole:], xs))])
 
@@ -199,7 +213,9 @@ def projected_ggn(
     """
     layout, axis_name = subspace.layout, batching.get("axis_name")
     leaves = vary(tuned_leaves(layout, params), axis_name)
-    tangents = vary(_lifted(subspace, _directions(subspace)), axis_name)
+    stored = subspace.operator.lift is subspaces._combine  # then P lies in memory as leaves (k, *shape)
+    lifted = subspace.arrays if stored else _lift_each(subspace, jnp.eye(subspace.dim, dtype=layout.dtype))
+    tangents = vary(lifted, axis_name)
     record_outputs = as_products(model_fn)
 
     def record_ggn(record):

@@ -1,26 +1,21 @@
-"""The one call: a public plan, then rounds of private pass and exact draw, and a certificate.
+"""The one call: checks, a public plan, its rounds, and a certificate."""
 
-**Rounds (T6).** Round t expands at the parameters that the rounds before released, with the plan's precision and clip
-norm, so that the rounds compose adaptively to `mu^2 = sum mu_t^2`. Their number and the even split are fixed by public
-data before the first. What a round does with its draw is post-processing (T5): it follows it for a T-th of the length
-that the sums released so far deserve (`flow`), next to nothing where they look like noise.
-"""
-
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from dp_accounting import NeighboringRelation
 
-from qexp_jax import flow, mechanism, privacy, validation
+from qexp_jax import checkpoint as checkpoints
+from qexp_jax import passes, preflight, privacy, stream, validation
+from qexp_jax import rounds as walks
 from qexp_jax import subspace as subspaces
 from qexp_jax.certificate import make_certificate
-from qexp_jax.clipping import ClipInfo, clipped_sum
+from qexp_jax.checkpoint import Checkpoint
 from qexp_jax.gradients import Mode
-from qexp_jax.mechanism import Quadratic
-from qexp_jax.plan import Plan, make_plan
+from qexp_jax.plan import make_plan
 from qexp_jax.records import LossFn, Params, Record, group_by_unit, num_records, unit_loss
 from qexp_jax.subspace import Subspace
 
@@ -35,67 +30,6 @@ class Release(NamedTuple):
 
     params: Params
     certificate: dict[str, Any]
-
-
-class RoundInfo(NamedTuple):
-    """**Not private**: never release, log or store it unless the private records are open data.
-
-    Attributes:
-      plan: the public plan.
-      quadratic: the utility with the exact clipped sum.
-      noise_std: C z.
-      w: the draw.
-      step: the multiple of it that was taken.
-      excess_loss: how much of the best loss per record of the quadratic with precision M / step the noise cost; reveals
-        |xi|.
-      clip_info: counts of clipped and non-finite units.
-    """
-
-    plan: Plan
-    quadratic: Quadratic
-    noise_std: float
-    w: jax.Array
-    step: jax.Array
-    excess_loss: jax.Array
-    clip_info: ClipInfo
-
-
-_clipped_sum = jax.jit(clipped_sum, static_argnames=("loss_fn", "microbatch_size", "mode"))
-
-
-class _Walk(NamedTuple):
-    """Carried from round to round; made of releases and public numbers alone.
-
-    Attributes:
-      params: where the next round expands.
-      moved: (k,) whitened displacement from the pretrained parameters.
-      gradients: (k,) sum over rounds of the released mean gradients, each traced back to the pretrained parameters.
-      done: rounds.
-    """
-
-    params: Params
-    moved: jax.Array
-    gradients: jax.Array
-    done: jax.Array
-
-
-@jax.jit
-def _draw(key, walk, subspace, quadratic, noise_std, spectrum, rounds, longest, largest_step):
-    """One draw, followed for a step of the flow whose length all releases so far deserve."""
-    num_units = quadratic.num_units
-    noisy = mechanism.noisy_sum(key, quadratic.whitened_sum, noise_std)
-    w = mechanism.release_step(quadratic, noisy)
-    noise_var = (noise_std / num_units) ** 2
-    gradients = walk.gradients + noisy / num_units - flow.predicted_gradient(spectrum, walk.moved)
-    done = walk.done + 1
-    energy = flow.energies(spectrum.directions, gradients / done)
-    signal = flow.signal(energy, spectrum, noise_var / done, num_units)
-    length = flow.best_length(signal, spectrum, noise_var / rounds, num_units, longest)
-    step = jnp.minimum(length / rounds, largest_step)
-    params = subspaces.displace(subspace, walk.params, step * w)
-    # The step of this length is the draw with precision M / step, whose utility is in units of the loss.
-    excess = step * mechanism.excess_utility(quadratic, w) / num_units
-    return w, step, excess, _Walk(params, walk.moved - step * noisy / num_units, gradients, done)
 
 
 def fine_tune(
@@ -120,6 +54,9 @@ def fine_tune(
     l2_clip_norm: float | None = None,
     microbatch_size: int = 32,
     mode: Mode = "reverse",
+    mesh: jax.sharding.Mesh | None = None,
+    checkpoint: Checkpoint | None = None,
+    memory_budget: int | None = None,
     diagnostics: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Any:
@@ -129,8 +66,9 @@ def fine_tune(
       key: secret typed key; the noise of one release.
       loss_fn: `(params, record) -> scalar`, the loss of one record, pure.
       params: pretrained pytree, public. Half-precision leaves are worked on in float32 and cast back at the end.
-      public: public records, pytree with a leading axis: curvature, clip norm and dimension come from them.
-      private: private records, the same pytree.
+      public: public records, pytree with a leading axis: curvature, clip norm and dimension come from them; or a
+        stream of batches, of which a sample is held.
+      private: private records, the same pytree; or a stream of batches of units (`stream`), read once a round.
       epsilon: > 0.
       delta: in (0, 1).
       neighboring_relation: REPLACE_SPECIAL (zero-out one unit; default), ADD_OR_REMOVE_ONE or REPLACE_ONE.
@@ -148,8 +86,15 @@ def fine_tune(
       l2_clip_norm: C > 0 in the norm |M^{-1/2} g|, where M has largest eigenvalue 1, public.
       microbatch_size: private units held at a time.
       mode: `"reverse"` or `"forward"`, see `gradients.projected_gradients`.
+      mesh: devices that share the private units along the mesh's axis `"data"`, each clipping its own. Parameters may
+        be sharded over other axes, of type Auto. With devices of several processes, `private` holds the units of this
+        process alone, no unit is in two processes, `public_count` is their number in all, and every process calls
+        with the same public arguments and ends with the same release.
+      checkpoint: where a release in progress is saved; called again with the same arguments, it goes on there, or ends
+        with the same release. Holds sums that are **not private**.
+      memory_budget: bytes of one device; a release that `preflight` expects to need more is refused.
       diagnostics: return `(release, [RoundInfo])`, where the second part is **not private**.
-      progress: called with the name of each stage as it begins, and with `"done"`.
+      progress: called with the name of each stage as it begins, with each batch of a stream, and with `"done"`.
 
     Returns:
       A `Release`, or `(Release, list[RoundInfo])` with `diagnostics`.
@@ -159,7 +104,8 @@ def fine_tune(
     depends on a private value.
 
     Raises:
-      ValueError: for bad static or public input, before any private value is read.
+      ValueError: for bad static or public input, before any private value is read; if a stream changes its length
+        between rounds, or is not the one that the checkpoint was made of; nothing is released then.
 
     >>> def loss_fn(params, record):
     ...     return (record["x"] @ params["w"] - record["y"]) ** 2 / 2
@@ -176,16 +122,35 @@ def fine_tune(
       Tran et al., arXiv:2605.20521 (the mechanism); Dong, Roth and Su, arXiv:1905.02383 (mu-GDP).
     """
     validation.check_key(key)
+    local = passes.local_mesh(mesh)
+    key = passes.one_key(key, mesh)
     layout = _layout(params, subspace, subspace_dim)
     _check_settings(rounds, precision_rank, damping, l2_clip_norm, microbatch_size)
     mu = privacy.mu_from_budget(epsilon, delta)
     private_n = neighboring_relation is NeighboringRelation.ADD_OR_REMOVE_ONE
+    public, num_public = _public_records(public)
     _check_data(loss_fn, layout, params, public, private, private_n)
     unit_fn, units = _units(loss_fn, private, unit_ids, max_records_per_unit)
     public_fn, public_units = _units(loss_fn, public, public_unit_ids, max_records_per_unit)
-    num_units = _public_num_units(units, public_count, private_n)
+    num_units = _public_num_units(units, public_count, private_n, mesh)
+    if memory_budget is not None:
+        record, batch_size = _one_unit(units)
+        found = preflight.estimate(
+            unit_fn,
+            params,
+            record,
+            num_units=num_units,
+            num_public=num_records(public),
+            subspace=subspace,
+            precision_rank=max(precision_rank, subspace_dim or 0),
+            microbatch_size=microbatch_size,
+            mode=mode,
+            num_devices=passes.num_shares(local),
+            batch_size=batch_size,
+        )
+        preflight.check(found, memory_budget)
     plan_key, noise_key = jax.random.split(key)
-    _announce(progress, "public curvature")
+    walks.announce(progress, "public curvature")
     plan = make_plan(
         plan_key,
         loss_fn,
@@ -195,6 +160,7 @@ def fine_tune(
         public_units,
         num_units=num_units,
         noise_multiplier=privacy.noise_multiplier(mu, neighboring_relation),
+        num_public=num_public,
         rounds=rounds,
         precision_rank=precision_rank,
         subspace=subspace,
@@ -203,15 +169,25 @@ def fine_tune(
         l2_clip_norm=l2_clip_norm,
     )
     noise_multiplier = privacy.noise_multiplier(mu / plan.rounds**0.5, neighboring_relation)
-    private_pass = functools.partial(
-        _clipped_sum, loss_fn=unit_fn, units=units, microbatch_size=microbatch_size, mode=mode
-    )
-    zeros = jnp.zeros(plan.subspace.dim, layout.dtype)
-    walk, infos = _Walk(subspaces.working(layout, params), zeros, zeros, jnp.zeros((), layout.dtype)), []
-    for round_key in jax.random.split(noise_key, plan.rounds):
-        walk, info = _round(round_key, walk, plan, private_pass, num_units, noise_multiplier, progress)
-        infos.append(info)
-    _announce(progress, "done", walk)
+    walk = walks.start(layout, params, plan.subspace.dim)
+    store = None
+    if checkpoint is not None:
+        settings = {
+            "plan": plan,
+            "pretrained parameters": walk.params,
+            "noise_multiplier": noise_multiplier,
+            "neighboring_relation": neighboring_relation.name,
+            "num_units": num_units,
+            "microbatch_size": microbatch_size,
+            "mode": mode,
+            "devices": passes.num_shares(local),
+            "processes": jax.process_count() if passes.spans_processes(mesh) else 1,
+        }
+        store = checkpoints.open_store(checkpoint, settings)
+    engine = walks.Engine(unit_fn, microbatch_size, mode, mesh, store, progress)
+    walk, infos = walks.run(
+        noise_key, walk, plan, units, engine, num_units=num_units, noise_multiplier=noise_multiplier
+    )  # fmt: skip
     certificate = make_certificate(
         epsilon=epsilon,
         delta=delta,
@@ -225,34 +201,32 @@ def fine_tune(
     return (release, infos) if diagnostics else release
 
 
-def _round(key, walk, plan, private_pass, num_units, noise_multiplier, progress):
-    """Passes once over the private units, draws, and moves."""
-    _announce(progress, "private pass", walk)
-    total, clip_info = private_pass(
-        params=walk.params, subspace=plan.subspace, precision=plan.precision, l2_clip_norm=plan.l2_clip_norm
-    )
-    _announce(progress, "draw", total)
-    quadratic, noise_std = Quadratic(plan.precision, total, num_units), plan.l2_clip_norm * noise_multiplier
-    w, step, excess, walk = _draw(
-        key, walk, plan.subspace, quadratic, noise_std, plan.spectrum, plan.rounds, plan.longest, plan.largest_step
-    )
-    return walk, RoundInfo(plan, quadratic, noise_std, w, step, excess, clip_info)
+def _one_unit(units):
+    """The shapes of one unit, and the length of a batch."""
+    batch = stream.first(units) if stream.is_stream(units) else units
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x)[1:], jnp.result_type(x)), batch), num_records(batch)
+
+
+_PUBLIC_SAMPLE = 4096
+
+
+def _public_records(public):
+    """Public records in memory, of a stream a sample, and how many there are."""
+    if not stream.is_stream(public):
+        return public, None
+    # The sample is the same in every process and at every start: a checkpoint goes on with the same plan.
+    return stream.sample(np.random.default_rng(0), public, _PUBLIC_SAMPLE)
 
 
 def _check_data(loss_fn, layout, params, public, private, private_n):
+    first = stream.first(private) if stream.is_stream(private) else private
     validation.check_records("public", public)
-    validation.check_records("private", private, allow_empty=private_n)
     validation.check_finite("public records", public)
     validation.check_finite("anchor parameters", params)
     validation.check_loss(loss_fn, layout, params, public)
-    validation.check_loss(loss_fn, layout, params, private)
-
-
-def _announce(progress, stage, finished=None):
-    """Waits for the stage before, so that a caller may time stages; nothing waits where nobody listens."""
-    if progress is not None:
-        jax.block_until_ready([x for x in jax.tree.leaves(finished) if isinstance(x, jax.Array)])
-        progress(stage)
+    if first is not None or not private_n:
+        validation.check_records("private", {} if first is None else first, allow_empty=private_n)
+        validation.check_loss(loss_fn, layout, params, first)
 
 
 def _layout(params, subspace, subspace_dim):
@@ -279,17 +253,22 @@ def _check_settings(rounds, precision_rank, damping, l2_clip_norm, microbatch_si
 def _units(loss_fn, records, unit_ids, max_records_per_unit):
     if unit_ids is None:
         return loss_fn, records
+    if stream.is_stream(records):
+        raise ValueError("A stream yields whole units, (records, mask) of group_by_unit, for unit_loss; not unit_ids.")
     return unit_loss(loss_fn), group_by_unit(records, unit_ids, max_records_per_unit=max_records_per_unit)
 
 
-def _public_num_units(units, public_count, private_n):
+def _public_num_units(units, public_count, private_n, mesh):
     """N, which enters step and noise and must be public."""
     if public_count is None and private_n:
         raise ValueError("ADD_OR_REMOVE_ONE keeps the number of private units private: give a public_count.")
-    count = num_records(units) if public_count is None else public_count
-    if not (isinstance(count, int) and count >= 1):
+    if public_count is None and passes.spans_processes(mesh):
+        raise ValueError("Several processes hold the private units: give a public_count of all of them.")
+    if public_count is None:
+        public_count = stream.count(units) if stream.is_stream(units) else num_records(units)
+    if not (isinstance(public_count, int) and public_count >= 1):
         raise ValueError(f"Expected an integer public_count >= 1, found {public_count}.")
-    return count
+    return public_count
 
 
 def _cast(layout, params):

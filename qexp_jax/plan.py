@@ -98,6 +98,7 @@ def make_plan(
     *,
     num_units: int,
     noise_multiplier: float,
+    num_public: int | None = None,
     rounds: int | None = None,
     precision_rank: int = 128,
     subspace: Subspace | None = None,
@@ -116,6 +117,7 @@ def make_plan(
       public_units: public units; the same as `public` where a unit is a record.
       num_units: N.
       noise_multiplier: z of the whole budget spent in one round.
+      num_public: how many public units there are, where `public_units` is a sample of them.
       rounds: T, in place of the choice.
       precision_rank: at most how many leading directions have their curvature measured; as many public gradients.
       subspace: public subspace; by default all parameters, or a count-sketch of them where a sample of gradients would
@@ -131,7 +133,7 @@ def make_plan(
     curved, held_out = _samples(record_key, public)
     space = _tuned_space(sketch_key, loss_fn, params, curved, public, subspace, subspace_dim)
     rank = min(precision_rank, space.dim, num_records(curved))
-    directions = _top_eigenspace(loss_fn, params, curved, rank, space)[0].arrays[1].T
+    directions = leading_directions(loss_fn, params, curved, rank, space)[0].arrays[1].T
     squares = _squares(loss_fn, params, space, directions, held_out)
     dims = np.append(np.ones(rank), space.dim - rank)
     curvature = _curvature(loss_fn, params, space, directions, squares, dims, held_out)
@@ -143,7 +145,7 @@ def make_plan(
     norms, clip_norm, moments = _clipping(squares / shape, dims, l2_clip_norm)
     tolerance, cost = _tolerated_noise(trial_key, loss_fn, params, space, precision, take(held_out, slice(0, _TRIED)))
     curvature = _whitened_curvature(curvature / shape, dims, 2 * cost / tolerance**2)
-    numbers = curvature, moments, dims, *flow.shift_prior(num_records(public_units))
+    numbers = curvature, moments, dims, *flow.shift_prior(num_public or num_records(public_units))
     spectrum = Spectrum(directions, *(jnp.asarray(x, directions.dtype) for x in numbers))
     noise_std, largest_step = clip_norm * noise_multiplier / num_units, _STEP / float(curvature.max())
     longest = _LONGEST * tolerance / noise_std
@@ -162,25 +164,39 @@ def make_plan(
     return Plan(space, precision, clip_norm, damping, rounds, spectrum, longest, largest_step, step, evidence)
 
 
+def num_curved(num_public: int) -> int:
+    """Public records whose gradients give the directions."""
+    return max(1, min(_CURVED, num_public // 2))
+
+
 @jax.jit
 def _samples(key: jax.Array, records: Record) -> tuple[Record, Record]:
     """Two disjoint random samples, for directions and for what is measured; a single record serves as both."""
     n = num_records(records)
     order = jax.random.permutation(key, n)
-    curved = max(1, min(_CURVED, n // 2))
+    curved = num_curved(n)
     return take(records, order[:curved]), take(records, order[curved : curved + _HELD_OUT] if n > 1 else order)
+
+
+def tuned_space(key: jax.Array, params: Params, num_records: int, subspace: Subspace | None, dim: int = 0) -> Subspace:
+    """The given subspace; or all parameters, or a count-sketch of them where a sample of gradients would not fit."""
+    if subspace is not None:
+        return subspace
+    whole = subspaces.full(params)
+    if whole.dim * num_records * 4 <= _GRADIENT_BYTES:
+        return whole
+    return subspaces.count_sketch(key, params, max(_SKETCH_DIM, dim))
 
 
 def _tuned_space(key, loss_fn, params, curved, public, subspace, dim):
     """The space that is tuned in, with orthonormal columns."""
     if subspace is not None:
         return subspaces.orthonormalise(subspace)
-    whole = subspaces.full(params)
-    if dim is not None and not 1 <= dim <= whole.dim:
-        raise ValueError(f"Expected subspace_dim in [1, {whole.dim}], found {dim}.")
+    num_params = subspaces.layout_of(params).num_params
+    if dim is not None and not 1 <= dim <= num_params:
+        raise ValueError(f"Expected subspace_dim in [1, {num_params}], found {dim}.")
     records = public if dim is not None and dim > num_records(curved) else curved
-    if whole.dim * num_records(records) * 4 > _GRADIENT_BYTES:
-        whole = subspaces.count_sketch(key, params, max(_SKETCH_DIM, dim or 0))
+    whole = tuned_space(key, params, num_records(records), None, dim or 0)
     if dim is None or dim == whole.dim:
         return whole
     if dim > num_records(records):
@@ -188,19 +204,28 @@ def _tuned_space(key, loss_fn, params, curved, public, subspace, dim):
             f"subspace_dim={dim} needs as many public records, found {num_records(records)}; or give a subspace, "
             "such as count_sketch."
         )
-    return _top_eigenspace(loss_fn, params, take(records, slice(0, max(dim, num_records(curved)))), dim, whole)[0]
+    return leading_directions(loss_fn, params, take(records, slice(0, max(dim, num_records(curved)))), dim, whole)[0]
 
 
-_top_eigenspace = jax.jit(
-    lambda loss_fn, params, records, dim, within: top_eigenspace(loss_fn, params, records, dim, within=within),
-    static_argnums=(0, 3),
-)
-_product = jax.jit(hessian_product, static_argnums=0)
+def _at_a_time(space: Subspace, most: int) -> int:
+    """Records whose gradients are held together: a few for a large model."""
+    return int(np.clip(_GRADIENT_BYTES // (16 * space.layout.num_params), 1, most))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def leading_directions(
+    loss_fn: LossFn, params: Params, records: Record, dim: int, within: Subspace
+) -> tuple[Subspace, jax.Array]:
+    """`curvature.top_eigenspace`, with microbatches that fit."""
+    return top_eigenspace(loss_fn, params, records, dim, within=within, microbatch_size=_at_a_time(within, 64))
+
+
+_product = jax.jit(hessian_product, static_argnums=0, static_argnames="microbatch_size")
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _gradient_squares(loss_fn, params, space, directions, records):
-    batches, _ = microbatches(records, min(64, num_records(records)))
+    batches, _ = microbatches(records, min(_at_a_time(space, 64), num_records(records)))
 
     def squares(batch):
         return jax.vmap(lambda g: flow.energies(directions, g))(projected_gradients(loss_fn, params, space, batch))
@@ -223,7 +248,9 @@ def _curvature(loss_fn, params, space, directions, squares, dims, records):
     moments = squares.mean(axis=0)
     steepest = np.argsort(-moments[:-1])[:_SCALED_DIRECTIONS]
     few = take(records, slice(0, _SCALING_RECORDS))
-    curved = [float(jnp.vdot(v, _product(loss_fn, params, space, v, few))) for v in directions[steepest]]
+    size = _at_a_time(space, _SCALING_RECORDS)
+    products = (_product(loss_fn, params, space, v, few, microbatch_size=size) for v in directions[steepest])
+    curved = [float(jnp.vdot(v, product)) for v, product in zip(directions[steepest], products, strict=True)]
     if not (np.all(np.isfinite(curved)) and np.all(np.isfinite(moments))):
         raise ValueError(f"The public curvature is not finite at the anchor, {moments.shape=}.")
     scale = np.sum(np.abs(curved)) / max(np.sum(moments[steepest]), np.finfo(np.float64).tiny)
@@ -265,12 +292,13 @@ def _expected_length(spectrum, noise_var, num_units, longest):
 
 def _tolerated_noise(key, loss_fn, params, space, shape, held_out):
     """The largest s for which the anchor moved by s M^{-1/2} xi costs the share of the loss's scale, and that cost."""
-    losses = np.asarray(_losses(loss_fn, params, held_out), np.float64)
+    losses = np.asarray(_losses(loss_fn, params, held_out, _at_a_time(space, _TRIED)), np.float64)
     limit = _NOISE_COST * float(np.sqrt(np.mean(losses**2)))
     moves = [_noise_move(k, shape, space) for k in jax.random.split(key, _NOISE_DRAWS)]
 
     def cost(scale):
-        return float(_moved_loss(loss_fn, params, space, scale, moves, held_out)) - float(np.mean(losses))
+        moved = [_moved_loss(loss_fn, params, space, scale * move, held_out) for move in moves]
+        return float(np.mean(jax.device_get(moved))) - float(np.mean(losses))
 
     return noise_tolerance(cost, limit), limit
 
@@ -280,13 +308,14 @@ def _noise_move(key, shape, space):
     return precisions.color(shape, jax.random.normal(key, (space.dim,), space.layout.dtype))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _losses(loss_fn, params, records):
-    return jax.vmap(loss_fn, in_axes=(None, 0))(params, records)
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _losses(loss_fn, params, records, size):
+    if size >= num_records(records):
+        return jax.vmap(loss_fn, in_axes=(None, 0))(params, records)
+    return jax.lax.map(lambda record: loss_fn(params, record), records, batch_size=size)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _moved_loss(loss_fn, params, space, scale, moves, records):
-    # Unrolled: convolutions with several kernels at once are slow.
-    moved = [subspaces.displace(space, params, scale * move) for move in moves]
-    return jnp.mean(jnp.stack([mean_loss(loss_fn, p, records, microbatch_size=_TRIED) for p in moved]))
+def _moved_loss(loss_fn, params, space, move, records):
+    moved = subspaces.displace(space, params, move)
+    return mean_loss(loss_fn, moved, records, microbatch_size=_at_a_time(space, _TRIED))

@@ -7,7 +7,8 @@ pretrained parameters, public records or a key, never from private data.
 
     full(params)                the identity on all of R^d
     full(params, where=regex)   selected leaves: the last layer, biases, LoRA factors
-    gaussian / orthonormal      dense random projections, (k, d) numbers stored
+    gaussian                    random directions, stored or made again from the key
+    orthonormal                 a uniformly random subspace, (k, d) numbers stored
     count_sketch                orthonormal columns, O(d) time, nothing stored
     span                        given directions
     compose(outer, basis)       directions inside another subspace; `where` composes with all of the above
@@ -23,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qexp_jax import sketching
 from qexp_jax.records import Params
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -50,10 +52,13 @@ class Layout:
 
 
 class _Operator(NamedTuple):
-    """A lift on tuned leaves and its adjoint, as module-level functions of (layout, arrays, argument)."""
+    """A lift on tuned leaves and its adjoint, as functions of (layout, arrays, argument) that compare equal where they
+    are; and P^T P, where there is a way cheaper than k lifts.
+    """
 
     lift: Callable[[Layout, Any, jax.Array], list[jax.Array]]
     project: Callable[[Layout, Any, list[jax.Array]], jax.Array]
+    gram: Callable[[Layout, Any], jax.Array] | None = None
 
 
 @functools.partial(
@@ -151,10 +156,12 @@ def displace(subspace: Subspace, params: Params, w: jax.Array) -> Params:
 
 
 def gram(subspace: Subspace) -> jax.Array:
-    """P^T P (k, k): the identity where the columns are orthonormal, else k lifts and projections."""
+    """P^T P (k, k): the identity where the columns are orthonormal, else by default k lifts and projections."""
     eye = jnp.eye(subspace.dim, dtype=subspace.layout.dtype)
     if subspace.orthonormal:
         return eye
+    if subspace.operator.gram is not None:
+        return subspace.operator.gram(subspace.layout, subspace.arrays)
     columns = jax.lax.map(lambda e: project(subspace, lift(subspace, e)), eye)
     return (columns + columns.T) / 2
 
@@ -224,14 +231,6 @@ def _rows_to_basis(layout: Layout, rows: jax.Array) -> list[jax.Array]:
     return jax.vmap(lambda row: _split(layout, None, row))(rows)
 
 
-def gaussian(key: jax.Array, params: Params, dim: int, *, where: str | None = None) -> Subspace:
-    """Random Gaussian directions with E[P^T P] = I: entries N(0, 1/d)."""
-    layout = layout_of(params, where)
-    _check_dim(layout, dim)
-    rows = jax.random.normal(key, (dim, layout.num_params), layout.dtype) / np.sqrt(layout.num_params)
-    return _dense(layout, _rows_to_basis(layout, rows), orthonormal=False, name="gaussian")
-
-
 def orthonormal(key: jax.Array, params: Params, dim: int, *, where: str | None = None) -> Subspace:
     """A uniformly random k-dimensional subspace with an orthonormal basis (QR of a Gaussian matrix)."""
     layout = layout_of(params, where)
@@ -258,70 +257,64 @@ def span(params: Params, directions: Params, *, where: str | None = None, orthon
     return _dense(layout, leaves, orthonormal=orthonormal, name="span")
 
 
-# --- count-sketch ---
+# --- random projections, made again from their keys at each call: see `sketching` ---
 
 
-def _blocks(layout: Layout, dim: int) -> list[tuple[int, int, int]]:
-    """Per tuned leaf: (index of its first block of `dim` coordinates, coordinates before it there, its blocks)."""
-    sizes = [int(np.prod(s)) for s in layout.tuned_shapes]
-    offsets = np.cumsum([0, *sizes[:-1]])
-    return [(int(o // dim), int(o % dim), -(-int(o % dim + n) // dim)) for o, n in zip(offsets, sizes, strict=True)]
-
-
-def _sketch_parts(layout, arrays):
-    """Signs per leaf, one cyclic shift per block, and the norm of each column."""
-    sign_key, shift_key, buckets = arrays
-    dim = len(buckets)
-    num_blocks = -(-layout.num_params // dim)
-    shifts = jax.random.randint(shift_key, (num_blocks,), 0, dim)
-    signs = [
-        jax.random.rademacher(jax.random.fold_in(sign_key, i), shape, jnp.int8).astype(layout.dtype)
-        for i, shape in enumerate(layout.tuned_shapes)
-    ]
-    rest = layout.num_params - (num_blocks - 1) * dim
-    counts = num_blocks - 1 + ((buckets - shifts[-1]) % dim < rest)
-    return signs, shifts, 1 / jnp.sqrt(counts.astype(layout.dtype))
-
-
-def _sketch_lift(layout, arrays, w):
-    signs, shifts, scale = _sketch_parts(layout, arrays)
-    buckets = arrays[-1]
-    w, leaves = w * scale, []
-    for sign, (first, before, blocks) in zip(signs, _blocks(layout, len(w)), strict=True):
-        rows = w[(buckets + shifts[first : first + blocks, None]) % len(w)]
-        leaves.append(rows.ravel()[before : before + sign.size].reshape(sign.shape) * sign)
-    return leaves
-
-
-def _sketch_project(layout, arrays, leaves):
-    signs, shifts, scale = _sketch_parts(layout, arrays)
-    buckets = arrays[-1]
-    dim, total = len(buckets), jnp.zeros(len(buckets), layout.dtype)
-    for x, sign, (first, before, blocks) in zip(leaves, signs, _blocks(layout, dim), strict=True):
-        flat = jnp.pad((x * sign).ravel(), (before, blocks * dim - before - x.size)).reshape(blocks, dim)
-        source = (buckets - shifts[first : first + blocks, None]) % dim
-        total = total + jnp.sum(jnp.take_along_axis(flat, source, axis=1), axis=0)
-    return total * scale
+@functools.cache
+def _regenerated(kind: str, dim: int) -> _Operator:
+    """One operator for each kind and dimension, so that equal constructions compile once."""
+    lift, project = getattr(sketching, f"{kind}_lift"), getattr(sketching, f"{kind}_project")
+    return _Operator(
+        lift=lambda layout, key, w: lift(layout.tuned_shapes, key, w),
+        project=lambda layout, key, leaves: project(layout.tuned_shapes, key, dim, leaves),
+        gram=lambda layout, key: sketching.gaussian_gram(layout.tuned_shapes, key, dim, layout.dtype),
+    )
 
 
 def count_sketch(key: jax.Array, params: Params, dim: int, *, where: str | None = None) -> Subspace:
-    """A count-sketch with exactly orthonormal columns, in O(d) time and with nothing of size d stored.
-
-    Each run of k consecutive coordinates is dealt to the k buckets by one random cyclic shift, with random signs: no
-    bucket is empty, columns have disjoint supports, and two coordinates of different runs collide with
-    probability 1/k, so that E|P^T g|^2 and its variance are those of the count-sketch (Charikar, Chen, Farach-Colton
-    2002), up to the scale k/d of an orthonormal basis.
-    """
+    """A count-sketch with exactly orthonormal columns, in O(d) time and with nothing of size d stored."""
     layout = layout_of(params, where)
     _check_dim(layout, dim)
-    sign_key, shift_key = jax.random.split(key)
     return Subspace(
         dim=dim,
         layout=layout,
-        operator=_Operator(_sketch_lift, _sketch_project),
+        operator=_regenerated("count_sketch", dim),
         orthonormal=True,
         name="count_sketch",
-        arrays=(sign_key, shift_key, jnp.arange(dim)),
+        arrays=key,
+    )
+
+
+_STORED_BYTES = 2**30
+
+
+def gaussian(
+    key: jax.Array, params: Params, dim: int, *, where: str | None = None, stored: bool | None = None
+) -> Subspace:
+    """Random Gaussian directions with E[P^T P] = I: entries N(0, 1/d).
+
+    Args:
+      key: public randomness.
+      params: the pretrained parameters.
+      dim: k.
+      where: regular expression of the leaves to tune.
+      stored: keep the (k, d) numbers, or make them again from the key in blocks at each use; by default they are kept
+        up to a gibibyte. Both are the same subspace.
+    """
+    layout = layout_of(params, where)
+    _check_dim(layout, dim)
+    if stored is None:
+        stored = dim * layout.num_params * layout.dtype.itemsize <= _STORED_BYTES
+    if stored:
+        columns = sketching.gaussian_columns(layout.tuned_shapes, key, dim, layout.dtype)
+        return _dense(layout, columns, orthonormal=False, name="gaussian")
+    return Subspace(
+        dim=dim,
+        layout=layout,
+        operator=_regenerated("gaussian", dim),
+        orthonormal=False,
+        name="gaussian",
+        arrays=key,
     )
 
 

@@ -7,7 +7,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 
-from experiments import data, demo, mnist
+from experiments import cluster, data, demo, large, mnist
 
 QEXP_DATA = pathlib.Path(os.environ.get("QEXP_DATA", "absent"))
 
@@ -79,3 +79,24 @@ def test_a_known_file_with_a_wrong_checksum_is_refused(tmp_path):
     path.write_bytes(gzip.compress(b"\0\0\x08\x01\0\0\0\x02ab"))
     with pytest.raises(ValueError, match="md5"):
         mnist.read_idx(path)
+
+
+@pytest.mark.parametrize("tune", ["count_sketch", "lora"])
+def test_the_large_model_runs_small(tmp_path, tune):
+    sizes = "--layers 2 --width 64 --vocabulary 300 --private 4 --public 4 --tokens 8 --dim 64"
+    large.main([*sizes.split(), "--tune", tune, "--out", str(tmp_path)])
+    rows = (tmp_path / f"large_{tune}.csv").read_text().splitlines()
+    assert rows[0].startswith("tune,num_params,k") and sum("private pass" in row for row in rows) == 1 + (
+        tune != "lora"
+    )
+
+
+def test_the_cluster_script_makes_one_release_with_two_processes(tmp_path):
+    cluster.start_locally(2, ["--model", "linear", "--out", str(tmp_path)])
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "certificate.json", "params.msgpack"}
+    assert json.loads((tmp_path / "certificate.json").read_text())["num_units"] == 2000
+
+
+def test_local_processes_get_the_other_arguments():
+    assert cluster._without_local(["--local", "2", "--out", "x"]) == ["--out", "x"]
+    assert cluster._without_local(["--epsilon", "2", "--local=3"]) == ["--epsilon", "2"]

@@ -284,6 +284,6 @@ def test_bad_input_is_refused_with_its_value_before_private_data_is_read(case, m
     def never(*args, **kwargs):
         raise AssertionError("private data was read")
 
-    monkeypatch.setattr(qexp_jax.finetune, "_clipped_sum", never)
+    monkeypatch.setattr(qexp_jax.passes, "device_sum", never)
     with pytest.raises(ValueError, match=message):
         tune(**changes)

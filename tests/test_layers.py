@@ -6,8 +6,9 @@ import pathlib
 import qexp_jax
 
 ROOMS = [
-    "records", "subspace", "convolutions", "gradients", "curvature", "precision", "clipping", "privacy", "mechanism",
-    "accuracy", "flow", "validation", "plan", "certificate", "finetune", "__init__",
+    "records", "sketching", "subspace", "convolutions", "gradients", "curvature", "precision", "clipping", "privacy",
+    "mechanism", "accuracy", "flow", "validation", "plan", "certificate", "stream", "passes", "checkpoint", "rounds",
+    "preflight", "finetune", "__init__",
 ]  # fmt: skip
 PACKAGE = pathlib.Path(qexp_jax.__file__).parent
 

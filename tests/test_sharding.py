@@ -1,12 +1,15 @@
 """Eight devices give the single-device result, with a clip that is active and an adversarial record."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from problems import damped_precision, linear_loss, network, network_loss
 
-from qexp_jax import clipping, curvature, precision, records, subspace
+import qexp_jax
+from qexp_jax import clipping, curvature, passes, precision, records, sketching, subspace
 
 SPEC = jax.sharding.PartitionSpec
 KEY = jax.random.key(11)
@@ -104,3 +107,89 @@ def test_records_on_an_explicit_mesh_give_the_same_sum():
     total = jax.jit(jax.shard_map(private_pass, mesh=explicit, in_specs=SPEC("data"), out_specs=SPEC()))(placed)
     expected, _ = clipping.clipped_sum(network_loss, params, space, factored, data, l2_clip_norm=0.5)
     np.testing.assert_allclose(total, expected, atol=2e-5)
+
+
+def collective_bytes(compiled):
+    """Bytes of every collective's result in the text of a compiled program."""
+    total = 0
+    for shapes in re.findall(
+        r"= (.*?) (?:all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)[-(]", compiled
+    ):
+        for kind, dims in re.findall(r"(f32|s32|u32|pred)\[([\d,]*)\]", shapes):
+            total += (1 if kind == "pred" else 4) * int(np.prod([int(n) for n in dims.split(",") if n]))
+    return total
+
+
+def wide_loss(params, record):
+    return jnp.sum((record["x"] @ params["a"] @ params["b"] - record["y"]) ** 2)
+
+
+@pytest.mark.parametrize(("width", "num_records"), [(8, 64), (64, 512)])
+def test_only_k_numbers_cross_devices_in_a_pass_and_k_squared_in_a_curvature(width, num_records):
+    """Whatever d and n are: 2 x width parameters and the records do not appear."""
+    dim = 16
+    params = {"a": jnp.ones((4, width)), "b": jnp.ones((width, 2))}
+    data = {"x": jnp.ones((num_records, 4)), "y": jnp.ones((num_records, 2))}
+    space, factored = subspace.count_sketch(KEY, params, dim), precision.dense(jnp.eye(dim))
+    target = passes.Target(params, space, factored, 1.0)
+    units = passes.place(mesh(), data, np.ones(num_records, bool))
+    compiled = passes.device_sum.lower(
+        wide_loss, target, *units, microbatch_size=4, mode="reverse", mesh=mesh()
+    ).compile()
+    counts = 3 * 4
+    assert 4 * dim <= collective_bytes(compiled.as_text()) <= 4 * dim + counts
+
+    def columns(params, records, directions):
+        return curvature.hessian_columns(wide_loss, params, space, records, directions, column_axis="data")
+
+    sharded = jax.shard_map(columns, mesh=mesh(), in_specs=(SPEC(), SPEC(), SPEC("data")), out_specs=SPEC("data"))
+    gathered = jax.jit(sharded, out_shardings=jax.sharding.NamedSharding(mesh(), SPEC()))
+    text = gathered.lower(params, data, jnp.eye(dim)).compile().as_text()
+    assert 4 * dim**2 / 8 <= collective_bytes(text) <= 4 * dim**2
+    rows = gathered(params, data, jnp.eye(dim))
+    np.testing.assert_allclose(rows, curvature.projected_hessian(wide_loss, params, space, data), rtol=1e-4, atol=1e-3)
+
+
+def deep_loss(params, record):
+    x = record["x"]
+    for w in params.values():
+        x = jnp.tanh(x @ w)
+    return jnp.sum((x - record["y"]) ** 2) / 2
+
+
+def deep_network(width, num_layers, num_records, mesh):
+    """Parameters sharded over the axis "model", and records."""
+    keys = jax.random.split(KEY, num_layers)
+    params = {f"w{i}": jax.random.normal(key, (width, width)) / width**0.5 for i, key in enumerate(keys)}
+    layer = jax.sharding.NamedSharding(mesh, SPEC(None, "model"))
+    data = {name: jax.random.normal(jax.random.key(i), (num_records, width)) for i, name in enumerate("xy")}
+    return params, jax.device_put(params, layer), data, layer
+
+
+def two_axes():
+    return jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+
+@pytest.mark.parametrize("kind", ["selected", "count_sketch"])
+def test_sharded_parameters_stay_sharded_through_a_release(kind):
+    devices = two_axes()
+    params, sharded, data, layer = deep_network(16, 3, 32, devices)
+    space = subspace.full(params, where="w2") if kind == "selected" else subspace.count_sketch(KEY, params, 20)
+    arguments = {"public": data, "private": data, "epsilon": 4.0, "delta": 1e-5, "rounds": 2, "subspace": space}
+    release, (info, _) = qexp_jax.fine_tune(KEY, deep_loss, sharded, mesh=devices, diagnostics=True, **arguments)
+    factored, clip_norm = jax.device_get((info.plan.precision, info.plan.l2_clip_norm))
+    expected, _ = clipping.clipped_sum(deep_loss, params, space, factored, data, l2_clip_norm=clip_norm)
+    np.testing.assert_allclose(info.quadratic.whitened_sum, expected, rtol=1e-3, atol=1e-3)
+    assert all(w.sharding.is_equivalent_to(layer, 2) for w in release.params.values())
+
+
+def test_sharded_parameters_are_never_gathered_as_a_whole_on_one_device(monkeypatch):
+    """One layer's gradient at a time is."""
+    monkeypatch.setattr(sketching, "_PANEL", 2**12)
+    devices = two_axes()
+    params, sharded, data, _ = deep_network(256, 8, 4, devices)
+    target = passes.Target(sharded, subspace.count_sketch(KEY, params, 64), precision.dense(jnp.eye(64)), 1.0)
+    units = passes.place(devices, data, np.ones(4, bool))
+    lowered = passes.device_sum.lower(deep_loss, target, *units, microbatch_size=1, mode="reverse", mesh=devices)
+    memory, whole = lowered.compile().memory_analysis(), 8 * 256 * 256 * 4
+    assert memory.argument_size_in_bytes < 0.35 * whole and memory.temp_size_in_bytes < 0.75 * whole

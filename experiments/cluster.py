@@ -1,0 +1,115 @@
+"""One release over the processes of a cluster: the same script on one machine, under SLURM and on TPU pods.
+
+    python -m experiments.cluster --local 2                                    # two processes on this machine
+    srun --ntasks-per-node=1 python -m experiments.cluster                     # SLURM, one process a node
+    gcloud compute tpus tpu-vm ssh NAME --worker=all --command="cd qexp_jax && python -m experiments.cluster"
+
+Every process loads its share of the private images and calls `fine_tune` with the same public data over a mesh of all
+devices; `jax.distributed.initialize()` finds the others by itself. The first process's key is taken by all, noise is
+added once, and the first process alone writes certificate.json and params.msgpack into --out. If a process dies, the
+others end with an error and nothing is written. With --checkpoint, a restart goes on where it stopped.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import flax.serialization
+import jax
+import numpy as np
+
+import qexp_jax
+from experiments import demo, mnist, models
+from experiments.data import run_cli, select
+
+OUT = pathlib.Path(__file__).parent / "out" / "cluster"
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--local", type=int, help="start so many processes on this machine, on the CPU")
+    parser.add_argument("--coordinator", help="host:port; by default found from the cluster's environment")
+    parser.add_argument("--process", type=int, help="number of this process, with --coordinator")
+    parser.add_argument("--processes", type=int, help="number of all processes, with --coordinator")
+    parser.add_argument("--model", default="cnn", choices=list(models.MODELS))
+    parser.add_argument("--data-dir", type=pathlib.Path, help="folder with full MNIST and QMNIST's labels")
+    parser.add_argument("--num-private", type=int, default=5000, help="private records used of full MNIST")
+    parser.add_argument("--epsilon", type=float, default=1.0)
+    parser.add_argument("--delta", type=float, default=1e-5)
+    parser.add_argument("--checkpoint", type=pathlib.Path, help="folder; its sums are not private")
+    parser.add_argument("--out", type=pathlib.Path, default=OUT)
+    return parser.parse_args(argv)
+
+
+def start_locally(count, arguments):
+    """Runs this script `count` times, and ends with the first exit status that is not 0."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "experiments.cluster", *arguments, "--coordinator", f"localhost:{port}"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    started = [
+        subprocess.Popen([*command, "--process", str(i), "--processes", str(count)], env=environment)
+        for i in range(count)
+    ]
+    return next((status for status in [process.wait() for process in started] if status), 0)
+
+
+def write(release, accuracies, out):
+    """All files under temporary names first, so that none is there alone or by half."""
+    out.mkdir(parents=True, exist_ok=True)
+    contents = {
+        "certificate.json": json.dumps(release.certificate, indent=2).encode(),
+        "params.msgpack": flax.serialization.to_bytes(jax.device_get(release.params)),
+        "metrics.json": json.dumps(accuracies, indent=2).encode(),
+    }
+    for name, content in contents.items():
+        (out / f"{name}.tmp").write_bytes(content)
+    for name in contents:
+        os.replace(out / f"{name}.tmp", out / name)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.local:
+        raise SystemExit(start_locally(args.local, _without_local(argv or sys.argv[1:])))
+    jax.distributed.initialize(args.coordinator, args.processes, args.process)
+    me, count, model = jax.process_index(), jax.process_count(), models.make_model(args.model, 10)
+    if args.data_dir is None:
+        split, settings = mnist.packaged_mnist(), demo.PRETRAIN
+    else:
+        split, settings = mnist.writers_mnist(args.data_dir, num_private=args.num_private), demo.PRETRAIN_FULL
+    start = models.init(model, jax.random.key(1), split.public)
+    anchor = models.train(model, start, split.public, **settings, seed=0, name=f"process {me}: pretraining")
+    mine = select(split.private, np.arange(me, demo.split_size(split), count))
+    release = qexp_jax.fine_tune(
+        jax.random.key(0),
+        model.loss_fn,
+        anchor,
+        public=split.public,
+        private=mine,
+        public_count=demo.split_size(split),
+        epsilon=args.epsilon,
+        delta=args.delta,
+        mesh=jax.make_mesh((jax.device_count(),), ("data",)),
+        checkpoint=args.checkpoint and qexp_jax.Checkpoint(directory=args.checkpoint),
+    )
+    if me == 0:
+        trained = {"zero_shot": anchor, "private": release.params}
+        accuracies = {name: models.evaluate(model, p, split.test, "accuracy") for name, p in trained.items()}
+        write(release, accuracies, args.out)
+        print(f"{count} processes, {jax.device_count()} devices: {accuracies}; written to {args.out}")
+
+
+def _without_local(arguments):
+    """The other arguments, for the processes that are started."""
+    at = next(i for i, argument in enumerate(arguments) if argument.startswith("--local"))
+    return arguments[:at] + arguments[at + (1 if "=" in arguments[at] else 2) :]
+
+
+if __name__ == "__main__":
+    run_cli(main)

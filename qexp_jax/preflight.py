@@ -1,0 +1,204 @@
+"""Memory and arithmetic of a release, known before any data is read.
+
+Bytes come from compiling the programs that will run, on shapes alone: nothing is allocated. Floating-point operations
+are counted in their traces, loops times their length, which XLA's own count leaves out. Both depend on shapes only.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core as jax_core
+
+from qexp_jax import passes
+from qexp_jax import plan as plans
+from qexp_jax import precision as precisions
+from qexp_jax.gradients import Mode
+from qexp_jax.passes import Target
+from qexp_jax.records import LossFn, Params, Record
+from qexp_jax.subspace import Subspace, tuned_leaves
+
+
+class Estimate(NamedTuple):
+    """What one device holds and what all devices compute.
+
+    Attributes:
+      parameter_bytes: of the parameters.
+      data_bytes: of the private units (of one batch, for a stream), held through a pass.
+      public_bytes: of subspace and precision.
+      microbatch_bytes: gradients, activations and panels of one microbatch: what `microbatch_size` moves.
+      pass_bytes: peak of a private pass, the four above together.
+      plan_bytes: peak of the largest step of the public plan.
+      flops: floating-point operations of all private passes, on all devices.
+      dim: k.
+      num_params: d.
+    """
+
+    parameter_bytes: int
+    data_bytes: int
+    public_bytes: int
+    microbatch_bytes: int
+    pass_bytes: int
+    plan_bytes: int
+    flops: float
+    dim: int
+    num_params: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that one device holds at any time."""
+        return max(self.pass_bytes, self.plan_bytes)
+
+
+def estimate(
+    loss_fn: LossFn,
+    params: Params,
+    record: Record,
+    *,
+    num_units: int,
+    num_public: int,
+    subspace: Subspace | None = None,
+    precision_rank: int = 128,
+    microbatch_size: int = 32,
+    mode: Mode = "reverse",
+    rounds: int = 1,
+    num_devices: int = 1,
+    batch_size: int | None = None,
+) -> Estimate:
+    """What `fine_tune` will need with these settings.
+
+    Args:
+      loss_fn: loss of one unit.
+      params: parameters, or their `jax.ShapeDtypeStruct`s.
+      record: one unit without a leading axis, or its shapes.
+      num_units: private units in all.
+      num_public: public records.
+      subspace: as in `fine_tune`.
+      precision_rank: as in `fine_tune`.
+      microbatch_size: as in `fine_tune`.
+      mode: as in `fine_tune`.
+      rounds: passes.
+      num_devices: devices that share the units.
+      batch_size: units of a batch, where the private data is a stream.
+
+    >>> params, record = {"w": jnp.zeros((100, 10))}, {"x": jnp.zeros(100), "label": jnp.zeros((), int)}
+    >>> def loss_fn(params, record):
+    ...     return jax.nn.logsumexp(record["x"] @ params["w"]) - (record["x"] @ params["w"])[record["label"]]
+    >>> found = estimate(loss_fn, params, record, num_units=1000, num_public=500)
+    >>> found.num_params, found.parameter_bytes, found.peak_bytes < 10e6
+    (1000, 4000, True)
+    """
+    params, record = _shapes(params), _shapes(record)
+    curved = plans.num_curved(num_public)
+    space = plans.tuned_space(jax.random.key(0), params, curved, subspace)
+    rank = min(precision_rank, space.dim, curved)
+    held = -(-min(batch_size or num_units, num_units) // num_devices)
+    target = Target(params, _shapes(space), _low_rank(space, rank), 1.0)
+    units, mask = _batch(record, held), jax.ShapeDtypeStruct((held,), bool)
+    static = {"microbatch_size": microbatch_size, "mode": mode}
+    temporary, result = _held(passes.device_sum.lower(loss_fn, target, units, mask, **static))
+    parameter_bytes, data_bytes, public_bytes = map(_bytes, (params, units, (target.subspace, target.precision)))
+    flops = count_flops(lambda *a: passes.device_sum(loss_fn, *a, **static), target, units, mask)
+    return Estimate(
+        parameter_bytes=parameter_bytes,
+        data_bytes=data_bytes,
+        public_bytes=public_bytes,
+        microbatch_bytes=temporary,
+        pass_bytes=parameter_bytes + data_bytes + public_bytes + temporary + result,
+        plan_bytes=_plan_bytes(loss_fn, params, _batch(record, curved), rank, space) + parameter_bytes,
+        flops=flops / held * num_units * rounds,
+        dim=space.dim,
+        num_params=sum(math.prod(x.shape) for x in jax.eval_shape(lambda p: tuned_leaves(space.layout, p), params)),
+    )
+
+
+def check(found: Estimate, memory_budget: int) -> None:
+    """Raises ValueError, with what takes the memory, where a device would hold more than `memory_budget` bytes."""
+    if found.peak_bytes > memory_budget:
+        parts = ", ".join(f"{name} {value:,}" for name, value in found._asdict().items() if name.endswith("bytes"))
+        raise ValueError(
+            f"Expected to fit in {memory_budget:,} bytes a device, found {found.peak_bytes:,} for k = {found.dim}, "
+            f"d = {found.num_params} ({parts}). A smaller microbatch_size, precision_rank or subspace needs less, a "
+            "stream holds one batch."
+        )
+
+
+def _shapes(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)), tree)
+
+
+def _batch(record: Any, length: int) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((length, *x.shape), x.dtype), record)
+
+
+def _bytes(tree: Any) -> int:
+    """Keys are not counted."""
+    leaves = [
+        x for x in jax.tree.leaves(tree) if hasattr(x, "dtype") and not jnp.issubdtype(x.dtype, jax.dtypes.extended)
+    ]
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+
+
+def _low_rank(space, rank):
+    dtype = space.layout.dtype
+    vectors = jax.ShapeDtypeStruct((rank, space.dim), dtype)
+    return jax.eval_shape(precisions.low_rank, jax.ShapeDtypeStruct((), dtype), vectors, vectors.update(shape=(rank,)))
+
+
+def _plan_bytes(loss_fn, params, curved, rank, space):
+    """The Gram trick, which holds a sample of public gradients."""
+    return sum(_held(plans.leading_directions.lower(loss_fn, params, curved, rank, _shapes(space)))) + _bytes(curved)
+
+
+def _held(lowered: Any) -> tuple[int, int]:
+    """Bytes of temporaries and of results, beside the arguments."""
+    memory = lowered.compile().memory_analysis()
+    if memory is None:
+        raise ValueError("The backend does not say what memory a program takes.")
+    return memory.temp_size_in_bytes, memory.output_size_in_bytes
+
+
+# --- floating-point operations of a trace ---
+
+
+def count_flops(function: Any, *args: Any) -> float:
+    """Floating-point operations of `function` on arguments of these shapes; a loop of unknown length counts once."""
+    return _flops(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _flops(jaxpr) -> float:
+    return sum(_equation_flops(equation) for equation in jaxpr.eqns)
+
+
+def _equation_flops(equation) -> float:
+    name, params = equation.primitive.name, equation.params
+    inner = [_flops(getattr(x, "jaxpr", x)) for x in _inner(params)]
+    if inner:
+        return params["length"] * sum(inner) if name == "scan" else max(inner) if name == "cond" else sum(inner)
+    out = equation.outvars[0].aval
+    size = math.prod(getattr(out, "shape", ()))
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        return 2 * size * math.prod(equation.invars[0].aval.shape[i] for i in contracted)
+    if name == "conv_general_dilated":
+        kernel = equation.invars[1].aval.shape
+        spec = params["dimension_numbers"].rhs_spec
+        return 2 * size * math.prod(kernel[i] for i in spec[1:])
+    is_arithmetic = jnp.issubdtype(out.dtype, jnp.floating) and name not in _MOVES
+    return size if is_arithmetic else 0
+
+
+_MOVES = {
+    "broadcast_in_dim", "reshape", "squeeze", "transpose", "slice", "dynamic_slice", "dynamic_update_slice",
+    "concatenate", "pad", "gather", "select_n", "convert_element_type", "copy", "iota", "rev", "bitcast_convert_type",
+}  # fmt: skip
+
+
+def _inner(params):
+    for value in jax.tree.leaves(
+        list(params.values()), is_leaf=lambda x: isinstance(x, jax_core.Jaxpr | jax_core.ClosedJaxpr)
+    ):
+        if isinstance(value, jax_core.Jaxpr | jax_core.ClosedJaxpr):
+            yield value

@@ -1,0 +1,240 @@
+"""The rounds of a release: private pass, exact draw, step of the flow; saved on the way, the same on any devices.
+
+**Rounds (T6).** Round t expands at the parameters that the rounds before released, with the plan's precision and clip
+norm, so that the rounds compose adaptively to `mu^2 = sum mu_t^2`. Their number and the even split are fixed by public
+data before the first. What a round does with its draw is post-processing (T5): it follows it for a T-th of the length
+that the sums released so far deserve (`flow`), next to nothing where they look like noise.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qexp_jax import checkpoint as checkpoints
+from qexp_jax import flow, mechanism, passes, records, stream
+from qexp_jax import subspace as subspaces
+from qexp_jax.checkpoint import Progress
+from qexp_jax.clipping import ClipInfo
+from qexp_jax.gradients import Mode
+from qexp_jax.mechanism import Quadratic
+from qexp_jax.passes import Target
+from qexp_jax.plan import Plan
+from qexp_jax.records import LossFn, Params, Record
+
+
+class RoundInfo(NamedTuple):
+    """**Not private**: never release, log or store it unless the private records are open data.
+
+    Attributes:
+      plan: the public plan.
+      quadratic: the utility with the exact clipped sum.
+      noise_std: C z.
+      w: the draw.
+      step: the multiple of it that was taken.
+      excess_loss: how much of the best loss per record of the quadratic with precision M / step the noise cost; reveals
+        |xi|.
+      clip_info: counts of clipped and non-finite units.
+    """
+
+    plan: Plan
+    quadratic: Quadratic
+    noise_std: float
+    w: jax.Array
+    step: jax.Array
+    excess_loss: jax.Array
+    clip_info: ClipInfo
+
+
+class Walk(NamedTuple):
+    """Carried from round to round; made of releases and public numbers alone.
+
+    Attributes:
+      params: where the next round expands.
+      moved: (k,) whitened displacement from the pretrained parameters.
+      gradients: (k,) sum over rounds of the released mean gradients, each traced back to the pretrained parameters.
+      done: rounds.
+    """
+
+    params: Params
+    moved: jax.Array
+    gradients: jax.Array
+    done: jax.Array
+
+
+class Engine(NamedTuple):
+    """How the private pass runs; public.
+
+    Attributes:
+      loss_fn: loss of one unit.
+      microbatch_size: units held at a time.
+      mode: see `gradients.projected_gradients`.
+      mesh: devices that share the units, if several; over several processes, each has units of its own.
+      store: an open checkpoint, if any.
+      progress: called with the name of each stage as it begins.
+    """
+
+    loss_fn: LossFn
+    microbatch_size: int
+    mode: Mode
+    mesh: jax.sharding.Mesh | None
+    store: checkpoints.Store | None
+    progress: Callable[[str], None] | None
+
+
+def start(layout: subspaces.Layout, params: Params, dim: int) -> Walk:
+    """The pretrained parameters, before any release."""
+    zeros = jnp.zeros(dim, layout.dtype)
+    return Walk(subspaces.working(layout, params), zeros, zeros, jnp.zeros((), layout.dtype))
+
+
+def run(
+    key: jax.Array,
+    walk: Walk,
+    plan: Plan,
+    units: Record,
+    engine: Engine,
+    *,
+    num_units: int,
+    noise_multiplier: float,
+) -> tuple[Walk, list[RoundInfo]]:
+    """All rounds, from the beginning or from where the checkpoint stands.
+
+    Args:
+      key: secret; the noise of the release.
+      walk: see `start`.
+      plan: public.
+      units: pytree with a leading axis, or a stream.
+      engine: how it runs.
+      num_units: public N.
+      noise_multiplier: z of one round.
+
+    Returns:
+      The walk after the last round, and the `RoundInfo` of each round that was run; **not private**.
+    """
+    layout, mesh = plan.subspace.layout, passes.local_mesh(engine.mesh)
+    plan, walk = passes.replicate(mesh, (plan, walk))
+    progress = _resumed(engine, layout, walk, plan)
+    units, length, infos = _placed(mesh, units), None, []
+    for round_key in jax.random.split(key, plan.rounds)[progress.round :]:
+        announce(engine.progress, "private pass", progress.walk)
+        total, clip_info, length = _pass(engine, plan, units, progress, length)
+        announce(engine.progress, "draw", total)
+        quadratic, noise_std = Quadratic(plan.precision, total, num_units), plan.l2_clip_norm * noise_multiplier
+        w, step, excess, walk = _draw(
+            round_key,
+            progress.walk,
+            plan.subspace,
+            quadratic,
+            noise_std,
+            plan.spectrum,
+            plan.rounds,
+            plan.longest,
+            plan.largest_step,
+        )
+        infos.append(RoundInfo(plan, quadratic, noise_std, w, step, excess, clip_info))
+        progress = _beginning(progress.round + 1, walk, plan)
+        _save(engine, layout, progress)
+    announce(engine.progress, "done", progress.walk)
+    return progress.walk, infos
+
+
+@jax.jit
+def _draw(key, walk, subspace, quadratic, noise_std, spectrum, rounds, longest, largest_step):
+    """One draw, followed for a step of the flow whose length all releases so far deserve."""
+    num_units = quadratic.num_units
+    noisy = mechanism.noisy_sum(key, quadratic.whitened_sum, noise_std)
+    w = mechanism.release_step(quadratic, noisy)
+    noise_var = (noise_std / num_units) ** 2
+    gradients = walk.gradients + noisy / num_units - flow.predicted_gradient(spectrum, walk.moved)
+    done = walk.done + 1
+    energy = flow.energies(spectrum.directions, gradients / done)
+    signal = flow.signal(energy, spectrum, noise_var / done, num_units)
+    length = flow.best_length(signal, spectrum, noise_var / rounds, num_units, longest)
+    step = jnp.minimum(length / rounds, largest_step)
+    params = subspaces.displace(subspace, walk.params, step * w)
+    # The step of this length is the draw with precision M / step, whose utility is in units of the loss.
+    excess = step * mechanism.excess_utility(quadratic, w) / num_units
+    return w, step, excess, Walk(params, walk.moved - step * noisy / num_units, gradients, done)
+
+
+def announce(progress: Callable[[str], None] | None, stage: str, finished: Any = None) -> None:
+    """Waits for the stage before, so that a caller may time stages; nothing waits where nobody listens."""
+    if progress is not None:
+        jax.block_until_ready([x for x in jax.tree.leaves(finished) if isinstance(x, jax.Array)])
+        progress(stage)
+
+
+# --- one pass ---
+
+
+def _placed(mesh, units):
+    """Units in memory with their mask, on their devices once for all rounds; a stream as it is."""
+    if mesh is None or stream.is_stream(units):
+        return units
+    return passes.place(mesh, *records.pad(units, passes.num_shares(mesh)))
+
+
+def _pass(engine, plan, units, progress, length):
+    """The exact clipped sum of one round over all devices and processes, its counts, and the stream's length."""
+    mesh = passes.local_mesh(engine.mesh)
+    batch_sum = functools.partial(
+        passes.device_sum, engine.loss_fn, microbatch_size=engine.microbatch_size, mode=engine.mode, mesh=mesh
+    )
+    target = Target(progress.walk.params, plan.subspace, plan.precision, plan.l2_clip_norm)
+    if stream.is_stream(units):
+        total, info, length = _stream_pass(engine, plan, batch_sum, target, units, progress, length)
+    else:
+        total, info = batch_sum(target, *(units if mesh else (units, None)))
+    return *passes.over_processes((total, info), engine.mesh), length
+
+
+def _stream_pass(engine, plan, batch_sum, target, units, progress, length):
+    mesh, skip = passes.local_mesh(engine.mesh), progress.batches
+    i, partial, digest, read = 0, progress.partial, b"", 0
+    sums = passes.partial_sums(batch_sum, target, units, mesh, partial, skip)
+    for i, partial, batch in sums:
+        read += int(np.sum(batch[1]))
+        if engine.progress is not None:
+            engine.progress(f"private pass, batch {i}")
+        if engine.store is None:
+            continue
+        digest = stream.digest(digest, batch)
+        if i == skip and digest != progress.digest.tobytes():
+            raise ValueError("The private stream is not the one that the checkpoint's partial sum was made of.")
+        if i > skip and i % engine.store.every == 0:
+            now = progress._replace(batches=i, partial=partial, digest=np.frombuffer(digest, np.uint8))
+            _save(engine, plan.subspace.layout, now)
+    if i < skip or length not in (None, read):
+        raise ValueError("The private stream changed its length between two readings; nothing is released.")
+    return partial.total, partial.info, read
+
+
+# --- checkpoints ---
+
+
+def _beginning(number, walk, plan):
+    return Progress(number, 0, walk, passes.empty(plan.subspace), np.zeros(32, np.uint8))
+
+
+def _save(engine, layout, progress):
+    """Of the parameters only those that are tuned."""
+    if engine.store is not None:
+        leaves = subspaces.tuned_leaves(layout, progress.walk.params)
+        checkpoints.save(engine.store, progress._replace(walk=progress.walk._replace(params=leaves)))
+
+
+def _resumed(engine, layout, walk, plan):
+    """The beginning, or where the checkpoint stands; over several processes, where the furthest does."""
+    beginning = _beginning(0, walk, plan)
+    if engine.store is None:
+        return beginning
+    short = beginning._replace(walk=walk._replace(params=subspaces.tuned_leaves(layout, walk.params)))
+    found = checkpoints.restore(engine.store, short) or short
+    number, releases = passes.furthest(engine.mesh, found.round, found.walk)
+    params = subspaces.with_tuned_leaves(layout, walk.params, releases.params)
+    walk = releases._replace(params=params)
+    return found._replace(walk=walk) if number == found.round else _beginning(number, walk, plan)

@@ -1,0 +1,119 @@
+"""The estimate against what a release really takes."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import network, network_loss
+from test_finetune import tune
+
+from qexp_jax import preflight, subspace
+
+KEY = jax.random.key(2)
+
+# Peak resident memory of one pass above what was resident before its arguments were made.
+MEASURE = """
+import json, resource, sys
+import jax, jax.numpy as jnp, numpy as np
+from qexp_jax import passes, precision, preflight, subspace
+
+width, k, rank, microbatch, n = json.loads(sys.argv[1])
+def loss(params, record):
+    return jnp.sum((jnp.tanh(record["x"] @ params["a"]) @ params["b"] - record["y"]) ** 2)
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+shapes = {name: jax.ShapeDtypeStruct((width, width), jnp.float32) for name in "ab"}
+record = {"x": jax.ShapeDtypeStruct((width,), jnp.float32), "y": jax.ShapeDtypeStruct((width,), jnp.float32)}
+space = subspace.count_sketch(jax.random.key(0), shapes, k) if k else None
+found = preflight.estimate(
+    loss, shapes, record, num_units=n, num_public=4, subspace=space, precision_rank=rank, microbatch_size=microbatch
+)
+space = subspace.full(shapes) if space is None else space
+target = passes.Target(shapes, space, preflight._low_rank(space, min(rank, 2)), 1.0)
+units = jax.tree.map(lambda x: jax.ShapeDtypeStruct((n, *x.shape), x.dtype), record)
+mask = jax.ShapeDtypeStruct((n,), bool)
+run = passes.device_sum.lower(loss, target, units, mask, microbatch_size=microbatch, mode="reverse").compile()
+before = peak()
+fill = lambda tree: jax.tree.map(
+    lambda x: jnp.array(np.full(x.shape, 0.01, x.dtype)) if isinstance(x, jax.ShapeDtypeStruct) else x, tree
+)
+arguments = fill((target, units, mask))
+jax.block_until_ready(run(*arguments))
+print(json.dumps([found.pass_bytes, peak() - before]))
+"""
+
+
+@pytest.mark.parametrize("case", [(2048, 64, 2, 4, 8), (2048, 0, 2, 1, 4), (512, 64, 2, 32, 32)])
+def test_bytes_are_within_a_quarter_of_the_resident_memory(case):
+    command = [sys.executable, "-c", MEASURE, json.dumps(case)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=240)
+    estimated, measured = json.loads(found.stdout.splitlines()[-1])
+    assert abs(estimated / measured - 1) < 0.25, (estimated, measured)
+
+
+def test_operations_are_those_of_xla_where_it_counts_them_and_loops_count_in_full():
+    w, x = jnp.zeros((64, 64)), jnp.zeros((32, 64))
+
+    def layer(x):
+        return jax.nn.tanh(x @ w)
+
+    counted = jax.jit(jax.grad(lambda x: jnp.sum(layer(layer(x))))).lower(x).compile().cost_analysis()["flops"]
+    np.testing.assert_allclose(
+        preflight.count_flops(jax.grad(lambda x: jnp.sum(layer(layer(x)))), x), counted, rtol=0.25
+    )
+    looped = preflight.count_flops(lambda x: jax.lax.scan(lambda c, _: (layer(c), None), x, None, length=10)[0], x)
+    np.testing.assert_allclose(looped, 10 * preflight.count_flops(layer, x))
+    image, kernel = jnp.zeros((1, 8, 8, 3)), jnp.zeros((3, 3, 3, 5))
+    convolved = preflight.count_flops(
+        lambda a, b: jax.lax.conv_general_dilated(a, b, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")),
+        image,
+        kernel,
+    )
+    assert convolved == 2 * 8 * 8 * 5 * 27
+
+
+def test_operations_grow_with_units_and_rounds_and_not_with_devices():
+    params, data = network(KEY)
+    record = jax.tree.map(lambda x: x[0], data)
+
+    def flops(**changes):
+        settings = {"num_units": 64, "num_public": 20, "microbatch_size": 8} | changes
+        return preflight.estimate(network_loss, params, record, **settings).flops
+
+    one = flops()
+    np.testing.assert_allclose(
+        [flops(num_units=128), flops(rounds=2), flops(num_devices=2)], [2 * one, 2 * one, one], rtol=0.1
+    )
+
+
+def test_a_microbatch_and_a_stream_bound_what_is_held():
+    params, data = network(KEY)
+    record = jax.tree.map(lambda x: x[0], data)
+    settings = {"num_units": 100_000, "num_public": 20}
+    whole = preflight.estimate(network_loss, params, record, **settings)
+    streamed = preflight.estimate(network_loss, params, record, batch_size=100, **settings)
+    assert whole.data_bytes == 100_000 * 5 * 4 and streamed.data_bytes == 100 * 5 * 4
+    assert streamed.peak_bytes < whole.peak_bytes / 10
+
+
+def test_what_cannot_fit_is_refused_with_its_parts_and_nothing_is_read(monkeypatch):
+    monkeypatch.setattr("qexp_jax.passes.partial_sums", None)
+    with pytest.raises(ValueError, match=r"fit in 1,000 bytes a device, found .*k = 3, d = 3 .*data_bytes"):
+        tune(memory_budget=1000)
+    tune(memory_budget=10**9)
+
+
+def test_a_large_default_is_sketched():
+    params = {"w": jax.ShapeDtypeStruct((3000, 1000), jnp.float32)}
+    record = {"x": jax.ShapeDtypeStruct((3000,), jnp.float32)}
+    found = preflight.estimate(
+        lambda p, r: jnp.sum((r["x"] @ p["w"]) ** 2), params, record, num_units=10, num_public=1000, microbatch_size=1
+    )
+    assert found.num_params == 3_000_000 and found.dim == 4096
+    assert subspace.count_sketch(KEY, params, 4096).dim == 4096
