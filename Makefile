@@ -10,7 +10,7 @@ ONE_TASK := --sizes 1000 --epsilons 0.5 1 8 --seeds 3
 FEW_RIVALS := --methods qexp zero_shot non_private dp_gd dp_sgd_all dp_adam_last objective_perturbation
 MIMIC_TASKS ?= mimic_mortality_by_care_unit mimic_long_stay_by_care_unit
 
-.PHONY: demo compare compare-full mnist mimic shift units ablation predicted membership cluster large report test lint clean
+.PHONY: demo compare compare-full mnist mimic shift units ablation predicted membership benchmarks cluster large report test lint clean
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -63,6 +63,11 @@ predicted: .venv/ready
 
 membership: .venv/ready
 	$(BIN)/python -m experiments.membership $(ARGS)
+
+# Other libraries, torch among them, go into the same environment; about half an hour on one core.
+benchmarks: .venv/ready
+	$(BIN)/pip install --quiet '.[benchmarks]'
+	$(BIN)/python -m experiments.benchmarks $(ARGS)
 
 # Two processes on this machine; LAUNCH="srun --ntasks-per-node=1" ARGS= under SLURM, see experiments/cluster.py.
 cluster: .venv/ready

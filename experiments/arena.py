@@ -174,8 +174,10 @@ def record_run(path: pathlib.Path, module: str) -> None:
         path.write_text(json.dumps([*runs, entry], indent=1) + "\n")
 
 
-def write_table(out: pathlib.Path, name: str, columns: Sequence[str], rows: list[dict[str, Any]]) -> None:
-    """NAME.csv of one whole run, and its command, versions and machine in place of an earlier run's."""
+def write_table(
+    out: pathlib.Path, name: str, columns: Sequence[str], rows: list[dict[str, Any]], script: str = ""
+) -> None:
+    """NAME.csv of one whole run of `script` (default NAME), and its command, versions and machine beside it."""
     out.mkdir(parents=True, exist_ok=True)
     with (out / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
@@ -183,7 +185,7 @@ def write_table(out: pathlib.Path, name: str, columns: Sequence[str], rows: list
         writer.writerows(rows)
     runs = out / f"{name}_runs.json"
     runs.unlink(missing_ok=True)
-    record_run(runs, f"experiments.{name}")
+    record_run(runs, f"experiments.{script or name}")
 
 
 def _lines(path):

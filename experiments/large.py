@@ -196,7 +196,7 @@ def main(argv=None):
         for name, seconds, top in stages.rows
     ]
     args.out.mkdir(parents=True, exist_ok=True)
-    write_table(args.out, f"large_{args.tune}", COLUMNS, rows)
+    write_table(args.out, f"large_{args.tune}", COLUMNS, rows, script="large")
     passes = [row["peak_bytes"] for row in rows if row["stage"] == "private pass"]
     print(
         f"last private pass: {passes[-1] / parameter_bytes:.2f} times the parameters' {parameter_bytes / 2**20:.0f} MiB"

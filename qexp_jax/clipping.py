@@ -65,7 +65,7 @@ def clipped_sum(
     l2_clip_norm: jax.Array | float,
     mask: jax.Array | None = None,
     microbatch_size: int = 32,
-    mode: Mode = "reverse",
+    mode: Mode = "auto",
     axis_name: str | None = None,
 ) -> tuple[jax.Array, ClipInfo]:
     """Sum of whitened, clipped gradients over units, in microbatches.

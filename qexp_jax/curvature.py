@@ -1,7 +1,7 @@
 """Public curvature: `P^T Curv P` at the anchor, the mean over **public** records.
 
     hessian             by `jax.hessian` in w: small k
-    projected_hessian   by Hessian-vector products `jvp(grad)` along the k directions
+    projected_hessian   by Hessian-vector products along the k directions
     projected_ggn       generalised Gauss-Newton J^T (output Hessian) J: positive semi-definite, no reverse pass
     projected_fisher    second moment of gradients; with labels drawn from the model it is the Fisher information
     top_eigenspace      the leading eigenvectors of the whole-space Fisher, as a subspace
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qexp_jax import subspace as subspaces
+from qexp_jax.convolutions import as_products
 from qexp_jax.gradients import projected_gradients
 from qexp_jax.records import LossFn, Params, Record, microbatches, num_records, vary
 from qexp_jax.subspace import Subspace, tuned_leaves, with_tuned_leaves
@@ -61,9 +62,10 @@ def mean_over_records(
 
 def _batch_loss(loss_fn, params, layout):
     """Sum of losses over a microbatch, as a function of the tuned leaves."""
+    record_loss = as_products(loss_fn)
 
     def loss(leaves, records, mask):
-        losses = jax.vmap(loss_fn, in_axes=(None, 0))(with_tuned_leaves(layout, params, leaves), records)
+        losses = jax.vmap(record_loss, in_axes=(None, 0))(with_tuned_leaves(layout, params, leaves), records)
         return jnp.sum(jnp.where(mask, losses.astype(layout.dtype), 0))
 
     return loss
@@ -71,9 +73,10 @@ def _batch_loss(loss_fn, params, layout):
 
 def mean_loss(loss_fn: LossFn, params: Params, records: Record, **batching: Any) -> jax.Array:
     """Mean loss over records; `batching` as in `mean_over_records`."""
+    record_loss = as_products(loss_fn)
 
     def batch_sum(batch, mask):
-        return jnp.sum(jnp.where(mask, jax.vmap(loss_fn, in_axes=(None, 0))(params, batch), 0))
+        return jnp.sum(jnp.where(mask, jax.vmap(record_loss, in_axes=(None, 0))(params, batch), 0))
 
     return mean_over_records(batch_sum, records, **batching)
 
@@ -127,14 +130,13 @@ def projected_hessian(
 ) -> jax.Array:
     """P^T H P (k, k) by Hessian-vector products, `columns_per_batch` directions at a time.
 
-    Holds as many gradients of the tuned leaves, and as many times the activations of one microbatch; nothing of size
-    d x k beyond what the subspace itself stores. On a CPU, convolutions are fastest one column at a time.
-    `batching` as in `mean_over_records`.
+    The gradient of each microbatch is linearised once for all directions. Holds as many gradients of the tuned leaves,
+    and as many times the activations of one microbatch (one time on a CPU, where one product after the other is
+    faster); nothing of size d x k beyond what the subspace itself stores. `batching` as in `mean_over_records`.
     """
+    stored = subspace.arrays if subspace.operator.lift is subspaces._combine else None
     eye = jnp.eye(subspace.dim, dtype=subspace.layout.dtype)
-    columns = hessian_columns(
-        loss_fn, params, subspace, records, eye, columns_per_batch=columns_per_batch, **batching
-    )  # fmt: skip
+    columns = _columns(loss_fn, params, subspace, records, eye, stored, columns_per_batch, **batching)
     return (columns + columns.T) / 2
 
 
@@ -153,11 +155,42 @@ def hessian_columns(
     Column-parallel curvature: with the rows shared over the devices of `column_axis`, each computes its columns on all
     records, and nothing crosses devices but the result. `batching` as in `mean_over_records`.
     """
-    return jax.lax.map(
-        lambda e: hessian_product(loss_fn, params, subspace, e, records, **batching),
-        directions,
-        batch_size=None if columns_per_batch == 1 else min(columns_per_batch, len(directions)),
-    )
+    return _columns(loss_fn, params, subspace, records, directions, None, columns_per_batch, **batching)
+
+
+def _columns(loss_fn, params, subspace, records, directions, lifted, size, **batching):
+    """P^T H P e for rows e, lifted where `lifted` does not hold P e already."""
+    layout, axis_name = subspace.layout, batching.get("axis_name") or batching.get("column_axis")
+    leaves = vary(tuned_leaves(layout, params), axis_name)
+    loss = _batch_loss(loss_fn, params, layout)
+    in_turn = jax.default_backend() == "cpu"
+
+    def batch_sum(batch, mask):
+        _, push = jax.linearize(lambda x: jax.grad(loss)(x, batch, mask), leaves)
+
+        def rows(chunk):
+            tangents = vary(_lift_each(subspace, chunk) if lifted is None else chunk, axis_name)
+            products = jax.lax.map(push, tangents) if in_turn else jax.vmap(push)(tangents)
+            return jax.vmap(lambda x: subspace.operator.project(layout, subspace.arrays, x))(products)
+
+        return _in_chunks(rows, directions if lifted is None else lifted, size)
+
+    return mean_over_records(batch_sum, records, **batching)
+
+
+def _lift_each(subspace, directions):
+    """P e for rows e, as leaves with a leading axis."""
+    return jax.vmap(lambda e: subspace.operator.lift(subspace.layout, subspace.arrays, e))(directions)
+
+
+def _in_chunks(rows, xs, size):
+    """`rows` of chunks of the leading axis, one chunk after the other."""
+    count = num_records(xs)
+    size = min(size, count)
+    whole = count // size * size
+    found = jax.lax.map(rows, jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), xs))
+    found = found.reshape(whole, *found.shape[2:])
+    return found if whole == count else jnp.concatenate([found, rows(jax.tree.map(lambda x: x[whole:], xs))])
 
 
 def projected_ggn(
@@ -180,16 +213,18 @@ def projected_ggn(
     """
     layout, axis_name = subspace.layout, batching.get("axis_name")
     leaves = vary(tuned_leaves(layout, params), axis_name)
-    directions = jnp.eye(subspace.dim, dtype=layout.dtype)
+    stored = subspace.operator.lift is subspaces._combine  # then P lies in memory as leaves (k, *shape)
+    lifted = subspace.arrays if stored else _lift_each(subspace, jnp.eye(subspace.dim, dtype=layout.dtype))
+    tangents = vary(lifted, axis_name)
+    record_outputs = as_products(model_fn)
 
     def record_ggn(record):
         def outputs(x):
-            return model_fn(with_tuned_leaves(layout, params, x), record).ravel().astype(layout.dtype)
+            return record_outputs(with_tuned_leaves(layout, params, x), record).ravel().astype(layout.dtype)
 
         shape = jax.eval_shape(model_fn, params, record).shape
         value, push = jax.linearize(outputs, leaves)
-        lifts = jax.vmap(lambda e: subspace.operator.lift(layout, subspace.arrays, e))(directions)
-        jacobian = jax.vmap(push)(vary(lifts, axis_name))
+        jacobian = jax.vmap(push)(tangents)
         curvature = jax.hessian(lambda y: output_loss_fn(y.reshape(shape), record))(value)
         return jnp.einsum("ia,ab,jb->ij", jacobian, curvature, jacobian, precision=_HIGHEST)
 

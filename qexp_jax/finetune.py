@@ -60,7 +60,7 @@ def fine_tune(
     damping: float | None = None,
     l2_clip_norm: float | None = None,
     microbatch_size: int = 32,
-    mode: Mode = "reverse",
+    mode: Mode = "auto",
     mesh: jax.sharding.Mesh | None = None,
     checkpoint: Checkpoint | None = None,
     memory_budget: int | None = None,
@@ -94,7 +94,7 @@ def fine_tune(
       damping: lambda > 0 in units of curvature, public.
       l2_clip_norm: C > 0 in the norm |M^{-1/2} g|, where M has largest eigenvalue 1, public.
       microbatch_size: private units held at a time.
-      mode: `"reverse"` or `"forward"`, see `gradients.projected_gradients`.
+      mode: `"auto"`, `"reverse"` or `"forward"`, see `gradients.projected_gradients`.
       mesh: devices that share the private units along the mesh's axis `"data"`, each clipping its own. Parameters may
         be sharded over other axes, of type Auto. With devices of several processes, `private` holds the units of this
         process alone, no unit is in two processes, `public_count` is their number in all, and every process calls

@@ -82,6 +82,19 @@ def draw(key: jax.Array, quadratic: Quadratic, noise_std: jax.Array | float) -> 
     return release_step(quadratic, noisy_sum(key, quadratic.whitened_sum, noise_std))
 
 
+def draws(key: jax.Array, quadratic: Quadratic, noise_std: jax.Array | float, num_draws: int) -> jax.Array:
+    """Independent exact draws, (m, k), in the matrix products of one solve.
+
+    Formal guarantee: sqrt(m) mu-GDP with the mu of one `draw`: each is a release of its own, so calibrate the noise for
+    `mu / sqrt(m)`.
+    """
+    noise_std = jnp.asarray(noise_std, quadratic.whitened_sum.dtype)
+    noise_key = protecting_key(key, quadratic.whitened_sum, noise_std)
+    shape = (num_draws, quadratic.precision.dim)
+    noisy = quadratic.whitened_sum + noise_std * jax.random.normal(noise_key, shape, quadratic.whitened_sum.dtype)
+    return jax.vmap(lambda x: release_step(quadratic, x))(noisy)
+
+
 def noisy_sum(key: jax.Array, whitened_sum: jax.Array, noise_std: jax.Array | float) -> jax.Array:
     """S + C z xi (k,): private, and all that the release knows of the data."""
     noise_std = jnp.asarray(noise_std, whitened_sum.dtype)

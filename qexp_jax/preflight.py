@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core as jax_core
 
 from qexp_jax import passes
 from qexp_jax import plan as plans
 from qexp_jax import precision as precisions
 from qexp_jax.gradients import Mode
+from qexp_jax.operations import count_flops
 from qexp_jax.passes import Target
 from qexp_jax.records import LossFn, Params, Record
 from qexp_jax.subspace import Subspace, tuned_leaves
@@ -62,7 +62,7 @@ def estimate(
     subspace: Subspace | None = None,
     precision_rank: int = 128,
     microbatch_size: int = 32,
-    mode: Mode = "reverse",
+    mode: Mode = "auto",
     rounds: int = 1,
     num_devices: int = 1,
     batch_size: int | None = None,
@@ -158,47 +158,3 @@ def _held(lowered: Any) -> tuple[int, int]:
     if memory is None:
         raise ValueError("The backend does not say what memory a program takes.")
     return memory.temp_size_in_bytes, memory.output_size_in_bytes
-
-
-# --- floating-point operations of a trace ---
-
-
-def count_flops(function: Any, *args: Any) -> float:
-    """Floating-point operations of `function` on arguments of these shapes; a loop of unknown length counts once."""
-    return _flops(jax.make_jaxpr(function)(*args).jaxpr)
-
-
-def _flops(jaxpr) -> float:
-    return sum(_equation_flops(equation) for equation in jaxpr.eqns)
-
-
-def _equation_flops(equation) -> float:
-    name, params = equation.primitive.name, equation.params
-    inner = [_flops(getattr(x, "jaxpr", x)) for x in _inner(params)]
-    if inner:
-        return params["length"] * sum(inner) if name == "scan" else max(inner) if name == "cond" else sum(inner)
-    out = equation.outvars[0].aval
-    size = math.prod(getattr(out, "shape", ()))
-    if name == "dot_general":
-        (contracted, _), _ = params["dimension_numbers"]
-        return 2 * size * math.prod(equation.invars[0].aval.shape[i] for i in contracted)
-    if name == "conv_general_dilated":
-        kernel = equation.invars[1].aval.shape
-        spec = params["dimension_numbers"].rhs_spec
-        return 2 * size * math.prod(kernel[i] for i in spec[1:])
-    is_arithmetic = jnp.issubdtype(out.dtype, jnp.floating) and name not in _MOVES
-    return size if is_arithmetic else 0
-
-
-_MOVES = {
-    "broadcast_in_dim", "reshape", "squeeze", "transpose", "slice", "dynamic_slice", "dynamic_update_slice",
-    "concatenate", "pad", "gather", "select_n", "convert_element_type", "copy", "iota", "rev", "bitcast_convert_type",
-}  # fmt: skip
-
-
-def _inner(params):
-    for value in jax.tree.leaves(
-        list(params.values()), is_leaf=lambda x: isinstance(x, jax_core.Jaxpr | jax_core.ClosedJaxpr)
-    ):
-        if isinstance(value, jax_core.Jaxpr | jax_core.ClosedJaxpr):
-            yield value

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from problems import damped_precision, linear_loss, network, network_loss, subspaces
 
-from qexp_jax import clipping, precision, records, subspace
+from qexp_jax import clipping, gradients, precision, records, subspace
 
 KEY = jax.random.key(5)
 PARAMS, RECORDS = network(KEY)
@@ -104,3 +104,23 @@ def test_the_pass_runs_under_jit_and_vmap_over_clip_norms():
 
     norms = jax.jit(jax.vmap(norm))(jnp.array([0.1, 1.0]))
     np.testing.assert_allclose(norms, [norm(0.1), norm(1.0)], rtol=1e-4)
+
+
+def test_the_automatic_mode_is_forward_for_few_directions_of_a_loss_that_uses_each_parameter_once():
+    params, rows = {"w": jnp.ones((40, 20))}, {"x": jnp.ones((5, 40)), "tokens": jnp.ones((5, 50, 40))}
+    once, often = (lambda p, r: jnp.sum(r["x"] @ p["w"])), (lambda p, r: jnp.sum(jnp.tanh(r["tokens"] @ p["w"])))
+    space = {k: subspace.gaussian(KEY, params, k) for k in (1, 8, 64)}
+    assert [gradients.faster_mode(once, params, space[k], rows) for k in (1, 8, 64)] == [
+        "forward",
+        "forward",
+        "reverse",
+    ]
+    assert [gradients.faster_mode(often, params, space[k], rows) for k in (1, 8, 64)] == ["forward"] + ["reverse"] * 2
+    scanned = lambda p, r: jnp.sum(jax.lax.map(lambda x: jnp.tanh(x @ p["w"]), r["tokens"]))
+    assert gradients.faster_mode(scanned, params, space[8], rows) == "reverse"
+    for mode in ("forward", "reverse"):
+        np.testing.assert_allclose(
+            gradients.projected_gradients(often, params, space[1], rows, mode="auto"),
+            gradients.projected_gradients(often, params, space[1], rows, mode=mode),
+            rtol=1e-4,
+        )

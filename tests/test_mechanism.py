@@ -43,6 +43,16 @@ def test_draws_follow_the_closed_form_and_broken_twins_are_rejected():
     assert gaussian_pvalue(whitened_twice(draw_many(quadratic)), mean, covariance) < 1e-9  # R^{-1} for R^{-T}
 
 
+def test_many_draws_at_once_follow_the_same_law():
+    mean, covariance = law(MATRIX, GRADIENT_SUM, N, NOISE_STD)
+    quadratic = quadratic_from(MATRIX, GRADIENT_SUM, N)
+    assert gaussian_pvalue(mechanism.draws(KEY, quadratic, NOISE_STD, DRAWS), mean, covariance) > 1e-3
+    assert gaussian_pvalue(mechanism.draws(KEY, quadratic, 0.9 * NOISE_STD, DRAWS), mean, covariance) < 1e-9
+    other = quadratic._replace(whitened_sum=quadratic.whitened_sum + 1e-3)
+    noises = [mechanism.draws(KEY, q, NOISE_STD, 1)[0] - mechanism.minimiser(q) for q in (quadratic, other)]
+    assert not np.allclose(*noises, rtol=1e-2)  # a reused key does not repeat its noise on other data
+
+
 def test_no_noise_and_no_clipping_reproduce_the_exact_minimiser_of_the_quadratic():
     params, records = network(KEY)
     space = subspace.full(params)

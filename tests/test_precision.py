@@ -65,3 +65,29 @@ def test_a_whitened_norm_is_never_too_small_even_where_it_cancels():
     rest = np.asarray(inside, np.float64) - leading @ np.linalg.inv(exact @ exact.T) @ exact
     true = np.sqrt((rest**2).sum(1) / 1e-4 + (leading**2).sum(1) / (1 + 1e-4))
     assert np.all(jax.vmap(lambda g: precision.whitened_norm(operator, g))(inside) >= true * (1 - 1e-6))
+
+
+@pytest.mark.parametrize("form", EXAMPLES)
+def test_many_draws_are_independent_and_have_the_law_of_one(form):
+    operator, matrix = EXAMPLES[form]()
+    found = np.asarray(precision.draws(KEY, operator, 40_000), float)
+    whitened = found @ np.linalg.cholesky(np.asarray(matrix, float))
+    np.testing.assert_allclose(np.cov(whitened.T), np.eye(operator.dim), atol=0.035)
+    assert np.max(np.abs(np.cov((0.9 * whitened).T) - np.eye(operator.dim))) > 0.1  # the wrong scale is seen
+    assert abs(np.mean(np.sum(whitened[1:] * whitened[:-1], axis=1))) < 5 * np.sqrt(operator.dim / 40_000)
+
+
+def test_a_matrix_of_several_blocks_has_the_root_of_the_oracle():
+    matrix = spd(KEY, 2 * precision._BLOCK + 37, condition=1e3)
+    operator = precision.dense(matrix)
+    root = np.linalg.cholesky(np.asarray(matrix, np.float64))
+    x = np.asarray(jax.random.normal(KEY, (operator.dim,)), np.float64)
+    for function, expected in (
+        (precision.whiten, np.linalg.solve(root, x)),
+        (precision.color, np.linalg.solve(root.T, x)),
+        (precision.uncolor, root.T @ x),
+    ):
+        np.testing.assert_allclose(
+            function(operator, jnp.asarray(x, jnp.float32)), expected, atol=1e-4 * np.abs(expected).max()
+        )
+    np.testing.assert_allclose(operator.log_det, np.linalg.slogdet(np.asarray(matrix, float))[1], rtol=1e-5)

@@ -11,22 +11,20 @@ import pytest
 from problems import network, network_loss
 from test_finetune import tune
 
-from qexp_jax import preflight, subspace
+from qexp_jax import operations, preflight, subspace
 
 KEY = jax.random.key(2)
 
-# Peak resident memory of one pass above what was resident before its arguments were made.
+# What one pass holds: its arguments and the growth of the process beyond what they made resident.
 MEASURE = """
-import json, resource, sys
+import json, sys
 import jax, jax.numpy as jnp, numpy as np
+from experiments.measure import live_bytes, peak, reset_peak, resident
 from qexp_jax import passes, precision, preflight, subspace
 
 width, k, rank, microbatch, n = json.loads(sys.argv[1])
 def loss(params, record):
     return jnp.sum((jnp.tanh(record["x"] @ params["a"]) @ params["b"] - record["y"]) ** 2)
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 shapes = {name: jax.ShapeDtypeStruct((width, width), jnp.float32) for name in "ab"}
 record = {"x": jax.ShapeDtypeStruct((width,), jnp.float32), "y": jax.ShapeDtypeStruct((width,), jnp.float32)}
@@ -38,14 +36,15 @@ space = subspace.full(shapes) if space is None else space
 target = passes.Target(shapes, space, preflight._low_rank(space, min(rank, 2)), 1.0)
 units = jax.tree.map(lambda x: jax.ShapeDtypeStruct((n, *x.shape), x.dtype), record)
 mask = jax.ShapeDtypeStruct((n,), bool)
-run = passes.device_sum.lower(loss, target, units, mask, microbatch_size=microbatch, mode="reverse").compile()
-before = peak()
+run = passes.device_sum.lower(loss, target, units, mask, microbatch_size=microbatch, mode="auto").compile()
 fill = lambda tree: jax.tree.map(
     lambda x: jnp.array(np.full(x.shape, 0.01, x.dtype)) if isinstance(x, jax.ShapeDtypeStruct) else x, tree
 )
 arguments = fill((target, units, mask))
+held, before = live_bytes(), resident()
+reset_peak()
 jax.block_until_ready(run(*arguments))
-print(json.dumps([found.pass_bytes, peak() - before]))
+print(json.dumps([found.pass_bytes, held + peak() - before]))
 """
 
 
@@ -65,12 +64,12 @@ def test_operations_are_those_of_xla_where_it_counts_them_and_loops_count_in_ful
 
     counted = jax.jit(jax.grad(lambda x: jnp.sum(layer(layer(x))))).lower(x).compile().cost_analysis()["flops"]
     np.testing.assert_allclose(
-        preflight.count_flops(jax.grad(lambda x: jnp.sum(layer(layer(x)))), x), counted, rtol=0.25
+        operations.count_flops(jax.grad(lambda x: jnp.sum(layer(layer(x)))), x), counted, rtol=0.25
     )
-    looped = preflight.count_flops(lambda x: jax.lax.scan(lambda c, _: (layer(c), None), x, None, length=10)[0], x)
-    np.testing.assert_allclose(looped, 10 * preflight.count_flops(layer, x))
+    looped = operations.count_flops(lambda x: jax.lax.scan(lambda c, _: (layer(c), None), x, None, length=10)[0], x)
+    np.testing.assert_allclose(looped, 10 * operations.count_flops(layer, x))
     image, kernel = jnp.zeros((1, 8, 8, 3)), jnp.zeros((3, 3, 3, 5))
-    convolved = preflight.count_flops(
+    convolved = operations.count_flops(
         lambda a, b: jax.lax.conv_general_dilated(a, b, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")),
         image,
         kernel,

@@ -1,0 +1,1 @@
+"""How fast the hot paths are, against their parts and against other libraries; see `__main__`."""

@@ -1,0 +1,118 @@
+"""How fast the hot paths are: ratios to other libraries and to their own parts, one device, one thread on a CPU.
+
+    python -m experiments.benchmarks
+
+Each line races ours against a peer in turns in this one process and compares medians, compilation excluded; `ratio` is
+the peer's time over ours and `goal` the least that it should be. Writes benchmarks.csv and benchmarks.md into --out. A
+peer that is not installed (extra `benchmarks`) is left out with a notice.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import shutil
+from importlib.metadata import version
+
+# Before JAX starts: every side has one thread. A GPU's host needs its own.
+if __name__ == "__main__" and shutil.which("nvidia-smi") is None:
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+from tqdm import tqdm
+
+from experiments import tasks
+from experiments.arena import RESULTS, write_table
+from experiments.benchmarks import cases, curvature, draws, modes, peers, private_pass, timing, whole
+from experiments.data import run_cli
+
+PATHS = ("private", "draws", "curvature", "modes", "whole")
+WHOLE = [
+    ("physionet_icu", "linear"), ("physionet_icu", "mlp"), ("mnist_writers", "linear"), ("mnist_writers", "mlp"),
+    ("mnist_writers", "cnn"),
+]  # fmt: skip
+NO_GOAL = "—"
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--paths", nargs="+", default=list(PATHS), choices=PATHS)
+    parser.add_argument("--seconds", type=float, default=8.0, help="about how long a race takes")
+    parser.add_argument("--tiny", action="store_true", help="sizes that finish at once, and mean nothing")
+    parser.add_argument("--data-dir", type=pathlib.Path, default=tasks.data_dir(), help="default: $QEXP_DATA")
+    parser.add_argument("--arena", type=pathlib.Path, default=RESULTS / "arena.csv", help="rivals' settings")
+    parser.add_argument("--epsilon", type=float, default=1.0, help="of the whole fine-tune")
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    return parser.parse_args(argv)
+
+
+def races(args):
+    """(label, iterator of rows) of all that is asked for."""
+    tiny, seconds = args.tiny, args.seconds
+    n, tokens = (8, 8) if tiny else (512, 64)
+    dim = 8 if tiny else 256
+    if "private" in args.paths:
+        for case in (cases.linear(n), cases.cnn(n // 2), cases.transformer(max(4, n // 8), tokens)):
+            yield private_pass.PATH, private_pass.rows(case, dim=dim, rank=dim // 2, seconds=seconds)
+    if "draws" in args.paths:
+        for k in (dim,) if tiny else (256, 2048, 8192):
+            for num_draws in (1, 8 if tiny else 1000):
+                yield draws.PATH, draws.rows(k, num_draws, seconds=seconds)
+    if "curvature" in args.paths:
+        for case in (cases.mlp(n // 4), cases.cnn(n // 8 or 1)):
+            yield curvature.PATH, curvature.rows(case, dim, seconds=seconds)
+    if "modes" in args.paths:
+        for case in (cases.linear(n), cases.cnn(n // 4), cases.transformer(max(4, n // 16), tokens)):
+            for k in (2,) if tiny else (1, 4, 16, 256):
+                yield modes.PATH, modes.rows(case, k, seconds=seconds)
+    if "whole" in args.paths:
+        for task, model in WHOLE[:1] if tiny else WHOLE:
+            size, seeds = (250, 1) if tiny else (1000, 3)
+            settings = {"table": args.arena, "data": args.data_dir, "seeds": seeds, "seconds": seconds}
+            yield whole.PATH, whole.rows(task, model, size, args.epsilon, **settings)
+
+
+def table(rows, ceilings):
+    """The rows in words, with the machine's two ceilings."""
+    lines = [
+        f"Device: {timing.device()}; copy {ceilings['copy_gb_per_s']:.1f} GB/s, "
+        f"float32 matrix product {ceilings['product_tflop_per_s']:.3f} TFLOP/s.",
+        "",
+        "| path | case | peer | ours, ms | peer, ms | ratio | goal | met |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        goal = f"{row['goal']:.3g}" if row["goal"] else NO_GOAL
+        met = NO_GOAL if not row["goal"] else "yes" if timing.met(row) else "**no**"
+        times = f"{1e3 * row['ours_seconds']:.4g} | {1e3 * row['peer_seconds']:.4g} | {row['ratio']:.2f}"
+        lines.append(f"| {row['path']} | {row['case']} | {row['peer']} | {times} | {goal} | {met} |")
+    return "\n".join(lines) + "\n"
+
+
+def record_peers(path):
+    """Adds the peers' versions to the run's provenance."""
+    runs = json.loads(path.read_text())
+    installed = [name for module, name in peers.DISTRIBUTIONS.items() if peers.find(module) is not None]
+    runs[-1]["versions"] |= {name: version(name) for name in installed}
+    path.write_text(json.dumps(runs, indent=1) + "\n")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    rows = []
+    with tqdm(unit="row") as progress:
+        for label, lines in races(args):
+            progress.set_description(label)
+            for line in lines:
+                rows.append(line)
+                progress.update()
+    ceilings = timing.ceilings(256 if args.tiny else 4096, 2**16 if args.tiny else 2**28, args.seconds)
+    write_table(args.out, "benchmarks", timing.COLUMNS, rows)
+    record_peers(args.out / "benchmarks_runs.json")
+    (args.out / "benchmarks.md").write_text(table(rows, ceilings))
+    print(table(rows, ceilings))
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,180 @@
+"""The private pass against L2 clipping by others, against its own parts, and against plain per-record gradients.
+
+jax_privacy and Opacus clip the tuned leaves' gradients in their L2 norm; ours projects and whitens besides.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.benchmarks import peers
+from experiments.benchmarks.cases import Case
+from experiments.benchmarks.timing import Contestants, Row, race, row
+from qexp_jax import clipping, precision, subspace
+from qexp_jax.precision import Precision
+from qexp_jax.records import microbatches, num_records
+from qexp_jax.subspace import Subspace, tuned_leaves, with_tuned_leaves
+
+PATH = "private pass"
+CLIP_NORM = 1.0
+MICROBATCH = 32
+# Opacus has no goal: ghost clipping forms no per-record gradient, which a projection needs.
+RIVALS = {
+    "jax_privacy": ("jax_privacy clipped_grad", 1.0),
+    "hooks": ("Opacus, hooks", ""),
+    "ghost": ("Opacus, ghost clipping", ""),
+}
+
+
+class Setup(NamedTuple):
+    """Directions and geometry of a pass.
+
+    Attributes:
+      name: in the table.
+      subspace: P.
+      precision: H.
+      project: what projecting the (n, d) gradients costs alone, of `(basis, gradients)`; None where P selects leaves.
+      basis: its first argument.
+      whiten: what whitening the (n, k) projections costs alone, of `(factor, projections)`.
+      factor: its first argument.
+      cheap: whether projecting should cost next to nothing.
+    """
+
+    name: str
+    subspace: Subspace
+    precision: Precision
+    project: Callable[[Any, jax.Array], jax.Array] | None
+    basis: Any
+    whiten: Callable[[jax.Array, jax.Array], jax.Array]
+    factor: jax.Array
+    cheap: bool
+
+
+def setups(case: Case, dim: int, rank: int) -> Iterator[Setup]:
+    """The passes that a model is timed with."""
+    key = jax.random.key(2)
+    if case.where is None:
+        whole = subspace.full(case.params)
+        yield _low_rank(whole, rank)
+        dense = subspace.orthonormal(key, case.params, dim)
+        rows = jnp.concatenate([b.reshape(dim, -1) for b in dense.arrays], axis=1)
+        yield _dense(f"orthonormal {dim} of {whole.dim}", dense, project=_product, basis=rows.T)
+        sketch = subspace.count_sketch(key, case.params, dim)
+        yield _dense(f"count-sketch {dim} of {whole.dim}", sketch, project=_sketch, basis=sketch)
+    if case.where is not None or case.name == "cnn":
+        leaves = subspace.full(case.params, where=case.where or "head")
+        yield _dense(f"selected leaves, {leaves.dim}", leaves)
+
+
+def _dense(name, space, project=None, basis=None):
+    rows = jax.random.normal(jax.random.key(3), (space.dim, space.dim)) / np.sqrt(space.dim)
+    matrix = jnp.matmul(rows, rows.T) + jnp.eye(space.dim)
+    upper = jnp.linalg.cholesky(matrix).T
+    cheap = project is not _product
+    return Setup(f"{name}, dense H", space, precision.dense(matrix), project, basis, _solve, upper, cheap)
+
+
+def _low_rank(space, rank):
+    vectors = jnp.linalg.qr(jax.random.normal(jax.random.key(4), (space.dim, rank)))[0].T
+    geometry = precision.low_rank(0.1, vectors, jnp.linspace(1.0, 0.1, rank))
+    return Setup(
+        f"all {space.dim}, H of rank {rank} + identity", space, geometry, None, None, _product, vectors.T, False
+    )
+
+
+def _product(matrix, rows):
+    return jnp.matmul(rows, matrix, precision=jax.lax.Precision.HIGHEST)
+
+
+def _solve(upper, rows):
+    # Transposes of row-major arrays are what LAPACK and cuBLAS want: neither is copied.
+    return jax.lax.linalg.triangular_solve(upper.T, rows.T, left_side=True, lower=True).T
+
+
+def _sketch(sketch, rows):
+    layout, sizes = sketch.layout, [int(np.prod(shape)) for shape in sketch.layout.tuned_shapes]
+
+    def project(row):
+        parts = jnp.split(row, np.cumsum(sizes)[:-1])
+        leaves = [x.reshape(shape) for x, shape in zip(parts, layout.tuned_shapes, strict=True)]
+        return sketch.operator.project(layout, sketch.arrays, leaves)
+
+    return jax.vmap(project)(rows)
+
+
+def ours(case: Case, setup: Setup) -> Contestants:
+    """`clipping.clipped_sum` with its defaults."""
+    run = jax.jit(functools.partial(clipping.clipped_sum, case.loss_fn))
+    arguments = case.params, setup.subspace, setup.precision, case.records
+    return {"ours": lambda: run(*arguments, l2_clip_norm=CLIP_NORM)}
+
+
+def record_gradients(case: Case, setup: Setup) -> Callable[[Any, Any], list[jax.Array]]:
+    """`(params, records) -> ` gradients of the tuned leaves, a leading record axis on each."""
+    layout = setup.subspace.layout
+
+    def gradient(params, record):
+        loss = lambda leaves: case.loss_fn(with_tuned_leaves(layout, params, leaves), record)
+        return jax.grad(loss)(tuned_leaves(layout, params))
+
+    return jax.vmap(gradient, in_axes=(None, 0))
+
+
+def gradients_alone(case: Case, setup: Setup) -> Contestants:
+    """Per-record gradients, formed and summed: of all records at once, and in microbatches."""
+    gradients = record_gradients(case, setup)
+
+    def total(params, records):
+        formed = jax.lax.optimization_barrier(gradients(params, records))
+        return [jnp.sum(g, axis=0) for g in formed]
+
+    def in_microbatches(params, records):
+        batches, _ = microbatches(records, min(MICROBATCH, num_records(records)))
+        zeros = [jnp.zeros(s) for s in setup.subspace.layout.tuned_shapes]
+        step = lambda sums, batch: (jax.tree.map(jnp.add, sums, total(params, batch)), None)
+        return jax.lax.scan(step, zeros, batches)[0]
+
+    whole, scanned = jax.jit(total), jax.jit(in_microbatches)
+    return {
+        "vmap(grad) sum, at once": lambda: whole(case.params, case.records),
+        "vmap(grad) sum, microbatches": lambda: scanned(case.params, case.records),
+    }
+
+
+def linear_algebra_alone(case: Case, setup: Setup) -> Contestants:
+    """Projection and whitening of as many rows."""
+    n, keys = num_records(case.records), jax.random.split(jax.random.key(5))
+    projected = jax.random.normal(keys[0], (n, setup.subspace.dim))
+    whiten = jax.jit(setup.whiten)
+    found = {"whitening": lambda: whiten(setup.factor, projected)}
+    if setup.project is not None:
+        gradients = jax.random.normal(keys[1], (n, setup.subspace.layout.num_params))
+        project = jax.jit(setup.project)
+        found["projection"] = lambda: project(setup.basis, gradients)
+    return found
+
+
+def rows(case: Case, *, dim: int, rank: int, seconds: float) -> Iterator[Row]:
+    """All setups of one model; of a rival's variants the fastest counts."""
+    for setup in setups(case, dim, rank):
+        contestants = ours(case, setup) | gradients_alone(case, setup) | linear_algebra_alone(case, setup)
+        contestants |= peers.l2_clips(case, setup.subspace, CLIP_NORM)
+        times = race(contestants, seconds=seconds)
+        plain = fastest(times, "vmap(grad) sum")
+        label = f"{case.name}, n={num_records(case.records)}, {setup.name}"
+        for name, (peer, goal) in RIVALS.items():
+            if any(key.startswith(name) for key in times):
+                yield row(PATH, label, peer, times["ours"], fastest(times, name), goal)
+        whole = plain + times["whitening"] + times.get("projection", 0.0)
+        yield row(PATH, label, "sum of its parts", times["ours"], whole, 1 / 1.5)
+        if setup.cheap:
+            yield row(PATH, label, "vmap(grad) sum", times["ours"], plain, 1 / 1.5)
+
+
+def fastest(times: dict[str, float], prefix: str) -> float:
+    """The least time of the contestants whose name starts so."""
+    return min(value for name, value in times.items() if name.startswith(prefix))

@@ -1,0 +1,94 @@
+"""Contestants timed in turns, and the rows of the table."""
+
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+COLUMNS = "path case peer ours_seconds peer_seconds ratio goal device".split()
+Row = dict[str, Any]
+Contestants = dict[str, Callable[[], Any]]
+_SHORTEST = 5e-3  # a sample shorter than this is made of several calls
+
+
+def race(contestants: Contestants, *, seconds: float, least: int = 3, most: int = 60) -> dict[str, float]:
+    """Median wall seconds of a call of each contestant, in turns, so that a busy machine slows all of them.
+
+    Args:
+      contestants: calls without arguments; what they return is waited for. The first call compiles and is not timed.
+      seconds: about how long the race may take.
+      least: samples of each in any case.
+      most: samples of each.
+    """
+    calls = {}
+    for name, run in contestants.items():
+        jax.block_until_ready(run())
+        calls[name] = max(1, int(_SHORTEST / _sample(run, 1)))
+    names, samples = list(contestants), {name: [] for name in contestants}
+    stop = time.perf_counter() + seconds
+    for turn in range(most):
+        if turn >= least and time.perf_counter() > stop:
+            break
+        for i in range(len(names)):  # nobody always runs after the same other
+            name = names[(i + turn) % len(names)]
+            samples[name].append(_sample(contestants[name], calls[name]))
+    return {name: float(np.median(values)) for name, values in samples.items()}
+
+
+def _sample(run, calls):
+    start = time.perf_counter()
+    for _ in range(calls):
+        jax.block_until_ready(run())
+    return (time.perf_counter() - start) / calls
+
+
+def row(path: str, case: str, peer: str, ours: float, theirs: float, goal: float | str = "") -> Row:
+    """One line: `ratio` is the peer's time over ours, `goal` the least that it should be; "" where there is none."""
+    values = (
+        path,
+        case,
+        peer,
+        float(f"{ours:.4g}"),
+        float(f"{theirs:.4g}"),
+        round(theirs / ours, 3),
+        goal and round(goal, 3),
+        device(),
+    )
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+def rows_against(path: str, case: str, times: Mapping[str, float], goals: Mapping[str, float]) -> list[Row]:
+    """A line for each peer that ran; `times["ours"]` is ours."""
+    return [row(path, case, peer, times["ours"], times[peer], goal) for peer, goal in goals.items() if peer in times]
+
+
+def met(line: Row) -> bool:
+    """Whether the ratio reaches the goal, if there is one."""
+    return line["goal"] == "" or line["ratio"] >= line["goal"]
+
+
+def device() -> str:
+    """The accelerator's name, or the processor's."""
+    first = jax.devices()[0]
+    info = pathlib.Path("/proc/cpuinfo")
+    if first.platform != "cpu" or not info.is_file():
+        return first.device_kind
+    lines = (line for line in info.read_text().splitlines() if line.startswith("model name"))
+    return next((line.split(":")[1].strip() for line in lines), first.device_kind)
+
+
+def ceilings(size: int = 4096, bytes_moved: int = 2**28, seconds: float = 5.0) -> dict[str, float]:
+    """What the device can do at best: GB/s of a copy (read and written), TFLOP/s of a float32 matrix product."""
+    vector = jnp.ones(bytes_moved // 8, jnp.float32)
+    matrix = jnp.ones((size, size), jnp.float32)
+    copy = jax.jit(lambda x: x + 1)
+    product = jax.jit(lambda a: jnp.matmul(a, a, precision=jax.lax.Precision.HIGHEST))
+    times = race({"copy": lambda: copy(vector), "product": lambda: product(matrix)}, seconds=seconds)
+    return {
+        "copy_gb_per_s": bytes_moved / times["copy"] / 1e9,
+        "product_tflop_per_s": 2 * size**3 / times["product"] / 1e12,
+    }

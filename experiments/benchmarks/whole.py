@@ -1,0 +1,74 @@
+"""A whole fine-tune against DP-SGD at its best settings in the arena, at equal epsilon, on the arena's tasks.
+
+Ours plans, passes and draws with nothing chosen; the rival's hyperparameters are the best of its lattice, and the
+search for them is not counted. Both are warm.
+"""
+
+import json
+import pathlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from experiments import arena, methods, tasks
+from experiments.benchmarks import peers
+from experiments.benchmarks.timing import Row, race, row
+
+PATH = "whole fine-tune"
+GOAL = 10.0
+
+
+def rows(
+    task: str,
+    model: str,
+    n: int,
+    epsilon: float,
+    *,
+    table: pathlib.Path,
+    data: pathlib.Path,
+    seeds: int,
+    seconds: float,
+) -> Iterator[Row]:
+    """One cell of the arena; nothing, with a notice, where its data or the rival's settings are missing."""
+    label = f"{task}, {model}, n={n}, epsilon={epsilon:g}"
+    rival = best_rival(table, task, model, n, epsilon)
+    if peers.find("jax_privacy") is None:
+        return
+    if rival is None:
+        print(f"notice: {label} is left out: no settings of a rival in {table}")
+        return
+    try:
+        anchor = tasks.make_anchor(tasks.TASKS[task], model, data, tasks.cache_dir())
+    except FileNotFoundError as error:
+        print(f"notice: {label} is left out: {error}")
+        return
+    cells = [methods.Cell(anchor, arena.subsample(anchor, n, seed), epsilon, 1e-5) for seed in range(seeds)]
+    name, settings = rival
+    contestants = {
+        "ours": lambda: methods.METHODS["qexp"].run(cells[0], 0, {}).params,
+        "peer": lambda: methods.METHODS[name].run(cells[0], 0, settings).params,
+    }
+    times = race(contestants, seconds=seconds)
+    ours, theirs = (_metric(cells, *one) for one in (("qexp", {}), rival))
+    metrics = f"{anchor.task.metric} {ours:.4f} against {theirs:.4f}"
+    yield row(PATH, f"{label}, {metrics}", f"jax_privacy, {name}", times["ours"], times["peer"], GOAL)
+
+
+def _metric(cells, name, settings):
+    return np.mean([arena.metric_of(c, methods.METHODS[name].run(c, s, settings).params) for s, c in enumerate(cells)])
+
+
+def best_rival(table: pathlib.Path, task: str, model: str, n: int, epsilon: float) -> tuple[str, dict] | None:
+    """The variant of DP-SGD of best mean metric in the arena's table, and its settings."""
+    cell = (task, model, str(n), epsilon)
+    found: dict[tuple[str, str], list[float]] = {}
+    for line in arena.read_rows(table):
+        if (
+            line["method"].startswith("dp_")
+            and (line["task"], line["model"], line["n"], float(line["epsilon"])) == cell
+        ):
+            found.setdefault((line["method"], line["settings"]), []).append(float(line["metric"]))
+    if not found:
+        return None
+    name, settings = max(found, key=lambda key: np.mean(found[key]))
+    return name, json.loads(settings)

@@ -1,0 +1,97 @@
+"""Convolutions as matrix products, for CPUs.
+
+XLA's CPU compiler hands a convolution to its fast library only at the top level of a program and with kernels shared by
+all records. Inside a scan, or with a kernel or tangent of its own for each record, as in per-record gradients and
+Hessian-vector products, it falls back to plain loops that are three to ten times slower. A matrix product is fast
+everywhere; so the functions of this package differentiate a loss whose convolutions are gathered patches times the
+kernel. The numbers are the same up to rounding. On other devices nothing is changed.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Jaxpr, jaxpr_as_fun
+
+_MOST_TAPS = 64  # kernels larger than 8 x 8 would be too many slices
+
+
+def as_products(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn` with its convolutions as matrix products where the default device is a CPU, else `fn` itself.
+
+    Args:
+      fn: a function of pytrees of arrays, for instance a loss of one record. What it calls under `jax.jit` is rewritten
+        too, what it calls under other transformations stays as it is.
+    """
+    return _rewritten(fn) if jax.default_backend() == "cpu" else fn
+
+
+def _rewritten(fn):
+    @functools.wraps(fn)
+    def run(*args):
+        closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
+        jaxpr = _rewrite(closed.jaxpr)
+        if jaxpr is closed.jaxpr:
+            return fn(*args)
+        results = jaxpr_as_fun(closed.replace(jaxpr=jaxpr))(*jax.tree.leaves(args))
+        return jax.tree.unflatten(jax.tree.structure(shape), results)
+
+    return run
+
+
+def _rewrite(jaxpr: Jaxpr) -> Jaxpr:
+    """The same jaxpr if it has no convolution that can be rewritten."""
+    equations = [_rewrite_equation(equation) for equation in jaxpr.eqns]
+    same = all(new is old for new, old in zip(equations, jaxpr.eqns, strict=True))
+    return jaxpr if same else jaxpr.replace(eqns=equations)
+
+
+def _rewrite_equation(equation):
+    name, params = equation.primitive.name, equation.params
+    if name == "conv_general_dilated" and _is_plain(equation):
+        product = jax.jit(functools.partial(_product, params=params))
+        (call,) = jax.make_jaxpr(product)(*[v.aval for v in equation.invars]).jaxpr.eqns
+        return call.replace(invars=equation.invars, outvars=equation.outvars)
+    if name in ("jit", "pjit"):
+        inner = _rewrite(params["jaxpr"].jaxpr)
+        if inner is not params["jaxpr"].jaxpr:
+            return equation.replace(params=params | {"jaxpr": params["jaxpr"].replace(jaxpr=inner)})
+    return equation
+
+
+def _is_plain(equation):
+    params, kernel = equation.params, equation.invars[1].aval
+    taps = math.prod(kernel.shape[i] for i in params["dimension_numbers"].rhs_spec[2:])
+    grouped = params["feature_group_count"] != 1 or params["batch_group_count"] != 1
+    return not grouped and all(d == 1 for d in params["lhs_dilation"]) and taps <= _MOST_TAPS
+
+
+def _product(lhs, rhs, params):
+    """The convolution: a strided slice of the input for each tap of the kernel, side by side, times the kernel."""
+    spec = params["dimension_numbers"]
+    x = jnp.transpose(lhs, (spec.lhs_spec[0], *spec.lhs_spec[2:], spec.lhs_spec[1]))  # records, space, channels
+    kernel = jnp.transpose(rhs, (*spec.rhs_spec[2:], spec.rhs_spec[1], spec.rhs_spec[0]))  # space, in, out
+    padding = [(0, 0, 0), *[(low, high, 0) for low, high in params["padding"]], (0, 0, 0)]
+    x = jax.lax.pad(x, jnp.zeros((), x.dtype), padding)
+    patches = jnp.concatenate([_slice(x, tap, kernel, params) for tap in np.ndindex(*kernel.shape[:-2])], axis=-1)
+    out = jax.lax.dot_general(
+        patches,
+        kernel.reshape(-1, kernel.shape[-1]),
+        (((patches.ndim - 1,), (0,)), ((), ())),
+        precision=params["precision"],
+        preferred_element_type=params["preferred_element_type"],
+    )
+    return jnp.transpose(out, np.argsort((spec.out_spec[0], *spec.out_spec[2:], spec.out_spec[1])).tolist())
+
+
+def _slice(x, tap, kernel, params):
+    strides, dilation = params["window_strides"], params["rhs_dilation"]
+    starts = [i * d for i, d in zip(tap, dilation, strict=True)]
+    reach = [(k - 1) * d for k, d in zip(kernel.shape, dilation, strict=False)]
+    counts = [(size - r - 1) // s + 1 for size, r, s in zip(x.shape[1:-1], reach, strides, strict=True)]
+    stops = [a + (c - 1) * s + 1 for a, c, s in zip(starts, counts, strides, strict=True)]
+    return jax.lax.slice(x, (0, *starts, 0), (x.shape[0], *stops, x.shape[-1]), (1, *strides, 1))
