@@ -24,13 +24,14 @@ def race(contestants: Contestants, *, seconds: float, least: int = 3, most: int 
       least: samples of each in any case.
       most: samples of each.
     """
-    calls = {}
+    names, calls, samples = list(contestants), {}, {}
     for name, run in contestants.items():
         jax.block_until_ready(run())
-        calls[name] = max(1, int(_SHORTEST / _sample(run, 1)))
-    names, samples = list(contestants), {name: [] for name in contestants}
+        first = _sample(run, 1)
+        calls[name] = max(1, int(_SHORTEST / first))
+        samples[name] = [first] if calls[name] == 1 else []
     stop = time.perf_counter() + seconds
-    for turn in range(most):
+    for turn in range(1, most):
         if turn >= least and time.perf_counter() > stop:
             break
         for i in range(len(names)):  # nobody always runs after the same other
