@@ -18,6 +18,7 @@ def test_a_race_tells_the_slower_contestant():
 def test_a_ratio_is_the_peers_time_over_ours_and_a_missed_goal_shows():
     line = timing.row("path", "case", "peer", 2.0, 3.0, 1.6)
     assert line["ratio"] == 1.5 and not timing.met(line) and timing.met(line | {"goal": 1.5})
+    assert not timing.met(line | {"goal": 1.5, "case": "case" + timing.WORSE})
     ceilings = {"copy_gb_per_s": 1.0, "product_tflop_per_s": 1.0}
     assert "| 1.50 | 1.6 | **no** |" in benchmarks.table([line], ceilings)
     assert "| 1.50 | — | — |" in benchmarks.table([line | {"goal": ""}], ceilings)

@@ -39,6 +39,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--paths", nargs="+", default=list(PATHS), choices=PATHS)
     parser.add_argument("--seconds", type=float, default=8.0, help="about how long a race takes")
+    parser.add_argument("--dims", nargs="+", type=int, default=[256, 2048, 8192], help="k of the draws")
     parser.add_argument("--tiny", action="store_true", help="sizes that finish at once, and mean nothing")
     parser.add_argument("--data-dir", type=pathlib.Path, default=tasks.data_dir(), help="default: $QEXP_DATA")
     parser.add_argument("--arena", type=pathlib.Path, default=RESULTS / "arena.csv", help="rivals' settings")
@@ -56,7 +57,7 @@ def races(args):
         for case in (cases.linear(n), cases.cnn(n // 2), cases.transformer(max(4, n // 8), tokens)):
             yield private_pass.PATH, private_pass.rows(case, dim=dim, rank=dim // 2, seconds=seconds)
     if "draws" in args.paths:
-        for k in (dim,) if tiny else (256, 2048, 8192):
+        for k in (dim,) if tiny else args.dims:
             for num_draws in (1, 8 if tiny else 1000):
                 yield draws.PATH, draws.rows(k, num_draws, seconds=seconds)
     if "curvature" in args.paths:
@@ -106,6 +107,9 @@ def main(argv=None):
             progress.set_description(label)
             for line in lines:
                 rows.append(line)
+                progress.write(
+                    f"{line['case']}; {line['peer']}: ratio {line['ratio']:.2f}, goal {line['goal'] or NO_GOAL}"
+                )
                 progress.update()
     ceilings = timing.ceilings(256 if args.tiny else 4096, 2**16 if args.tiny else 2**28, args.seconds)
     write_table(args.out, "benchmarks", timing.COLUMNS, rows)

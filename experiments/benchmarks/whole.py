@@ -12,7 +12,7 @@ import numpy as np
 
 from experiments import arena, methods, tasks
 from experiments.benchmarks import peers
-from experiments.benchmarks.timing import Row, race, row
+from experiments.benchmarks.timing import WORSE, Row, race, row
 
 PATH = "whole fine-tune"
 GOAL = 10.0
@@ -50,7 +50,7 @@ def rows(
     }
     times = race(contestants, seconds=seconds)
     ours, theirs = (_metric(cells, *one) for one in (("qexp", {}), rival))
-    metrics = f"{anchor.task.metric} {ours:.4f} against {theirs:.4f}"
+    metrics = f"{anchor.task.metric} {ours:.4f} against {theirs:.4f}" + (WORSE if ours < theirs else "")
     yield row(PATH, f"{label}, {metrics}", f"jax_privacy, {name}", times["ours"], times["peer"], GOAL)
 
 
