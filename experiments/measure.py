@@ -50,7 +50,8 @@ def measured() -> Iterator[Cost]:
 
 def live_bytes() -> int:
     """Bytes of all arrays that JAX holds, each buffer once."""
-    return sum({x.unsafe_buffer_pointer(): x.nbytes for x in jax.live_arrays() if x.is_fully_addressable}.values())
+    shards = [shard.data for x in jax.live_arrays() for shard in x.addressable_shards]
+    return sum({x.unsafe_buffer_pointer(): x.nbytes for x in shards}.values())
 
 
 def resident() -> int:

@@ -46,7 +46,7 @@ from qexp_jax.records import LossFn, Params, Record, microbatches, num_records, 
 from qexp_jax.subspace import Subspace
 
 _CURVED, _HELD_OUT, _TRIED = 512, 2048, 512
-_SCALED_DIRECTIONS, _SCALING_RECORDS = 8, 256
+_SCALED_DIRECTIONS, SCALING_RECORDS = 8, 256
 _DAMPING = 0.01
 _CLIP_QUANTILE = 0.9
 _SMALLEST_CLIP_NORM = 1e-18  # C, C z and sums of C stay within float32
@@ -208,7 +208,7 @@ def _tuned_space(key, loss_fn, params, curved, public, subspace, dim):
     return leading_directions(loss_fn, params, take(records, slice(0, max(dim, num_records(curved)))), dim, whole)[0]
 
 
-def _at_a_time(space: Subspace, most: int) -> int:
+def at_a_time(space: Subspace, most: int) -> int:
     """Records whose gradients are held together: a few for a large model."""
     return int(np.clip(_GRADIENT_BYTES // (16 * space.layout.num_params), 1, most))
 
@@ -218,15 +218,19 @@ def leading_directions(
     loss_fn: LossFn, params: Params, records: Record, dim: int, within: Subspace
 ) -> tuple[Subspace, jax.Array]:
     """`curvature.top_eigenspace`, with microbatches that fit."""
-    return top_eigenspace(loss_fn, params, records, dim, within=within, microbatch_size=_at_a_time(within, 64))
+    return top_eigenspace(loss_fn, params, records, dim, within=within, microbatch_size=at_a_time(within, 64))
 
 
-_product = jax.jit(hessian_product, static_argnums=0, static_argnames="microbatch_size")
+@functools.partial(jax.jit, static_argnums=0)
+def product_along(loss_fn: LossFn, params: Params, space: Subspace, direction: jax.Array, records: Record) -> jax.Array:
+    """`curvature.hessian_product`, with microbatches that fit."""
+    size = at_a_time(space, SCALING_RECORDS)
+    return hessian_product(loss_fn, params, space, direction, records, microbatch_size=size)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _gradient_squares(loss_fn, params, space, directions, records):
-    batches, _ = microbatches(records, min(_at_a_time(space, 64), num_records(records)))
+    batches, _ = microbatches(records, min(at_a_time(space, 64), num_records(records)))
 
     def squares(batch):
         return jax.vmap(lambda g: flow.energies(directions, g))(projected_gradients(loss_fn, params, space, batch))
@@ -248,9 +252,8 @@ def _curvature(loss_fn, params, space, directions, squares, dims, records):
     """
     moments = squares.mean(axis=0)
     steepest = np.argsort(-moments[:-1])[:_SCALED_DIRECTIONS]
-    few = take(records, slice(0, _SCALING_RECORDS))
-    size = _at_a_time(space, _SCALING_RECORDS)
-    products = (_product(loss_fn, params, space, v, few, microbatch_size=size) for v in directions[steepest])
+    few = take(records, slice(0, SCALING_RECORDS))
+    products = (product_along(loss_fn, params, space, v, few) for v in directions[steepest])
     curved = [float(jnp.vdot(v, product)) for v, product in zip(directions[steepest], products, strict=True)]
     if not (np.all(np.isfinite(curved)) and np.all(np.isfinite(moments))):
         raise ValueError(f"The public curvature is not finite at the anchor, {moments.shape=}.")
@@ -294,7 +297,7 @@ def _expected_length(spectrum, noise_var, num_units, longest):
 
 def _tolerated_noise(key, loss_fn, params, space, shape, held_out):
     """The largest s for which the anchor moved by s M^{-1/2} xi costs the share of the loss's scale, and that cost."""
-    losses = np.asarray(_losses(loss_fn, params, held_out, _at_a_time(space, _TRIED)), np.float64)
+    losses = np.asarray(_losses(loss_fn, params, held_out, at_a_time(space, _TRIED)), np.float64)
     limit = _NOISE_COST * float(np.sqrt(np.mean(losses**2)))
     moves = [_noise_move(k, shape, space) for k in jax.random.split(key, _NOISE_DRAWS)]
 
@@ -320,4 +323,4 @@ def _losses(loss_fn, params, records, size):
 @functools.partial(jax.jit, static_argnums=0)
 def _moved_loss(loss_fn, params, space, move, records):
     moved = subspaces.displace(space, params, move)
-    return mean_loss(loss_fn, moved, records, microbatch_size=_at_a_time(space, _TRIED))
+    return mean_loss(loss_fn, moved, records, microbatch_size=at_a_time(space, _TRIED))

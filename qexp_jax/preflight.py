@@ -18,7 +18,7 @@ from qexp_jax.gradients import Mode
 from qexp_jax.operations import count_flops
 from qexp_jax.passes import Target
 from qexp_jax.records import LossFn, Params, Record
-from qexp_jax.subspace import Subspace, tuned_leaves
+from qexp_jax.subspace import Subspace
 
 
 class Estimate(NamedTuple):
@@ -26,10 +26,11 @@ class Estimate(NamedTuple):
 
     Attributes:
       parameter_bytes: of the parameters.
+      released_bytes: of the tuned ones again, since the pretrained ones stay beside those of the last round.
       data_bytes: of the private units (of one batch, for a stream), held through a pass.
       public_bytes: of subspace and precision.
       microbatch_bytes: gradients, activations and panels of one microbatch: what `microbatch_size` moves.
-      pass_bytes: peak of a private pass, the four above together.
+      pass_bytes: peak of a private pass, all of the above together.
       plan_bytes: peak of the largest step of the public plan.
       flops: floating-point operations of all private passes, on all devices.
       dim: k.
@@ -37,6 +38,7 @@ class Estimate(NamedTuple):
     """
 
     parameter_bytes: int
+    released_bytes: int
     data_bytes: int
     public_bytes: int
     microbatch_bytes: int
@@ -100,17 +102,19 @@ def estimate(
     static = {"microbatch_size": microbatch_size, "mode": mode}
     temporary, result = _held(passes.device_sum.lower(loss_fn, target, units, mask, **static))
     parameter_bytes, data_bytes, public_bytes = map(_bytes, (params, units, (target.subspace, target.precision)))
+    released_bytes = space.layout.num_params * space.layout.dtype.itemsize
     flops = count_flops(lambda *a: passes.device_sum(loss_fn, *a, **static), target, units, mask)
     return Estimate(
         parameter_bytes=parameter_bytes,
+        released_bytes=released_bytes,
         data_bytes=data_bytes,
         public_bytes=public_bytes,
         microbatch_bytes=temporary,
-        pass_bytes=parameter_bytes + data_bytes + public_bytes + temporary + result,
-        plan_bytes=_plan_bytes(loss_fn, params, _batch(record, curved), rank, space) + parameter_bytes,
+        pass_bytes=parameter_bytes + released_bytes + data_bytes + public_bytes + temporary + result,
+        plan_bytes=parameter_bytes + _plan_bytes(loss_fn, params, record, num_public, rank, space),
         flops=flops / held * num_units * rounds,
         dim=space.dim,
-        num_params=sum(math.prod(x.shape) for x in jax.eval_shape(lambda p: tuned_leaves(space.layout, p), params)),
+        num_params=space.layout.num_params,
     )
 
 
@@ -147,9 +151,16 @@ def _low_rank(space, rank):
     return jax.eval_shape(precisions.low_rank, jax.ShapeDtypeStruct((), dtype), vectors, vectors.update(shape=(rank,)))
 
 
-def _plan_bytes(loss_fn, params, curved, rank, space):
-    """The Gram trick, which holds a sample of public gradients."""
-    return sum(_held(plans.leading_directions.lower(loss_fn, params, curved, rank, _shapes(space)))) + _bytes(curved)
+def _plan_bytes(loss_fn, params, record, num_public, rank, space):
+    """The Gram trick, which holds a sample of public gradients, or a Hessian-vector product, which holds two."""
+    shapes, direction = _shapes(space), jax.ShapeDtypeStruct((space.dim,), space.layout.dtype)
+    curved = _batch(record, plans.num_curved(num_public))
+    few = _batch(record, max(1, min(plans.SCALING_RECORDS, num_public - plans.num_curved(num_public))))
+    steps = (
+        (curved, plans.leading_directions.lower(loss_fn, params, curved, rank, shapes)),
+        (few, plans.product_along.lower(loss_fn, params, shapes, direction, few)),
+    )
+    return max(_bytes(records) + sum(_held(lowered)) for records, lowered in steps)
 
 
 def _held(lowered: Any) -> tuple[int, int]:

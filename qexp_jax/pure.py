@@ -3,7 +3,7 @@
 The draw of `mechanism` is (epsilon, delta)-private for every delta > 0 but for no epsilon at delta = 0. Two that are,
 with x = R^T w, S the clipped sum, N public, and Delta the sensitivity of S:
 
-**K-norm gradient** (Reimherr and Awan, arXiv:1909.13362): density proportional to exp(-(epsilon/Delta) |N x + S|). The
+**K-norm gradient** (Reimherr and Awan, arXiv:1905.09436): density proportional to exp(-(epsilon/Delta) |N x + S|). The
 norm moves by at most Delta between neighbours and the normaliser not at all. It is S plus noise of a uniform direction
 and a Gamma(k, Delta/epsilon) length, on all of R^k.
 
@@ -62,7 +62,7 @@ def knorm_draw(
     Formal guarantee: epsilon-DP, hence zCDP with rho = epsilon^2 / 2, for real arithmetic and ideal noise.
 
     References:
-      Reimherr and Awan, arXiv:1909.13362.
+      Reimherr and Awan, arXiv:1905.09436.
     """
     total = quadratic.whitened_sum
     scale = jnp.asarray(_knorm_scale(l2_clip_norm, epsilon, relation), total.dtype)

@@ -1,9 +1,12 @@
 """The rounds of a release: private pass, exact draw, step of the flow; saved on the way, the same on any devices.
 
 **Rounds (T6).** Round t expands at the parameters that the rounds before released, with the plan's precision and clip
-norm, so that the rounds compose adaptively to `mu^2 = sum mu_t^2`. Their number and the even split are fixed by public
-data before the first. What a round does with its draw is post-processing (T5): it follows it for a T-th of the length
-that the sums released so far deserve (`flow`), next to nothing where they look like noise.
+norm, so that the rounds compose adaptively to `mu^2 = sum mu_t^2`: given what was released before, round t is the
+mechanism of T1 with public settings, hence mu_t-GDP, and adaptive composition of Gaussian trade-off curves is Gaussian
+(Dong, Roth and Su, arXiv:1905.02383, Corollary 3.3). Their number and the even split are fixed by public data before
+the first. What a round does with its draw is post-processing (T5), which no test between neighbours gains from: it
+follows the draw for a T-th of the length that the sums released so far deserve (`flow`), next to nothing where they
+look like noise. `tests/test_privacy.py` holds the composition against dp_accounting's.
 """
 
 import functools

@@ -40,7 +40,7 @@ run = passes.device_sum.lower(loss, target, units, mask, microbatch_size=microba
 fill = lambda tree: jax.tree.map(
     lambda x: jnp.array(np.full(x.shape, 0.01, x.dtype)) if isinstance(x, jax.ShapeDtypeStruct) else x, tree
 )
-arguments = fill((target, units, mask))
+pretrained, arguments = fill(shapes), fill((target, units, mask))
 held, before = live_bytes(), resident()
 reset_peak()
 jax.block_until_ready(run(*arguments))

@@ -230,3 +230,22 @@ def test_a_release_that_goes_on_is_entered_once_and_its_key_serves_no_other(tmp_
     elsewhere = {"checkpoint": qexp_jax.Checkpoint(directory=tmp_path / "other")}
     with pytest.raises(ValueError, match="key was used"):
         tune(private=split(DATA["private"]), **arguments, **elsewhere)
+
+
+def test_a_grain_loader_is_a_stream():
+    grain = pytest.importorskip("grain.python")
+    private = jax.tree.map(np.asarray, DATA["private"])
+
+    class Source:
+        def __len__(self):
+            return 400
+
+        def __getitem__(self, i):
+            return jax.tree.map(lambda x: x[i], private)
+
+    sampler = grain.IndexSampler(400, shard_options=grain.NoSharding(), num_epochs=1, seed=0)
+    loader = grain.DataLoader(data_source=Source(), sampler=sampler, operations=[grain.Batch(64)])
+    _, (loaded, *_) = tune(private=loader, public_count=400, diagnostics=True, **ROUNDS)
+    _, (expected, *_) = tune(diagnostics=True, **ROUNDS)
+    np.testing.assert_allclose(loaded.quadratic.whitened_sum, expected.quadratic.whitened_sum, rtol=1e-4, atol=1e-5)
+    assert loaded.clip_info.num_units == 400
