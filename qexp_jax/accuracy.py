@@ -5,7 +5,8 @@ minimiser of the quadratic is, per record, *exactly* distributed as
 
     (C z)^2 / (2 N^2) * chi-square with k degrees of freedom,        mean k (C z)^2 / (2 N^2),
 
-with tails from the chi-square law (Laurent and Massart 2000 give the closed form). What the draw cannot know is bias:
+with tails from the chi-square law (Laurent and Massart 2000 give the closed form); `tests/test_accuracy.py` holds draws
+against this law and rejects that of half the noise. What the draw cannot know is bias:
 clipping, what lies outside the subspace, and the Taylor remainder of the quadratic; each has an estimate below that
 needs public data only. How much noise the public loss tolerates bounds the rounds. All of it is ours; the abstract of
 arXiv:2605.20521 promises accuracy estimates without stating them.

@@ -26,7 +26,9 @@ For real arithmetic, the ball draw is at the same time mu-GDP with mu = Delta sq
 Gaussian of equal beta: a log-density that is N beta-strongly concave on a convex set, and whose difference between
 neighbours is beta Delta-Lipschitz (Gopi, Lee and Liu, arXiv:2203.00263). The calibration is ours.
 
-Both cost much more than the Gaussian draw once k is large: a pure guarantee has to hold where nothing is ever drawn.
+`tests/test_pure.py` holds both densities' log-ratios over neighbours against epsilon, which they reach, and the draws
+against the densities. Both cost much more than the Gaussian draw once k is large: a pure guarantee has to hold where
+nothing is ever drawn.
 """
 
 import math
