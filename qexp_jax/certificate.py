@@ -7,14 +7,12 @@ import hashlib
 import importlib.metadata
 from typing import Any
 
-import jax
-import numpy as np
 from dp_accounting import NeighboringRelation
 
 from qexp_jax import accuracy, privacy
-from qexp_jax.clipping import sensitivity
 from qexp_jax.hardened import DiscreteNoise
 from qexp_jax.plan import Plan
+from qexp_jax.records import absorb
 from qexp_jax.subspace import Subspace
 
 SCHEMA = "qexp_jax/certificate/1"
@@ -63,11 +61,7 @@ def sha256_of(tree: Any) -> str:
     Never of private values: a digest lets anyone test a guess of what was digested.
     """
     digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        is_key = isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        array = np.asarray(jax.random.key_data(leaf) if is_key else leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
+    absorb(digest, tree)
     return digest.hexdigest()
 
 
@@ -110,7 +104,7 @@ def make_certificate(
       discrete_noise: of a hardened release; `noise_multiplier` is its multiplier.
     """
     hardened, dim = discrete_noise is not None, plan.subspace.dim
-    mu_per_round = sensitivity(1.0, relation) / noise_multiplier
+    mu_per_round = privacy.mu_from_noise(noise_multiplier, relation)
     mu = privacy.compose([mu_per_round] * plan.rounds)
     rho_per_round, rho = privacy.zcdp_rho(mu_per_round), privacy.zcdp_rho(mu)
     share = {

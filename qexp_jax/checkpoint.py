@@ -12,7 +12,6 @@ Orbax writes to a temporary name and renames, so that a kill leaves the checkpoi
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -20,6 +19,8 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+
+from qexp_jax.certificate import sha256_of
 
 _WARNING = "NOT PRIVATE: the partial sums in this folder carry no noise. Never release, log or share them.\n"
 _SETTINGS, _PAID = "settings.json", "paid.txt"
@@ -64,17 +65,6 @@ class Store(NamedTuple):
     every: int
 
 
-def fingerprint(value: Any) -> str:
-    """A digest of public settings: numbers, text, arrays and pytrees of them."""
-    state = hashlib.blake2b(digest_size=16)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(value):
-        is_key = isinstance(leaf, jax.Array) and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        array = np.asarray(jax.random.key_data(leaf) if is_key else leaf)
-        state.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape};".encode())
-        state.update(array.tobytes())
-    return state.hexdigest()
-
-
 def open_store(checkpoint: Checkpoint, settings: dict[str, Any]) -> Store:
     """Opens or creates the folder of this process.
 
@@ -92,7 +82,7 @@ def open_store(checkpoint: Checkpoint, settings: dict[str, Any]) -> Store:
     process = jax.process_index()
     folder = pathlib.Path(checkpoint.directory).absolute() / f"process_{process}"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    _check_settings(folder, {name: fingerprint(value) for name, value in settings.items()})
+    _check_settings(folder, {name: sha256_of(value) for name, value in settings.items()})
     alone = ocp.options.MultiprocessingOptions(
         primary_host=process, active_processes={process}, barrier_sync_key_prefix=f"qexp_jax_{process}"
     )

@@ -112,6 +112,15 @@ def unit_loss(loss_fn: LossFn) -> LossFn:
     return mean_loss
 
 
+def absorb(digest: Any, tree: Any) -> None:
+    """Feeds a pytree of arrays to a hashlib object: paths, dtypes, shapes and bytes."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        is_key = isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        array = np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+
+
 def take(records: Record, index: Any) -> Record:
     """The records at `index`, an integer array or a slice."""
     return jax.tree.map(lambda x: jnp.asarray(x)[index], records)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from qexp_jax.records import Record, num_records
+from qexp_jax.records import Record, absorb, num_records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +93,5 @@ def batches(stream: Iterable[Record], multiple: int) -> Iterator[tuple[Record, n
 def digest(previous: bytes, batch: Record) -> bytes:
     """A running digest of the batches read so far: **not private**."""
     state = hashlib.blake2b(previous, digest_size=32)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
-        array = np.ascontiguousarray(np.asarray(leaf))
-        state.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape};".encode())
-        state.update(array.view(np.uint8).data if array.size else b"")
+    absorb(state, batch)
     return state.digest()

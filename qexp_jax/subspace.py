@@ -261,28 +261,27 @@ def span(params: Params, directions: Params, *, where: str | None = None, orthon
 
 
 @functools.cache
-def _regenerated(kind: str, dim: int) -> _Operator:
+def _key_operator(kind: str, dim: int) -> _Operator:
     """One operator for each kind and dimension, so that equal constructions compile once."""
     lift, project = getattr(sketching, f"{kind}_lift"), getattr(sketching, f"{kind}_project")
+    gram = getattr(sketching, f"{kind}_gram", None)
     return _Operator(
         lift=lambda layout, key, w: lift(layout.tuned_shapes, key, w),
         project=lambda layout, key, leaves: project(layout.tuned_shapes, key, dim, leaves),
-        gram=lambda layout, key: sketching.gaussian_gram(layout.tuned_shapes, key, dim, layout.dtype),
+        gram=gram and (lambda layout, key: gram(layout.tuned_shapes, key, dim, layout.dtype)),
     )
+
+
+def _regenerated(kind: str, layout: Layout, key: jax.Array, dim: int, *, orthonormal: bool) -> Subspace:
+    operator = _key_operator(kind, dim)
+    return Subspace(dim=dim, layout=layout, operator=operator, orthonormal=orthonormal, name=kind, arrays=key)
 
 
 def count_sketch(key: jax.Array, params: Params, dim: int, *, where: str | None = None) -> Subspace:
     """A count-sketch with exactly orthonormal columns, in O(d) time and with nothing of size d stored."""
     layout = layout_of(params, where)
     _check_dim(layout, dim)
-    return Subspace(
-        dim=dim,
-        layout=layout,
-        operator=_regenerated("count_sketch", dim),
-        orthonormal=True,
-        name="count_sketch",
-        arrays=key,
-    )
+    return _regenerated("count_sketch", layout, key, dim, orthonormal=True)
 
 
 _STORED_BYTES = 2**30
@@ -308,14 +307,7 @@ def gaussian(
     if stored:
         columns = sketching.gaussian_columns(layout.tuned_shapes, key, dim, layout.dtype)
         return _dense(layout, columns, orthonormal=False, name="gaussian")
-    return Subspace(
-        dim=dim,
-        layout=layout,
-        operator=_regenerated("gaussian", dim),
-        orthonormal=False,
-        name="gaussian",
-        arrays=key,
-    )
+    return _regenerated("gaussian", layout, key, dim, orthonormal=False)
 
 
 # --- directions inside another subspace ---
