@@ -153,7 +153,7 @@ def fine_tune(
     unit = "one record" if unit_ids is None else "all records with one unit id"
     ledger = ledgers.open(ledger) if isinstance(ledger, str | os.PathLike) else ledger
     if memory_budget is not None:
-        record, batch_size = _one_unit(units)
+        record, batch_size = _one_unit(units, public_units)
         found = preflight.estimate(
             unit_fn,
             params,
@@ -242,10 +242,15 @@ def _enter(ledger, key, store, **terms):
         checkpoints.mark_paid(store, tag)
 
 
-def _one_unit(units):
-    """The shapes of one unit, and the length of a batch."""
-    batch = stream.first(units) if stream.is_stream(units) else units
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x)[1:], jnp.result_type(x)), batch), num_records(batch)
+def _one_unit(units, public_units):
+    """The shapes of one unit, and the length of a stream's batches.
+
+    Not the number of units in memory, which may be private: what is refused depends on the public N.
+    """
+    batch = stream.first(units) if stream.is_stream(units) else None
+    some = batch if batch is not None else public_units if stream.is_stream(units) else units
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x)[1:], jnp.result_type(x)), some)
+    return shapes, None if batch is None else num_records(batch)
 
 
 _PUBLIC_SAMPLE = 4096

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from problems import network, network_loss
-from test_finetune import tune
+from test_finetune import regression, tune
 
-from qexp_jax import operations, preflight, subspace
+from qexp_jax import NeighboringRelation, Stream, operations, preflight, subspace
 
 KEY = jax.random.key(2)
 
@@ -116,3 +116,15 @@ def test_a_large_default_is_sketched():
     )
     assert found.num_params == 3_000_000 and found.dim == 4096
     assert subspace.count_sketch(KEY, params, 4096).dim == 4096
+
+
+def test_what_is_refused_does_not_depend_on_a_private_number_of_units():
+    private = regression()["private"]
+    relation = {"neighboring_relation": NeighboringRelation.ADD_OR_REMOVE_ONE, "public_count": 400}
+    messages = []
+    for units in (private, jax.tree.map(lambda x: x[:7], private), jax.tree.map(lambda x: x[:0], private)):
+        with pytest.raises(ValueError, match="fit in 1,000 bytes") as error:
+            tune(private=units, memory_budget=1000, **relation)
+        messages.append(str(error.value))
+    assert len(set(messages)) == 1
+    tune(private=Stream(lambda: iter([])), memory_budget=10**9, rounds=1, **relation)
