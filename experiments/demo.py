@@ -99,7 +99,7 @@ def stage(name, seconds):
 
 def summarise(trained, release, info, split, seconds):
     """The figures of `metrics.json`."""
-    certificate, n, step = release.certificate, split_size(split), float(info.step)
+    certificate, n, length = release.certificate, split_size(split), float(info.length)
     k, noise_std = certificate["subspace_dim"], certificate["l2_clip_norm"] * certificate["noise_multiplier"]
     return {
         "split": split.description,
@@ -110,9 +110,9 @@ def summarise(trained, release, info, split, seconds):
             name: models.evaluate(MODEL, params, split.test, "accuracy") for name, params in trained.items()
         },
         "predicted_excess_loss": {
-            "mean": step * qexp_jax.accuracy.expected_excess(k, noise_std, n),
-            "quantile_05": step * qexp_jax.accuracy.excess_quantile(0.05, k, noise_std, n),
-            "quantile_95": step * qexp_jax.accuracy.excess_quantile(0.95, k, noise_std, n),
+            "mean": length * qexp_jax.accuracy.expected_excess(k, noise_std, n),
+            "quantile_05": length * qexp_jax.accuracy.excess_quantile(0.05, k, noise_std, n),
+            "quantile_95": length * qexp_jax.accuracy.excess_quantile(0.95, k, noise_std, n),
         },
         "measured_excess_loss_not_private": float(info.excess_loss),
         "seconds": seconds,

@@ -115,7 +115,7 @@ def released(key, anchor, pool, included, epsilon, delta):
 
         def one(row):
             keys, mask = jax.random.split(row[0], made.rounds), row[1]
-            walk = rounds.start(layout, start, made.subspace.dim)
+            walk = rounds.start(layout, start, spectrum)
 
             def round_of(walk, key):
                 total, _ = clipping.clipped_sum(
@@ -132,7 +132,7 @@ def released(key, anchor, pool, included, epsilon, delta):
 
         return jax.lax.map(one, (noise_keys, included), batch_size=BATCH)
 
-    arrays = made.subspace, made.precision, made.spectrum, made.longest, made.largest_step
+    arrays = made.subspace, made.precision, made.spectrum, made.longest, made.longest_round
     return release(jax.random.split(key, len(included)), included, start, arrays, pool)
 
 

@@ -55,10 +55,10 @@ def row_of(anchor, model_name, n, epsilon, delta, seed):
         public=anchor.split.public, private=private, epsilon=epsilon, delta=delta, diagnostics=True,
     )  # fmt: skip
     k, count, noise_std = infos[0].plan.subspace.dim, len(private["label"]), infos[0].noise_std
-    step = float(infos[0].step)
+    length = float(infos[0].length)
     mu = release.certificate["mu"]
-    predicted = step * qexp_jax.accuracy.expected_excess(k, noise_std, count)
-    low, high = (step * qexp_jax.accuracy.excess_quantile(p, k, noise_std, count) for p in (0.05, 0.95))
+    predicted = length * qexp_jax.accuracy.expected_excess(k, noise_std, count)
+    low, high = (length * qexp_jax.accuracy.excess_quantile(p, k, noise_std, count) for p in (0.05, 0.95))
     found = (mu, accountant_epsilon(mu, delta), predicted, low, high, float(infos[0].excess_loss))
     labels = (anchor.task.name, model_name, count, epsilon, delta, seed, k)
     return dict(zip(COLUMNS, (*labels, *(float(f"{x:.6g}") for x in found)), strict=True))

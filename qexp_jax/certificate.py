@@ -113,7 +113,7 @@ def make_certificate(
         "mu": None if hardened else mu_per_round,
         "zcdp_rho": rho_per_round,
     }
-    excess = plan.expected_step * accuracy.expected_excess(dim, plan.l2_clip_norm * noise_multiplier, num_units)
+    excess = plan.expected_round * accuracy.expected_excess(dim, plan.l2_clip_norm * noise_multiplier, num_units)
     return {
         "schema": SCHEMA,
         "mechanism": MECHANISMS[hardened],

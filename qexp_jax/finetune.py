@@ -145,7 +145,7 @@ def fine_tune(
     _check_settings(rounds, precision_rank, damping, l2_clip_norm, microbatch_size)
     mu = (hardening if hardened else privacy).mu_from_budget(epsilon, delta)
     private_n = neighboring_relation is NeighboringRelation.ADD_OR_REMOVE_ONE
-    public, num_public = _public_records(public)
+    public = _public_records(public)
     _check_data(loss_fn, layout, params, public, private, private_n)
     unit_fn, units = _units(loss_fn, private, unit_ids, max_records_per_unit)
     public_fn, public_units = _units(loss_fn, public, public_unit_ids, max_records_per_unit)
@@ -178,7 +178,6 @@ def fine_tune(
         public_units,
         num_units=num_units,
         noise_multiplier=privacy.noise_multiplier(mu, neighboring_relation),
-        num_public=num_public,
         rounds=rounds,
         precision_rank=precision_rank,
         subspace=subspace,
@@ -191,7 +190,7 @@ def fine_tune(
     if hardened:
         discrete_noise = hardening.discrete_noise(noise_multiplier, plan.l2_clip_norm, plan.subspace.dim)
         noise_multiplier = discrete_noise.multiplier
-    walk = walks.start(layout, params, plan.subspace.dim)
+    walk = walks.start(layout, params, plan.spectrum)
     store = None
     if checkpoint is not None:
         settings = {
@@ -257,9 +256,9 @@ _PUBLIC_SAMPLE = 4096
 
 
 def _public_records(public):
-    """Public records in memory, of a stream a sample, and how many there are."""
+    """Public records in memory, of a stream a sample."""
     if not stream.is_stream(public):
-        return public, None
+        return public
     # The sample is the same in every process and at every start: a checkpoint goes on with the same plan.
     return stream.sample(np.random.default_rng(0), public, _PUBLIC_SAMPLE)
 

@@ -6,7 +6,8 @@ mechanism of T1 with public settings, hence mu_t-GDP, and adaptive composition o
 (Dong, Roth and Su, arXiv:1905.02383, Corollary 3.3). Their number and the even split are fixed by public data before
 the first. What a round does with its draw is post-processing (T5), which no test between neighbours gains from: it
 follows the draw for a T-th of the length that the sums released so far deserve (`flow`), next to nothing where they
-look like noise. `tests/test_privacy.py` holds the composition against dp_accounting's.
+look like noise, and least where the private curvature is high. `tests/test_privacy.py` holds the composition against
+dp_accounting's.
 """
 
 import functools
@@ -22,7 +23,7 @@ from qexp_jax import flow, hardened, mechanism, passes, records, stream
 from qexp_jax import subspace as subspaces
 from qexp_jax.checkpoint import Progress
 from qexp_jax.clipping import ClipInfo
-from qexp_jax.flow import Spectrum
+from qexp_jax.flow import Belief, Spectrum
 from qexp_jax.gradients import Mode
 from qexp_jax.hardened import DiscreteNoise
 from qexp_jax.mechanism import Quadratic
@@ -40,9 +41,10 @@ class RoundInfo(NamedTuple):
       quadratic: the utility with the exact clipped sum.
       noise_std: C z.
       w: the draw.
-      step: the multiple of it that was taken.
-      excess_loss: how much of the best loss per record of the quadratic with precision M / step the noise cost; reveals
-        |xi|.
+      length: for how long the flow followed it; where it is short against the curvature, the multiple of w that was
+        taken.
+      excess_loss: how much of the best loss per record of the quadratic with precision M / length the noise cost;
+        reveals |xi|.
       clip_info: counts of clipped and non-finite units.
     """
 
@@ -50,7 +52,7 @@ class RoundInfo(NamedTuple):
     quadratic: Quadratic
     noise_std: float
     w: jax.Array
-    step: jax.Array
+    length: jax.Array
     excess_loss: jax.Array
     clip_info: ClipInfo
 
@@ -60,15 +62,11 @@ class Walk(NamedTuple):
 
     Attributes:
       params: where the next round expands.
-      moved: (k,) whitened displacement from the pretrained parameters.
-      gradients: (k,) sum over rounds of the released mean gradients, each traced back to the pretrained parameters.
-      done: rounds.
+      belief: what the releases say of the private gradient and curvature.
     """
 
     params: Params
-    moved: jax.Array
-    gradients: jax.Array
-    done: jax.Array
+    belief: Belief
 
 
 class Engine(NamedTuple):
@@ -93,10 +91,9 @@ class Engine(NamedTuple):
     progress: Callable[[str], None] | None
 
 
-def start(layout: subspaces.Layout, params: Params, dim: int) -> Walk:
+def start(layout: subspaces.Layout, params: Params, spectrum: Spectrum) -> Walk:
     """The pretrained parameters, before any release."""
-    zeros = jnp.zeros(dim, layout.dtype)
-    return Walk(subspaces.working(layout, params), zeros, zeros, jnp.zeros((), layout.dtype))
+    return Walk(subspaces.working(layout, params), flow.before_release(spectrum))
 
 
 def run(
@@ -126,10 +123,10 @@ def run(
     layout, mesh = plan.subspace.layout, passes.local_mesh(engine.mesh)
     plan, walk = passes.replicate(mesh, (plan, walk))
     progress = _resumed(engine, layout, walk, plan)
-    units, length, infos = _placed(mesh, units), None, []
+    units, count, infos = _placed(mesh, units), None, []
     for round_key in jax.random.split(key, plan.rounds)[progress.round :]:
         announce(engine.progress, "private pass", progress.walk)
-        total, clip_info, length = _pass(engine, plan, units, progress, length)
+        total, clip_info, count = _pass(engine, plan, units, progress, count)
         announce(engine.progress, "draw", total)
         noise_std = plan.l2_clip_norm * noise_multiplier
         if engine.discrete_noise is None:
@@ -137,7 +134,7 @@ def run(
         else:
             total, noisy = hardened.noisy_sum(total, engine.discrete_noise, layout.dtype)
         quadratic = Quadratic(plan.precision, total, num_units)
-        w, step, excess, walk = follow(
+        w, length, excess, walk = follow(
             noisy,
             progress.walk,
             plan.subspace,
@@ -146,9 +143,9 @@ def run(
             plan.spectrum,
             plan.rounds,
             plan.longest,
-            plan.largest_step,
+            plan.longest_round,
         )
-        infos.append(RoundInfo(plan, quadratic, noise_std, w, step, excess, clip_info))
+        infos.append(RoundInfo(plan, quadratic, noise_std, w, length, excess, clip_info))
         progress = _beginning(progress.round + 1, walk, plan, engine)
         _save(engine, layout, progress)
     announce(engine.progress, "done", progress.walk)
@@ -168,28 +165,27 @@ def follow(
     spectrum: Spectrum,
     rounds: int,
     longest: float,
-    largest_step: float,
+    longest_round: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array, Walk]:
     """The draw of a noisy sum, followed for a step of the flow whose length all releases so far deserve.
 
     Post-processing of `noisy`, but for the excess, which is **not private**.
 
     Returns:
-      The draw w, the multiple of it that is taken, its excess loss, and the walk after it.
+      The draw w, the length for which it is followed, its excess loss, and the walk after it.
     """
     num_units = quadratic.num_units
     w = mechanism.release_step(quadratic, noisy)
-    noise_var = (noise_std / num_units) ** 2
-    gradients = walk.gradients + noisy / num_units - flow.predicted_gradient(spectrum, walk.moved)
-    done = walk.done + 1
-    energy = flow.energies(spectrum.directions, gradients / done)
-    signal = flow.signal(energy, spectrum, noise_var / done, num_units)
-    length = flow.best_length(signal, spectrum, noise_var / rounds, num_units, longest)
-    step = jnp.minimum(length / rounds, largest_step)
-    params = subspaces.displace(subspace, walk.params, step * w)
-    # The step of this length is the draw with precision M / step, whose utility is in units of the loss.
-    excess = step * mechanism.excess_utility(quadratic, w) / num_units
-    return w, step, excess, Walk(params, walk.moved - step * noisy / num_units, gradients, done)
+    seen, noise_var = noisy / num_units, (noise_std / num_units) ** 2
+    belief = flow.observe(walk.belief, spectrum, seen, noise_var)
+    signal = flow.pooled_signal(belief, spectrum, noise_var, num_units)
+    wanted = flow.best_length(signal, spectrum, noise_var / rounds, num_units, longest)
+    length = jnp.minimum(wanted / rounds, longest_round)
+    multiples, belief = flow.advance(belief, spectrum, length)
+    # The precision has the spectrum's directions, so that scaling before or after colouring is the same.
+    params = subspaces.displace(subspace, walk.params, flow.scale(spectrum.directions, multiples, w))
+    excess = length * mechanism.excess_utility(quadratic, w) / num_units
+    return w, length, excess, Walk(params, belief)
 
 
 def announce(progress: Callable[[str], None] | None, stage: str, finished: Any = None) -> None:

@@ -51,8 +51,8 @@ def count(stream: Iterable[Record]) -> int:
     return sum(num_records(batch) for batch in stream)
 
 
-def sample(generator: np.random.Generator, stream: Iterable[Record], size: int) -> tuple[Record, int]:
-    """A uniform sample of at most `size` records without replacement, and how many there are.
+def sample(generator: np.random.Generator, stream: Iterable[Record], size: int) -> Record:
+    """A uniform sample of at most `size` records without replacement.
 
     Holds the sample and one batch (Vitter's reservoir, algorithm R).
 
@@ -69,7 +69,7 @@ def sample(generator: np.random.Generator, stream: Iterable[Record], size: int) 
         seen += len(positions)
     if not seen:
         raise ValueError("Expected at least one record in the public stream, found none.")
-    return jax.tree.map(lambda *x: np.stack(x), *kept), seen
+    return jax.tree.map(lambda *x: np.stack(x), *kept)
 
 
 def batches(stream: Iterable[Record], multiple: int) -> Iterator[tuple[Record, np.ndarray]]:
