@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,27 +68,32 @@ def test_a_blocks_signal_is_taken_to_lie_where_it_is_steep():
     assert flow.excess(3.0, signals, naive, 1e-4, 20) > 5 * measured
 
 
-def rounds_of(spectrum, private_curvature, noise_std, lengths, key=KEY):
-    """The belief after rounds on a quadratic with `private_curvature` (k, k), its gradient and what was followed."""
-    belief, scales = flow.before_release(spectrum), jnp.sqrt(jnp.append(spectrum.moments[:3], jnp.full(7, 0.25)))
-    start = gradient = scales * jax.random.normal(jax.random.key(1), (10,))
-    for length, noise_key in zip(lengths, jax.random.split(key, len(lengths)), strict=True):
+@functools.partial(jax.jit, static_argnames="rounds")
+def rounds_of(spectrum, private_curvature, noise_std, rounds, length, key=KEY):
+    """The belief after rounds on a quadratic with `private_curvature` (k, k), and its gradient at the start."""
+    scales = jnp.sqrt(jnp.append(spectrum.moments[:3], jnp.full(7, 0.25)))
+    start = scales * jax.random.normal(jax.random.key(1), (10,))
+
+    def one(carried, noise_key):
+        belief, gradient = carried
         seen = gradient + noise_std * jax.random.normal(noise_key, (10,))
         belief = flow.observe(belief, spectrum, seen, noise_std**2)
         multiples, belief = flow.advance(belief, spectrum, length)
-        gradient = gradient - private_curvature @ flow.scale(spectrum.directions, multiples, seen)
-    return belief, start
+        return (belief, gradient - private_curvature @ flow.scale(spectrum.directions, multiples, seen)), None
+
+    carried = flow.before_release(spectrum), start
+    return jax.lax.scan(one, carried, jax.random.split(key, rounds))[0][0], start
 
 
 @pytest.mark.parametrize("times", [1.5, 4.0, 9.0])
 def test_the_steepness_of_the_private_curvature_is_found_and_the_prior_kept_under_noise(times):
     spectrum = example()._replace(directions=jnp.eye(10)[:3])
     private = times * dense_curvature(spectrum)
-    found, _ = rounds_of(spectrum, private, 1e-3, [0.1] * 4)
+    found, _ = rounds_of(spectrum, private, 1e-3, 4, 0.1)
     np.testing.assert_allclose(flow.steepness(found), times, rtol=0.02)
 
     def hidden(key):
-        return flow.steepness(rounds_of(spectrum, private, 1e3, [0.1] * 4, key)[0])
+        return flow.steepness(rounds_of(spectrum, private, 1e3, 4, 0.1, key)[0])
 
     np.testing.assert_allclose(jnp.median(jax.vmap(hidden)(jax.random.split(KEY, 100))), 2.0, rtol=0.1)
     np.testing.assert_allclose(flow.steepness(flow.before_release(spectrum)), 2.0)
@@ -116,7 +123,7 @@ def test_the_regression_of_measured_on_public_curvature_has_no_bias_under_noise(
 
 def test_no_flow_passes_the_minimum_of_a_quadratic_as_steep_as_measured():
     spectrum = example()
-    belief, _ = rounds_of(spectrum, 6 * dense_curvature(spectrum), 1e-3, [0.2] * 4)
+    belief, _ = rounds_of(spectrum, 6 * dense_curvature(spectrum), 1e-3, 4, 0.2)
     multiples, _ = flow.advance(belief, spectrum, 1e6)
     np.testing.assert_allclose(multiples * flow.steepness(belief) * flow.signal_curvature(spectrum), 1, rtol=1e-5)
     short, _ = flow.advance(belief, spectrum, 1e-6)
@@ -126,13 +133,13 @@ def test_no_flow_passes_the_minimum_of_a_quadratic_as_steep_as_measured():
 def test_the_anchors_gradient_is_remembered_through_the_flow_with_the_stated_variance():
     spectrum = example()._replace(curvature=jnp.array([2.0, 1.0, 0.1, 0.1]))
     private = 2.0 * dense_curvature(spectrum)  # the steepness expected
-    belief, gradient = rounds_of(spectrum, private, 1e-4, [0.3] * 8)
+    belief, gradient = rounds_of(spectrum, private, 1e-4, 8, 0.3)
     remembered = flow.scale(spectrum.directions, 1 / belief.weights, belief.gradients)
     np.testing.assert_allclose(remembered, gradient, atol=5e-3)
     assert jnp.linalg.norm(belief.gradients / 8 - gradient) > 0.3 * jnp.linalg.norm(gradient)
 
     def energy(key):
-        found, _ = rounds_of(spectrum, 0 * private, 1.0, [1e-9] * 4, key)
+        found, _ = rounds_of(spectrum, 0 * private, 1.0, 4, 1e-9, key)
         return jnp.sum((flow.scale(spectrum.directions, 1 / found.weights, found.gradients) - gradient) ** 2)
 
     mean = jnp.mean(jax.vmap(energy)(jax.random.split(KEY, 2000)))
