@@ -22,9 +22,8 @@ Kronecker-factored whole spectrum gained up to .006 on linear models, nothing on
 sample. Pooled Newton steps matched this rule at small budgets and failed at large ones on networks, which are no
 quadratics there. Steps bounded by the public curvature overshot in every round on PhysioNet by ICU, where the private
 one is five times as steep along the shift. Six rounds in place of twelve lost .001 to .003 at epsilon 8; a length of
-its own for the block of all other directions changed nothing. Block
-James-Stein shrinkage of the released sum over-shrinks; a private diagonal curvature (T7) cost more budget than it
-returned.
+its own for the block of all other directions changed nothing. Block James-Stein shrinkage of the released sum
+over-shrinks; a private diagonal curvature (T7) cost more budget than it returned.
 
 The rule is ours. It reads N and the budget, which are public, and is deterministic given its key.
 """
