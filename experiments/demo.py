@@ -99,8 +99,10 @@ def stage(name, seconds):
 
 def summarise(trained, release, info, split, seconds):
     """The figures of `metrics.json`."""
-    certificate, n, length = release.certificate, split_size(split), float(info.length)
-    k, noise_std = certificate["subspace_dim"], certificate["l2_clip_norm"] * certificate["noise_multiplier"]
+    n, spectrum = split_size(split), info.plan.spectrum
+    mean, degrees = qexp_jax.accuracy.noise_cost(
+        spectrum.curvature, info.multiples, spectrum.dims, noise_std=info.noise_std, num_units=n
+    )
     return {
         "split": split.description,
         "num_public": len(split.public["label"]),
@@ -109,12 +111,13 @@ def summarise(trained, release, info, split, seconds):
         "test_accuracy": {
             name: models.evaluate(MODEL, params, split.test, "accuracy") for name, params in trained.items()
         },
-        "predicted_excess_loss": {
-            "mean": length * qexp_jax.accuracy.expected_excess(k, noise_std, n),
-            "quantile_05": length * qexp_jax.accuracy.excess_quantile(0.05, k, noise_std, n),
-            "quantile_95": length * qexp_jax.accuracy.excess_quantile(0.95, k, noise_std, n),
+        "predicted_noise_cost": {
+            "mean": mean,
+            "quantile_05": mean * chi2.ppf(0.05, degrees) / degrees,
+            "quantile_95": mean * chi2.ppf(0.95, degrees) / degrees,
+            "degrees_of_freedom": degrees,
         },
-        "measured_excess_loss_not_private": float(info.excess_loss),
+        "measured_noise_cost_not_private": float(info.noise_cost),
         "seconds": seconds,
     }
 
@@ -148,12 +151,14 @@ def figure(trained, release, info, split, metrics, path):
         f"{release.certificate['rounds']} private draws, ε = {epsilon:g}, δ = {delta:g}, N = {metrics['num_private']}"
     )
     bars.legend(loc="upper center", ncols=3)
-    k, mean = release.certificate["subspace_dim"], metrics["predicted_excess_loss"]["mean"]
-    x = np.linspace(*chi2.ppf([1e-4, 1 - 1e-4], k), 200)
-    law.fill_between(x * mean / k, chi2.pdf(x, k) * k / mean, color="tab:blue", alpha=0.3, label="predicted law")
-    law.axvline(float(info.excess_loss), color="k", label="measured (open data only)")
+    mean, degrees = (metrics["predicted_noise_cost"][name] for name in ("mean", "degrees_of_freedom"))
+    x = np.linspace(*chi2.ppf([1e-4, 1 - 1e-4], degrees), 200)
+    law.fill_between(
+        x * mean / degrees, chi2.pdf(x, degrees) * degrees / mean, color="tab:blue", alpha=0.3, label="predicted law"
+    )
+    law.axvline(float(info.noise_cost), color="k", label="measured (open data only)")
     law.set(xlabel="loss per record that the noise costs", yticks=[], ylim=(0, None))
-    law.set_title(f"Excess of the first draw, k = {k}")
+    law.set_title(f"Noise of the first step, k = {release.certificate['subspace_dim']}")
     law.legend(loc="upper right", fontsize="small")
     fig.savefig(path, dpi=120)
     plt.close(fig)
@@ -161,19 +166,19 @@ def figure(trained, release, info, split, metrics, path):
 
 def report(metrics, certificate):
     """Prints what a person wants to know."""
-    accuracy, predicted = metrics["test_accuracy"], metrics["predicted_excess_loss"]
+    accuracy, predicted = metrics["test_accuracy"], metrics["predicted_noise_cost"]
     print(f"\n{metrics['split']}")
     print(f"public {metrics['num_public']}, private {metrics['num_private']}, test {metrics['num_test']} records")
     print("\ntest accuracy")
     print(f"  pretrained, zero-shot    {accuracy['zero_shot']:.3f}")
     print(f"  private                  {accuracy['private']:.3f}")
     print(f"  non-private reference    {accuracy['non_private']:.3f}")
-    print("\nexcess of the first quadratic, loss per record")
+    print("\nwhat the noise of the first step costs, loss per record")
     print(
         f"  predicted  {predicted['mean']:.2e}  "
         f"(90 %: {predicted['quantile_05']:.2e} to {predicted['quantile_95']:.2e})"
     )
-    print(f"  measured   {metrics['measured_excess_loss_not_private']:.2e}  (shown only because MNIST is open data)")
+    print(f"  measured   {metrics['measured_noise_cost_not_private']:.2e}  (shown only because MNIST is open data)")
     print(
         f"\nprivacy: ({certificate['epsilon']:g}, {certificate['delta']:g})-DP, mu = {certificate['mu']:.4f}, "
         f"{certificate['neighboring_relation']} ({certificate['neighbors']}), unit: {certificate['privacy_unit']}, "

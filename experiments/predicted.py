@@ -1,11 +1,11 @@
-"""Predicted against measured: the accuracy estimate (T3) beside the excess, and mu beside dp_accounting's epsilon.
+"""Predicted against measured: the accuracy estimate (T3) beside what noise cost, and mu beside dp_accounting's epsilon.
 
     python -m experiments.predicted
 
-For each task, model, n and epsilon, one release per seed: the excess of the quadratic loss per record that the noise
-cost, over its predicted mean, against the law chi2_k / k; and the epsilon that dp_accounting's PLD accountant finds for
-the certificate's mu. The measured excess is **not private**: it is shown because the data is open. Writes predicted.csv
-and predicted.png into --out.
+For each task, model, n and epsilon, one release per seed: the loss per record that the noise of the first step cost
+under the public curvature, over its predicted mean, against its chi-square law; and the epsilon that dp_accounting's
+PLD accountant finds for the certificate's mu. The measured cost is **not private**: it is shown because the data is
+open. Writes predicted.csv and predicted.png into --out.
 """
 
 import argparse
@@ -29,7 +29,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 COLUMNS = (
-    "task model n epsilon delta seed k mu accountant_epsilon predicted_excess quantile_05 quantile_95 measured_excess"
+    "task model n epsilon delta seed k mu accountant_epsilon predicted_cost quantile_05 quantile_95 measured_cost"
 ).split()
 
 
@@ -55,11 +55,12 @@ def row_of(anchor, model_name, n, epsilon, delta, seed):
         public=anchor.split.public, private=private, epsilon=epsilon, delta=delta, diagnostics=True,
     )  # fmt: skip
     k, count, noise_std = infos[0].plan.subspace.dim, len(private["label"]), infos[0].noise_std
-    length = float(infos[0].length)
-    mu = release.certificate["mu"]
-    predicted = length * qexp_jax.accuracy.expected_excess(k, noise_std, count)
-    low, high = (length * qexp_jax.accuracy.excess_quantile(p, k, noise_std, count) for p in (0.05, 0.95))
-    found = (mu, accountant_epsilon(mu, delta), predicted, low, high, float(infos[0].excess_loss))
+    mu, spectrum = release.certificate["mu"], infos[0].plan.spectrum
+    predicted, degrees = qexp_jax.accuracy.noise_cost(
+        spectrum.curvature, infos[0].multiples, spectrum.dims, noise_std=noise_std, num_units=count
+    )
+    low, high = predicted * chi2.ppf([0.05, 0.95], degrees) / degrees
+    found = (mu, accountant_epsilon(mu, delta), predicted, low, high, float(infos[0].noise_cost))
     labels = (anchor.task.name, model_name, count, epsilon, delta, seed, k)
     return dict(zip(COLUMNS, (*labels, *(float(f"{x:.6g}") for x in found)), strict=True))
 
@@ -71,20 +72,19 @@ def accountant_epsilon(mu, delta):
 
 
 def figure(rows, path):
-    """Each release's excess over its predicted mean, with the 90 % band of the law at its k."""
+    """Each release's cost over its predicted mean, with the 90 % band of its law."""
     groups = sorted({(r["task"], r["model"], r["n"], r["epsilon"]) for r in rows})
     fig, axis = plt.subplots(figsize=(10, 0.32 * len(groups) + 1.5), layout="constrained")
     for y, group in enumerate(groups):
         mine = [r for r in rows if (r["task"], r["model"], r["n"], r["epsilon"]) == group]
         for r in mine:
-            axis.fill_betweenx(
-                [y - 0.4, y + 0.4], *chi2.ppf([0.05, 0.95], r["k"]) / r["k"], color="tab:blue", alpha=0.03
-            )
-        axis.plot([r["measured_excess"] / r["predicted_excess"] for r in mine], [y] * len(mine), "k.", ms=4)
+            low, high = (r[quantile] / r["predicted_cost"] for quantile in ("quantile_05", "quantile_95"))
+            axis.fill_betweenx([y - 0.4, y + 0.4], low, high, color="tab:blue", alpha=0.03)
+        axis.plot([r["measured_cost"] / r["predicted_cost"] for r in mine], [y] * len(mine), "k.", ms=4)
     axis.axvline(1, color="tab:blue")
     axis.set_yticks(range(len(groups)), [f"{t} {m}  n={n}  ε={e:g}" for t, m, n, e in groups], fontsize=8)
-    inside = np.mean([r["quantile_05"] <= r["measured_excess"] <= r["quantile_95"] for r in rows])
-    axis.set(xlabel="measured / predicted excess loss (bands: predicted 90 %)")
+    inside = np.mean([r["quantile_05"] <= r["measured_cost"] <= r["quantile_95"] for r in rows])
+    axis.set(xlabel="measured / predicted cost of the noise (bands: predicted 90 %)")
     axis.set_title(f"{inside:.0%} of {len(rows)} releases inside their 90 % interval")
     fig.savefig(path, dpi=120)
     plt.close(fig)

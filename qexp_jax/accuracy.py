@@ -44,6 +44,30 @@ def excess_quantile(probability: float, dim: int, noise_std: float, num_units: i
     return float(chi2.ppf(probability, dim)) * noise_std**2 / (2 * num_units**2)
 
 
+def noise_cost(curvature: Any, multiples: Any, dims: Any, *, noise_std: float, num_units: int) -> tuple[float, float]:
+    """Mean loss per record that the noise of a step costs under a quadratic, and its degrees of freedom.
+
+    A step that follows whitened coordinate j of a draw for the multiple m_j, under curvature K_j, is moved by its noise
+    at a cost of (C z)^2 / (2 N^2) sum_j K_j m_j^2 xi_j^2. A chi-square with these degrees of freedom, scaled to this
+    mean, has the same first two moments (Satterthwaite, Biometrics Bulletin 2, 1946); where K_j m_j^2 is the same for
+    all j, it is the exact law.
+
+    Args:
+      curvature: (r,) K.
+      multiples: (r,) m.
+      dims: (r,) how many coordinates each stands for.
+      noise_std: C z.
+      num_units: N.
+
+    >>> noise_cost([2.0], [0.5], [100], noise_std=5.0, num_units=1000)
+    (0.000625, 100.0)
+    """
+    curvature, multiples, dims = (np.asarray(x, np.float64) for x in (curvature, multiples, dims))
+    weights = curvature * multiples**2
+    total = float(dims @ weights)
+    return expected_excess(1, noise_std, num_units) * total, total**2 / float(dims @ weights**2)
+
+
 def subspace_bias(gradient: jax.Array, full_precision: jax.Array, basis: jax.Array) -> jax.Array:
     """Quadratic gain that the subspace spanned by `basis` leaves unused, `[g^T Hf^{-1} g - g_P^T H^{-1} g_P] / 2`.
 

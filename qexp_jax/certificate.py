@@ -113,7 +113,10 @@ def make_certificate(
         "mu": None if hardened else mu_per_round,
         "zcdp_rho": rho_per_round,
     }
-    excess = plan.expected_round * accuracy.expected_excess(dim, plan.l2_clip_norm * noise_multiplier, num_units)
+    cost, _ = accuracy.noise_cost(
+        plan.spectrum.curvature, plan.expected_multiples, plan.spectrum.dims,
+        noise_std=plan.l2_clip_norm * noise_multiplier, num_units=num_units,
+    )  # fmt: skip
     return {
         "schema": SCHEMA,
         "mechanism": MECHANISMS[hardened],
@@ -141,7 +144,7 @@ def make_certificate(
         "subspace_dim": dim,
         "precision_rank": len(plan.precision.arrays[2]),
         "damping": float(plan.damping),
-        "expected_excess_loss_per_round": excess,
+        "expected_excess_loss_per_round": cost,
         "public_evidence": dict(plan.evidence),
         "provenance": provenance,
         "dtype": str(plan.subspace.layout.dtype),

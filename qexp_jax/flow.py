@@ -23,10 +23,10 @@ about that of the last leading direction. J takes that one for the block's signa
 the private gradient was found 4 to 7 times K, enough for steps that suit K to overshoot in every round. Two rounds in
 sequence measure it (`steepness`), and a round follows its draw for
 
-    (1 - exp(-l c K_j)) / (c K_j)     with c the steepness and l the length of the round,
+    (1 - exp(-l c K_j)) / (c K_j)
 
-which is the draw of an exponential mechanism whose quadratic has that inverse curvature: never beyond the minimum of a
-quadratic c times as steep, however long the flow. The steepest part of a signal is also the first to be consumed; the
+with c the steepness and l the length of the round: gradient flow on a quadratic c times as steep as the public one,
+which never passes its minimum, however long. The steepest part of a signal is also the first to be consumed; the
 anchor's gradient is therefore remembered with weights exp(-L c K_j), those of least variance if c K_j is its decay.
 What remains decays at the rate K, which J takes.
 

@@ -74,7 +74,8 @@ class Plan(NamedTuple):
       spectrum: curvature and moments in whitened coordinates, for `flow`.
       longest: most that the steps of all rounds may add up to.
       longest_round: most of one round.
-      expected_round: length of one round, where the private gradient is as far from the public one as is common.
+      expected_multiples: (r + 1,) of a draw that a round follows, where the private gradient is as far from the public
+        one as is common.
       evidence: the public numbers that decided, for the certificate.
     """
 
@@ -86,7 +87,7 @@ class Plan(NamedTuple):
     spectrum: Spectrum
     longest: float
     longest_round: float
-    expected_round: float
+    expected_multiples: jax.Array
     evidence: dict[str, Any]
 
 
@@ -161,8 +162,8 @@ def make_plan(
         "public_fraction_clipped": float(np.mean(norms > clip_norm)),
     }
     longest_round = _LONGEST_ROUND / largest_curvature
-    expected = min(expected / rounds, longest_round)
-    return Plan(space, precision, clip_norm, damping, rounds, spectrum, longest, longest_round, expected, evidence)
+    multiples, _ = flow.advance(flow.before_release(spectrum), spectrum, min(expected / rounds, longest_round))
+    return Plan(space, precision, clip_norm, damping, rounds, spectrum, longest, longest_round, multiples, evidence)
 
 
 def num_curved(num_public: int) -> int:

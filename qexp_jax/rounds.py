@@ -41,10 +41,8 @@ class RoundInfo(NamedTuple):
       quadratic: the utility with the exact clipped sum.
       noise_std: C z.
       w: the draw.
-      length: for how long the flow followed it; where it is short against the curvature, the multiple of w that was
-        taken.
-      excess_loss: how much of the best loss per record of the quadratic with precision M / length the noise cost;
-        reveals |xi|.
+      multiples: (r + 1,) of w that were followed, in the spectrum's directions and in all others.
+      noise_cost: loss per record that the noise of this step costs under the public curvature; reveals |xi|.
       clip_info: counts of clipped and non-finite units.
     """
 
@@ -52,8 +50,8 @@ class RoundInfo(NamedTuple):
     quadratic: Quadratic
     noise_std: float
     w: jax.Array
-    length: jax.Array
-    excess_loss: jax.Array
+    multiples: jax.Array
+    noise_cost: jax.Array
     clip_info: ClipInfo
 
 
@@ -134,7 +132,7 @@ def run(
         else:
             total, noisy = hardened.noisy_sum(total, engine.discrete_noise, layout.dtype)
         quadratic = Quadratic(plan.precision, total, num_units)
-        w, length, excess, walk = follow(
+        w, multiples, cost, walk = follow(
             noisy,
             progress.walk,
             plan.subspace,
@@ -145,7 +143,7 @@ def run(
             plan.longest,
             plan.longest_round,
         )
-        infos.append(RoundInfo(plan, quadratic, noise_std, w, length, excess, clip_info))
+        infos.append(RoundInfo(plan, quadratic, noise_std, w, multiples, cost, clip_info))
         progress = _beginning(progress.round + 1, walk, plan, engine)
         _save(engine, layout, progress)
     announce(engine.progress, "done", progress.walk)
@@ -169,10 +167,10 @@ def follow(
 ) -> tuple[jax.Array, jax.Array, jax.Array, Walk]:
     """The draw of a noisy sum, followed for a step of the flow whose length all releases so far deserve.
 
-    Post-processing of `noisy`, but for the excess, which is **not private**.
+    Post-processing of `noisy`, but for the cost, which is **not private**.
 
     Returns:
-      The draw w, the length for which it is followed, its excess loss, and the walk after it.
+      The draw w, the multiples of it that are followed, the cost of their noise, and the walk after it.
     """
     num_units = quadratic.num_units
     w = mechanism.release_step(quadratic, noisy)
@@ -184,8 +182,9 @@ def follow(
     multiples, belief = flow.advance(belief, spectrum, length)
     # The precision has the spectrum's directions, so that scaling before or after colouring is the same.
     params = subspaces.displace(subspace, walk.params, flow.scale(spectrum.directions, multiples, w))
-    excess = length * mechanism.excess_utility(quadratic, w) / num_units
-    return w, length, excess, Walk(params, belief)
+    noise = (noisy - quadratic.whitened_sum) / num_units
+    cost = jnp.vdot(noise, flow.scale(spectrum.directions, spectrum.curvature * multiples**2, noise)) / 2
+    return w, multiples, cost, Walk(params, belief)
 
 
 def announce(progress: Callable[[str], None] | None, stage: str, finished: Any = None) -> None:

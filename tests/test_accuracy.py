@@ -23,6 +23,18 @@ def test_measured_excess_follows_the_predicted_law_and_not_one_of_half_the_noise
     np.testing.assert_allclose(below, 0.9, atol=0.02)
 
 
+def test_the_cost_of_a_steps_noise_has_the_stated_mean_and_nearly_the_stated_law():
+    multiples, dims, noise_std, n = np.array([0.1, 0.3, 0.5]), np.array([3, 2, 40]), 3.0, 40
+    curvature = np.array([10.0, 4.0, 2.0])
+    xi = np.random.default_rng(0).normal(size=(20_000, 45))
+    excess = noise_std**2 / (2 * n**2) * (xi**2 @ np.repeat(curvature * multiples**2, dims))
+    mean, degrees = accuracy.noise_cost(curvature, multiples, dims, noise_std=noise_std, num_units=n)
+    np.testing.assert_allclose(excess.mean(), mean, rtol=0.01)
+    for p in (0.05, 0.95):
+        np.testing.assert_allclose(np.mean(excess < mean * stats.chi2.ppf(p, degrees) / degrees), p, atol=0.006)
+    assert abs(np.mean(excess < mean * stats.chi2.ppf(0.05, 10) / 10) - 0.05) > 0.02
+
+
 def test_subspace_bias_is_the_gain_left_unused():
     matrix, gradient = spd(KEY, 6), jnp.arange(1.0, 7.0)
     basis = jax.random.normal(KEY, (6, 2))

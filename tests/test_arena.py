@@ -137,7 +137,7 @@ def test_predictions_are_compared_with_measurements_and_with_an_accountant(tmp_p
                     "--out", str(tmp_path), "--data-dir", str(tmp_path), "--cache-dir", str(tmp_path)])  # fmt: skip
     rows = rows_of(tmp_path / "predicted.csv")
     assert all(float(row["accountant_epsilon"]) == pytest.approx(1.0, abs=1e-3) for row in rows)
-    ratios = [float(row["measured_excess"]) / float(row["predicted_excess"]) for row in rows]
+    ratios = [float(row["measured_cost"]) / float(row["predicted_cost"]) for row in rows]
     assert 0.01 < np.mean(ratios) < 10 and (tmp_path / "predicted.png").is_file()
 
 

@@ -32,7 +32,7 @@ def test_the_demo_writes_what_it_promises(tmp_path, monkeypatch):
         "metrics.json", "certificate.json", "params.msgpack", "demo.png",
     }  # fmt: skip
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["measured_excess_loss_not_private"] > 0
+    assert metrics["measured_noise_cost_not_private"] > 0
     assert json.loads((tmp_path / "certificate.json").read_text())["num_units"] == 200
 
 

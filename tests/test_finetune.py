@@ -11,7 +11,7 @@ from flax import nnx
 from problems import network, network_loss
 
 import qexp_jax
-from qexp_jax import flow, privacy, subspace
+from qexp_jax import accuracy, flow, privacy, subspace
 
 KEY = jax.random.key(17)
 BUDGET = {"epsilon": 1.0, "delta": 1e-5}
@@ -89,13 +89,15 @@ def test_under_add_or_remove_nothing_but_the_draw_sees_the_true_number():
 def test_diagnostics_are_apart_and_measure_the_excess():
     release, info = tune(diagnostics=True, rounds=1)
     assert release._fields == ("params", "certificate")
-    assert info[0].excess_loss > 0 and info[0].clip_info.num_units == 400
+    assert info[0].noise_cost > 0 and info[0].clip_info.num_units == 400
     plan = info[0].plan
-    multiples, _ = flow.advance(flow.before_release(plan.spectrum), plan.spectrum, info[0].length)
-    step = flow.scale(plan.spectrum.directions, multiples, info[0].w)
+    step = flow.scale(plan.spectrum.directions, info[0].multiples, info[0].w)
     moved = subspace.displace(plan.subspace, {"w": jnp.ones(3)}, step)
     np.testing.assert_allclose(moved["w"], release.params["w"], rtol=1e-5)
-    assert multiples.min() > 0 and multiples.max() <= info[0].length * (1 + 1e-6)
+    mean, degrees = accuracy.noise_cost(
+        plan.spectrum.curvature, info[0].multiples, plan.spectrum.dims, noise_std=info[0].noise_std, num_units=400
+    )
+    assert 0 < info[0].noise_cost < 20 * mean and 1 <= degrees <= 3
 
 
 def test_progress_names_the_stages_and_changes_nothing():
