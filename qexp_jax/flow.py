@@ -143,18 +143,24 @@ def steepness(belief: Belief) -> jax.Array:
     return jnp.clip(mean, 1.0, _STEEPEST)
 
 
+def secant(belief: Belief, curvature: jax.Array, seen: jax.Array, noise_var: jax.Array | float) -> jax.Array:
+    """A and B of `steepness`, for leading coordinates `seen` (r,) of a round and leading `curvature` (r,)."""
+    moved = belief.followed * belief.last
+    met = noise_var * jnp.sum(curvature * belief.followed**2)
+    measured = jnp.vdot(moved, belief.last - seen) - noise_var * jnp.sum(belief.followed) - met
+    return jnp.stack([measured, jnp.vdot(moved, curvature * moved) - met])
+
+
 def _slopes(belief, curvature, seen, noise_var):
     """A W / V and B W / V of one round, V the error's variance; zero for the first, which follows nothing.
 
     W is how far B exceeds two standard deviations of its noise, at least 0: what looks like noise has no say.
     """
-    moved, pushed = belief.followed * belief.last, curvature * belief.followed**2
-    met = noise_var * jnp.sum(pushed)
-    measured = jnp.vdot(moved, belief.last - seen) - noise_var * jnp.sum(belief.followed) - met
-    public = jnp.vdot(belief.last, pushed * belief.last) - met
-    sure = jnp.maximum(public - 2 * noise_var * jnp.sqrt(2 * jnp.sum(pushed**2)), 0)
+    pair, moved = secant(belief, curvature, seen, noise_var), belief.followed * belief.last
+    spread = noise_var * jnp.sqrt(2 * jnp.sum((curvature * belief.followed**2) ** 2))
+    sure = jnp.maximum(pair[1] - 2 * spread, 0)
     variance = noise_var * (2 * jnp.vdot(moved, moved) + noise_var * jnp.sum(belief.followed**2))
-    return jnp.stack([measured, public]) * sure / jnp.where(variance > 0, variance, jnp.inf)
+    return pair * sure / jnp.where(variance > 0, variance, jnp.inf)
 
 
 def signal_curvature(spectrum: Spectrum) -> jax.Array:
