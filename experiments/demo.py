@@ -113,8 +113,8 @@ def summarise(trained, release, info, split, seconds):
         },
         "predicted_noise_cost": {
             "mean": mean,
-            "quantile_05": mean * chi2.ppf(0.05, degrees) / degrees,
-            "quantile_95": mean * chi2.ppf(0.95, degrees) / degrees,
+            "quantile_05": qexp_jax.accuracy.excess_quantile(0.05, mean, degrees),
+            "quantile_95": qexp_jax.accuracy.excess_quantile(0.95, mean, degrees),
             "degrees_of_freedom": degrees,
         },
         "measured_noise_cost_not_private": float(info.noise_cost),

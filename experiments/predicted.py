@@ -16,7 +16,6 @@ import matplotlib
 import numpy as np
 from dp_accounting import NeighboringRelation
 from dp_accounting.pld import PLDAccountant
-from scipy.stats import chi2
 from tqdm import tqdm
 
 import qexp_jax
@@ -59,7 +58,7 @@ def row_of(anchor, model_name, n, epsilon, delta, seed):
     predicted, degrees = qexp_jax.accuracy.noise_cost(
         spectrum.curvature, infos[0].multiples, spectrum.dims, noise_std=noise_std, num_units=count
     )
-    low, high = predicted * chi2.ppf([0.05, 0.95], degrees) / degrees
+    low, high = (qexp_jax.accuracy.excess_quantile(p, predicted, degrees) for p in (0.05, 0.95))
     found = (mu, accountant_epsilon(mu, delta), predicted, low, high, float(infos[0].noise_cost))
     labels = (anchor.task.name, model_name, count, epsilon, delta, seed, k)
     return dict(zip(COLUMNS, (*labels, *(float(f"{x:.6g}") for x in found)), strict=True))

@@ -37,11 +37,20 @@ def expected_excess(dim: int, noise_std: float, num_units: int) -> float:
     return dim * noise_std**2 / (2 * num_units**2)
 
 
-def excess_quantile(probability: float, dim: int, noise_std: float, num_units: int) -> float:
-    """The exact quantile of the same excess."""
+def excess_quantile(probability: float, mean: float, degrees: float) -> float:
+    """The quantile of such an excess: of a chi-square with these degrees of freedom, scaled to this mean.
+
+    Args:
+      probability: in (0, 1).
+      mean: from `expected_excess`, or of `noise_cost`.
+      degrees: k, where the law is exact; or of `noise_cost`.
+
+    >>> round(excess_quantile(0.95, mean=0.00125, degrees=100), 6)
+    0.001554
+    """
     if not 0 < probability < 1:
         raise ValueError(f"Expected a probability in (0, 1), found {probability}.")
-    return float(chi2.ppf(probability, dim)) * noise_std**2 / (2 * num_units**2)
+    return mean * float(chi2.ppf(probability, degrees)) / degrees
 
 
 def noise_cost(curvature: Any, multiples: Any, dims: Any, *, noise_std: float, num_units: int) -> tuple[float, float]:
