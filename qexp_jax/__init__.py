@@ -21,6 +21,7 @@
     accuracy     what the noise costs
     flow         how far to follow the released gradients
     validation   checks of public and static input
+    survey       what public records say of the loss around the anchor
     plan         the public side of a release
     certificate  what is promised
     verification the promise derived from a certificate anew

@@ -1,12 +1,14 @@
-"""The public side of a release: directions, precision, clip norm, length, rounds, from anchor and public records.
+"""The public side of a release: where to tune, precision, clip norm, length, rounds, from a survey of public records.
 
 One rule, with nothing to tune on private data:
 
-* *Precision*: M = (H + lambda I)^{1/2}, scaled to a largest eigenvalue of 1, on all parameters. H is diagonal in the
-  leading eigenspace of the public gradients, with their second moments on *other* public records, and equal in all
-  other directions; a few Hessian-vector products give its scale. The exponent 1/2 lies between clipping in the
-  parameter norm (0) and in the curvature norm (1): with 1 noise swamps the low curvatures, with 0 the high ones.
+* *Precision*: M = (H + lambda I)^{1/2}, scaled to a largest eigenvalue of 1, with the surveyed curvature H. The
+  exponent 1/2 lies between clipping in the parameter norm (0) and in the curvature norm (1): with 1 noise swamps the
+  low curvatures, with 0 the high ones.
 * *Clip norm*: the .9 quantile of the public norms |M^{-1/2} g|.
+* *Where*: in all parameters, or in the leading directions alone, where more is expected to be gained. The others hold
+  about half of the gradients' energy, and so of the clip norm, and most of the noise; where noise is large they cost
+  more than they hold.
 * *Length*: at most four times what makes the noise of all rounds together, added to the anchor, raise the *public* loss
   by a fixed small fraction of its root mean square; within that, what the releases deserve (`flow`).
 * *Rounds*: as many as keep each step of the length expected before the first within one over the largest private
@@ -15,15 +17,14 @@ One rule, with nothing to tune on private data:
 A round is then one exact draw with precision M, followed for a step of the flow.
 
 What was measured and not kept. One draw with precision H + lambda I needs a damping near the largest curvature to be
-safe and then gains a fifth as much. Hessian-vector products in each of 32 directions cost ten times as much as second
-moments in 128 and gained less. Correcting the clipped sum by the public clipping bias helped where clipping was heavy
-(.7 quantile, images) and hurt where the classes are unequal, as did any clip norm below the .9 quantile. A
-Kronecker-factored whole spectrum gained up to .006 on linear models, nothing on networks, and varied with the public
-sample. Pooled Newton steps matched this rule at small budgets and failed at large ones on networks, which are no
-quadratics there. Steps bounded by the public curvature overshot in every round on PhysioNet by ICU, where the private
-one is five times as steep along the shift. Six rounds in place of twelve lost .001 to .003 at epsilon 8; a length of
-its own for the block of all other directions changed nothing. Block James-Stein shrinkage of the released sum
-over-shrinks; a private diagonal curvature (T7) cost more budget than it returned.
+safe and then gains a fifth as much. Correcting the clipped sum by the public clipping bias helped where clipping was
+heavy (.7 quantile, images) and hurt where the classes are unequal, as did any clip norm below the .9 quantile. Pooled
+Newton steps matched this rule at small budgets and failed at large ones on networks, which are no quadratics there.
+Steps bounded by the public curvature overshot in every round on PhysioNet by ICU, where the private one is five times
+as steep along the shift. Six rounds in place of twelve lost .001 to .003 at epsilon 8; a length of its own for the
+block of all other directions changed nothing. Eight or 32 leading directions in place of 128 lost more images than they
+saved noise. Block James-Stein shrinkage of the released sum over-shrinks; a private diagonal curvature (T7) cost more
+budget than it returned.
 
 The rule is ours. It reads N and the budget, which are public, and is deterministic given its key.
 """
@@ -37,29 +38,23 @@ import numpy as np
 
 from qexp_jax import flow
 from qexp_jax import precision as precisions
-from qexp_jax import subspace as subspaces
-from qexp_jax.accuracy import noise_tolerance
-from qexp_jax.curvature import hessian_product, mean_loss, top_eigenspace
+from qexp_jax import survey as surveys
 from qexp_jax.flow import Spectrum
-from qexp_jax.gradients import projected_gradients
 from qexp_jax.precision import Precision
-from qexp_jax.records import LossFn, Params, Record, microbatches, num_records, take
+from qexp_jax.records import LossFn, Params, Record
 from qexp_jax.subspace import Subspace
+from qexp_jax.survey import Survey
 
-_CURVED, _HELD_OUT, _TRIED = 1024, 2048, 512
-_SCALED_DIRECTIONS, SCALING_RECORDS = 8, 256
 _DAMPING = 0.01
 _CLIP_QUANTILE = 0.9
 _SMALLEST_CLIP_NORM = 1e-18  # C, C z and sums of C stay within float32
 _NOISE_COST = 0.006
-_NOISE_DRAWS = 3
 _LONGEST = 4.0
 _LEAST_ROUNDS, _MOST_ROUNDS = 8, 12
 _LONGEST_ROUND = 4.0
 _PRIVATE_CURVATURE = 1.5  # private over public curvature: 1 to 2.4 was found under shift
 _EXPECTED_SHIFT = 1.5e-3
-_GRADIENT_BYTES = 2**30
-_SKETCH_DIM = 4096
+_OTHERS_SHIFT = 0.5  # of the leading directions' shift: .3 to .7 was found
 
 
 class Plan(NamedTuple):
@@ -89,6 +84,32 @@ class Plan(NamedTuple):
     longest_round: float
     expected_multiples: jax.Array
     evidence: dict[str, Any]
+
+
+class Candidate(NamedTuple):
+    """A space to tune in, and what follows from it.
+
+    Attributes:
+      subspace: P.
+      precision: M.
+      l2_clip_norm: C.
+      spectrum: in whitened coordinates.
+      longest: most that the steps of all rounds may add up to.
+      length: what the common shift deserves.
+      gain: the loss per record that it is expected to save.
+      tolerance: noise that the public loss tolerates, in units of the whitened draw.
+      clipped: share of public units above C.
+    """
+
+    subspace: Subspace
+    precision: Precision
+    l2_clip_norm: float
+    spectrum: Spectrum
+    longest: float
+    length: float
+    gain: float
+    tolerance: float
+    clipped: float
 
 
 def make_plan(
@@ -121,8 +142,8 @@ def make_plan(
       noise_multiplier: z of the whole budget spent in one round.
       rounds: T, in place of the choice.
       precision_rank: at most how many leading directions have their curvature measured; as many public gradients.
-      subspace: public subspace; by default all parameters, or a count-sketch of them where a sample of gradients would
-        not fit.
+      subspace: public subspace to tune in. By default all parameters, or a count-sketch of them where a sample of
+        gradients would not fit; or the leading directions in it.
       subspace_dim: tune in the leading public eigenspace of this dimension.
       damping: lambda, in units of curvature.
       l2_clip_norm: C in the norm |M^{-1/2} g|, where M has largest eigenvalue 1.
@@ -130,141 +151,58 @@ def make_plan(
     Raises:
       ValueError: if the public curvature is unusable, or public gradients vanish; no private record has been read then.
     """
-    record_key, unit_key, sketch_key, trial_key = jax.random.split(key, 4)
-    curved, held_out = _samples(record_key, public)
-    space = _tuned_space(sketch_key, loss_fn, params, curved, public, subspace, subspace_dim)
-    rank = min(precision_rank, space.dim, num_records(curved))
-    directions = leading_directions(loss_fn, params, curved, rank, space)[0].arrays[1].T
-    squares = _squares(loss_fn, params, space, directions, held_out)
-    dims = np.append(np.ones(rank), space.dim - rank)
-    curvature = _curvature(loss_fn, params, space, directions, squares, dims, held_out)
-    damping = _DAMPING * float(curvature.max()) if damping is None else damping
-    shape = np.sqrt((curvature + damping) / (curvature.max() + damping))
-    precision = precisions.low_rank(shape[-1], directions, jnp.asarray(shape[:-1] - shape[-1], directions.dtype))
-    if clip_loss_fn is not loss_fn:
-        squares = _squares(clip_loss_fn, params, space, directions, _samples(unit_key, public_units)[1])
-    norms, clip_norm, moments = _clipping(squares / shape, dims, l2_clip_norm)
-    tolerance, cost = _tolerated_noise(trial_key, loss_fn, params, space, precision, take(held_out, slice(0, _TRIED)))
-    curvature = _whitened_curvature(curvature / shape, dims, 2 * cost / tolerance**2)
-    numbers = curvature, moments, dims, *flow.shift_prior()
-    spectrum = Spectrum(directions, *(jnp.asarray(x, directions.dtype) for x in numbers))
-    noise_std, largest_curvature = clip_norm * noise_multiplier / num_units, float(curvature.max())
-    longest = _LONGEST * tolerance / noise_std
-    expected = float(_expected_length(spectrum, noise_std**2, num_units, longest))
+    *keys, trial_key = jax.random.split(key, 4)
+    surveyed = surveys.survey(
+        keys, loss_fn, params, public, clip_loss_fn, public_units,
+        precision_rank=precision_rank, subspace=subspace, subspace_dim=subspace_dim,
+    )  # fmt: skip
+    damping = _DAMPING * float(surveyed.curvature.max()) if damping is None else damping
+    candidate = functools.partial(
+        _candidate, trial_key, loss_fn, params,
+        damping=damping, l2_clip_norm=l2_clip_norm, num_units=num_units, noise_multiplier=noise_multiplier,
+    )  # fmt: skip
+    chosen, gains = candidate(surveyed), {}
+    if subspace is None and subspace_dim is None and surveyed.dims[-1] > 0:
+        leading = candidate(surveys.leading_alone(surveyed))
+        gains = {"expected_gain_all": chosen.gain, "expected_gain_leading": leading.gain}
+        chosen = chosen if chosen.gain > leading.gain else leading
+    spectrum, largest_curvature = chosen.spectrum, float(chosen.spectrum.curvature.max())
     if rounds is None:
-        rounds = int(np.clip(np.ceil(expected * largest_curvature), _LEAST_ROUNDS, _MOST_ROUNDS))
-    evidence = {
+        rounds = int(np.clip(np.ceil(chosen.length * largest_curvature), _LEAST_ROUNDS, _MOST_ROUNDS))
+    evidence = gains | {
         "largest_curvature": largest_curvature,
-        "leading_share_of_energy": float(np.sum(moments[:-1]) / np.sum(dims * moments)),
-        "tolerated_noise": tolerance,
-        "longest_length": longest,
-        "expected_length": expected,
-        "public_fraction_clipped": float(np.mean(norms > clip_norm)),
+        "leading_share_of_energy": float(jnp.sum(spectrum.moments[:-1]) / jnp.vdot(spectrum.dims, spectrum.moments)),
+        "tolerated_noise": chosen.tolerance,
+        "longest_length": chosen.longest,
+        "expected_length": chosen.length,
+        "public_fraction_clipped": chosen.clipped,
     }
     longest_round = _LONGEST_ROUND / largest_curvature
-    multiples, _ = flow.advance(flow.before_release(spectrum), spectrum, min(expected / rounds, longest_round))
-    return Plan(space, precision, clip_norm, damping, rounds, spectrum, longest, longest_round, multiples, evidence)
+    multiples, _ = flow.advance(flow.before_release(spectrum), spectrum, min(chosen.length / rounds, longest_round))
+    return Plan(
+        chosen.subspace, chosen.precision, chosen.l2_clip_norm, damping, rounds,
+        spectrum, chosen.longest, longest_round, multiples, evidence,
+    )  # fmt: skip
 
 
-def num_curved(num_public: int) -> int:
-    """Public records whose gradients give the directions."""
-    return max(1, min(_CURVED, num_public // 2))
-
-
-@jax.jit
-def _samples(key: jax.Array, records: Record) -> tuple[Record, Record]:
-    """Two disjoint random samples, for directions and for what is measured; a single record serves as both."""
-    n = num_records(records)
-    order = jax.random.permutation(key, n)
-    curved = num_curved(n)
-    return take(records, order[:curved]), take(records, order[curved : curved + _HELD_OUT] if n > 1 else order)
-
-
-def tuned_space(key: jax.Array, params: Params, num_records: int, subspace: Subspace | None, dim: int = 0) -> Subspace:
-    """The given subspace; or all parameters, or a count-sketch of them where a sample of gradients would not fit."""
-    if subspace is not None:
-        return subspace
-    whole = subspaces.full(params)
-    if whole.dim * num_records * 4 <= _GRADIENT_BYTES:
-        return whole
-    return subspaces.count_sketch(key, params, max(_SKETCH_DIM, dim))
-
-
-def _tuned_space(key, loss_fn, params, curved, public, subspace, dim):
-    """The space that is tuned in, with orthonormal columns."""
-    if subspace is not None:
-        return subspaces.orthonormalise(subspace)
-    num_params = subspaces.layout_of(params).num_params
-    if dim is not None and not 1 <= dim <= num_params:
-        raise ValueError(f"Expected subspace_dim in [1, {num_params}], found {dim}.")
-    records = public if dim is not None and dim > num_records(curved) else curved
-    whole = tuned_space(key, params, num_records(records), None, dim or 0)
-    if dim is None or dim == whole.dim:
-        return whole
-    if dim > num_records(records):
-        raise ValueError(
-            f"subspace_dim={dim} needs as many public records, found {num_records(records)}; or give a subspace, "
-            "such as count_sketch."
-        )
-    return leading_directions(loss_fn, params, take(records, slice(0, max(dim, num_records(curved)))), dim, whole)[0]
-
-
-def at_a_time(space: Subspace, most: int) -> int:
-    """Records whose gradients are held together: a few for a large model."""
-    return int(np.clip(_GRADIENT_BYTES // (16 * space.layout.num_params), 1, most))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def leading_directions(
-    loss_fn: LossFn, params: Params, records: Record, dim: int, within: Subspace
-) -> tuple[Subspace, jax.Array]:
-    """`curvature.top_eigenspace`, with microbatches that fit."""
-    return top_eigenspace(loss_fn, params, records, dim, within=within, microbatch_size=at_a_time(within, 64))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def product_along(loss_fn: LossFn, params: Params, space: Subspace, direction: jax.Array, records: Record) -> jax.Array:
-    """`curvature.hessian_product`, with microbatches that fit."""
-    size = at_a_time(space, SCALING_RECORDS)
-    return hessian_product(loss_fn, params, space, direction, records, microbatch_size=size)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _gradient_squares(loss_fn, params, space, directions, records):
-    batches, _ = microbatches(records, min(at_a_time(space, 64), num_records(records)))
-
-    def squares(batch):
-        return jax.vmap(lambda g: flow.energies(directions, g))(projected_gradients(loss_fn, params, space, batch))
-
-    return jax.lax.map(squares, batches).reshape(-1, len(directions) + 1)
-
-
-def _squares(loss_fn, params, space, directions, records):
-    """Squares of each record's gradient: in the leading directions, and the mean of all others (n, r + 1)."""
-    squares = np.asarray(_gradient_squares(loss_fn, params, space, directions, records), np.float64)
-    return squares[: num_records(records)]
-
-
-def _curvature(loss_fn, params, space, directions, squares, dims, records):
-    """Curvature (r + 1,): second moments of the gradients, scaled to the Hessian along the steepest directions.
-
-    For the likelihood of a model that fits, the two agree (Fisher); for other losses only their shape does. A host
-    loop: XLA's CPU convolutions are ten times slower in its loops or batched.
-    """
-    moments = squares.mean(axis=0)
-    steepest = np.argsort(-moments[:-1])[:_SCALED_DIRECTIONS]
-    few = take(records, slice(0, SCALING_RECORDS))
-    products = (product_along(loss_fn, params, space, v, few) for v in directions[steepest])
-    curved = [float(jnp.vdot(v, product)) for v, product in zip(directions[steepest], products, strict=True)]
-    if not (np.all(np.isfinite(curved)) and np.all(np.isfinite(moments))):
-        raise ValueError(f"The public curvature is not finite at the anchor, {moments.shape=}.")
-    with np.errstate(over="ignore"):  # refused below
-        scale = np.sum(np.abs(curved)) / max(np.sum(moments[steepest]), np.finfo(np.float64).tiny)
-    if not (0 < scale < np.inf and moments.max() > 0):
-        raise ValueError(
-            f"Public gradients or curvature vanish at the anchor, {moments.shape=}: there is no quadratic."
-        )
-    return scale * moments
+def _candidate(
+    key, loss_fn, params, surveyed: Survey, *, damping, l2_clip_norm, num_units, noise_multiplier
+) -> Candidate:
+    """Tuning in the surveyed space."""
+    curvature, space = surveyed.curvature, surveyed.subspace
+    shape = np.sqrt((curvature + damping) / (curvature.max() + damping))
+    values = jnp.asarray(shape[:-1] - shape[-1], surveyed.directions.dtype)
+    precision = precisions.low_rank(shape[-1], surveyed.directions, values)
+    norms, clip_norm, moments = _clipping(surveyed.squares / shape, surveyed.dims, l2_clip_norm)
+    tolerance, cost = surveys.tolerated_noise(key, loss_fn, params, space, precision, surveyed.tried, _NOISE_COST)
+    curvature = _whitened_curvature(curvature / shape, surveyed.dims, 2 * cost / tolerance**2)
+    numbers = curvature, moments, surveyed.dims, *flow.shift_prior()
+    spectrum = Spectrum(surveyed.directions, *(jnp.asarray(x, values.dtype) for x in numbers))
+    noise_std = clip_norm * noise_multiplier / num_units
+    longest = _LONGEST * tolerance / noise_std
+    length, gain = map(float, _expected(spectrum, noise_std**2, num_units, longest))
+    clipped = float(np.mean(norms > clip_norm))
+    return Candidate(space, precision, clip_norm, spectrum, longest, length, gain, tolerance, clipped)
 
 
 def _clipping(squares, dims, clip_norm):
@@ -291,37 +229,11 @@ def _whitened_curvature(curvature, dims, trace):
 
 
 @jax.jit
-def _expected_length(spectrum, noise_var, num_units, longest):
-    """The length that the expected shift deserves."""
-    return flow.best_length(_EXPECTED_SHIFT * spectrum.moments, spectrum, noise_var, num_units, longest)
-
-
-def _tolerated_noise(key, loss_fn, params, space, shape, held_out):
-    """The largest s for which the anchor moved by s M^{-1/2} xi costs the share of the loss's scale, and that cost."""
-    losses = np.asarray(_losses(loss_fn, params, held_out, at_a_time(space, _TRIED)), np.float64)
-    limit = _NOISE_COST * float(np.sqrt(np.mean(losses**2)))
-    moves = [_noise_move(k, shape, space) for k in jax.random.split(key, _NOISE_DRAWS)]
-
-    def cost(scale):
-        moved = [_moved_loss(loss_fn, params, space, scale * move, held_out) for move in moves]
-        return float(np.mean(jax.device_get(moved))) - float(np.mean(losses))
-
-    return noise_tolerance(cost, limit), limit
-
-
-@jax.jit
-def _noise_move(key, shape, space):
-    return precisions.color(shape, jax.random.normal(key, (space.dim,), space.layout.dtype))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def _losses(loss_fn, params, records, size):
-    if size >= num_records(records):
-        return jax.vmap(loss_fn, in_axes=(None, 0))(params, records)
-    return jax.lax.map(lambda record: loss_fn(params, record), records, batch_size=size)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _moved_loss(loss_fn, params, space, move, records):
-    moved = subspaces.displace(space, params, move)
-    return mean_loss(loss_fn, moved, records, microbatch_size=at_a_time(space, _TRIED))
+def _expected(spectrum, noise_var, num_units, longest):
+    """The length that the common shift deserves, and what the best one gains where the others shift less."""
+    signals = _EXPECTED_SHIFT * spectrum.moments
+    length = flow.best_length(signals, spectrum, noise_var, num_units, longest)
+    signals = signals.at[-1].multiply(_OTHERS_SHIFT)
+    best = flow.best_length(signals, spectrum, noise_var, num_units, longest)
+    before, after = (flow.excess(x, signals, spectrum, noise_var, num_units) for x in (0.0, best))
+    return length, jnp.maximum(before - after, 0)

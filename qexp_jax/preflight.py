@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from qexp_jax import passes
-from qexp_jax import plan as plans
 from qexp_jax import precision as precisions
+from qexp_jax import survey as surveys
 from qexp_jax.gradients import Mode
 from qexp_jax.operations import count_flops
 from qexp_jax.passes import Target
@@ -93,8 +93,8 @@ def estimate(
     (1000, 4000, True)
     """
     params, record = _shapes(params), _shapes(record)
-    curved = plans.num_curved(num_public)
-    space = plans.tuned_space(jax.random.key(0), params, curved, subspace)
+    curved = surveys.num_curved(num_public)
+    space = surveys.tuned_space(jax.random.key(0), params, curved, subspace)
     rank = min(precision_rank, space.dim, curved)
     held = -(-min(batch_size or num_units, num_units) // num_devices)
     target = Target(params, _shapes(space), _low_rank(space, rank), 1.0)
@@ -154,11 +154,11 @@ def _low_rank(space, rank):
 def _plan_bytes(loss_fn, params, record, num_public, rank, space):
     """The Gram trick, which holds a sample of public gradients, or a Hessian-vector product, which holds two."""
     shapes, direction = _shapes(space), jax.ShapeDtypeStruct((space.dim,), space.layout.dtype)
-    curved = _batch(record, plans.num_curved(num_public))
-    few = _batch(record, max(1, min(plans.SCALING_RECORDS, num_public - plans.num_curved(num_public))))
+    curved = _batch(record, surveys.num_curved(num_public))
+    few = _batch(record, max(1, min(surveys.SCALING_RECORDS, num_public - surveys.num_curved(num_public))))
     steps = (
-        (curved, plans.leading_directions.lower(loss_fn, params, curved, rank, shapes)),
-        (few, plans.product_along.lower(loss_fn, params, shapes, direction, few)),
+        (curved, surveys.leading_directions.lower(loss_fn, params, curved, rank, shapes)),
+        (few, surveys.product_along.lower(loss_fn, params, shapes, direction, few)),
     )
     return max(_bytes(records) + sum(_held(lowered)) for records, lowered in steps)
 

@@ -167,17 +167,17 @@ def test_a_given_subspace_is_used(make):
     assert np.any(release.params["layer"]["w"] != params["layer"]["w"])
 
 
-def test_all_parameters_are_tuned_unless_a_dimension_is_given():
+def test_the_space_that_is_asked_for_is_tuned():
     params = {"w": jnp.ones(700)}
-    whole = tune(params=params, **regression(d=700)).certificate
+    whole = tune(params=params, subspace=subspace.full(params), **regression(d=700)).certificate
     assert whole["subspace_dim"] == 700 and whole["precision_rank"] == 100
     few = tune(params=params, subspace_dim=5, **regression(d=700)).certificate
     assert few["subspace_dim"] == 5 and "top eigenspace" in few["subspace"]
 
 
 def test_a_sketch_is_tuned_where_gradients_would_not_fit(monkeypatch):
-    monkeypatch.setattr(qexp_jax.plan, "_GRADIENT_BYTES", 1000)
-    monkeypatch.setattr(qexp_jax.plan, "_SKETCH_DIM", 20)
+    monkeypatch.setattr(qexp_jax.survey, "_GRADIENT_BYTES", 1000)
+    monkeypatch.setattr(qexp_jax.survey, "_SKETCH_DIM", 20)
     certificate = tune(params={"w": jnp.ones(50)}, **regression(d=50)).certificate
     assert certificate["subspace"] == "count_sketch" and certificate["subspace_dim"] == 20
 

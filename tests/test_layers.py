@@ -8,8 +8,8 @@ import qexp_jax
 ROOMS = [
     "keys", "records", "operations", "sketching", "subspace", "convolutions", "gradients", "curvature", "precision",
     "clipping", "privacy", "ledger", "mechanism", "hardened", "truncated", "pure", "accuracy", "flow", "validation",
-    "plan", "certificate", "verification", "stream", "passes", "checkpoint", "rounds", "preflight", "finetune", "audit",
-    "__init__",
+    "survey", "plan", "certificate", "verification", "stream", "passes", "checkpoint", "rounds", "preflight",
+    "finetune", "audit", "__init__",
 ]  # fmt: skip
 PACKAGE = pathlib.Path(qexp_jax.__file__).parent
 
