@@ -12,7 +12,8 @@ One rule, with nothing to tune on private data:
 * *Length*: at most four times what makes the noise of all rounds together, added to the anchor, raise the *public* loss
   by a fixed small fraction of its root mean square; within that, what the releases deserve (`flow`).
 * *Rounds*: as many as keep each step of the length expected before the first within one over the largest private
-  curvature expected, 8 to 12; what the releases then deserve may be up to four times as long.
+  curvature expected, 8 to 12; where that would take more than 24, as many as keep it within two, up to 24. What the
+  releases then deserve may be up to four times as long.
 
 A round is then one exact draw with precision M, followed for a step of the flow.
 
@@ -21,7 +22,8 @@ safe and then gains a fifth as much. Correcting the clipped sum by the public cl
 heavy (.7 quantile, images) and hurt where the classes are unequal, as did any clip norm below the .9 quantile. Pooled
 Newton steps matched this rule at small budgets and failed at large ones on networks, which are no quadratics there.
 Steps bounded by the public curvature overshot in every round on PhysioNet by ICU, where the private one is five times
-as steep along the shift. Six rounds in place of twelve lost .001 to .003 at epsilon 8; a length of its own for the
+as steep along the shift. Six rounds in place of twelve lost .001 to .003 at epsilon 8, and twelve in place of 24 as
+much at 10,000 records; a length of its own for the
 block of all other directions changed nothing. Eight or 32 leading directions in place of 128 lost more images than they
 saved noise. Block James-Stein shrinkage of the released sum over-shrinks; a private diagonal curvature (T7) cost more
 budget than it returned.
@@ -50,7 +52,7 @@ _CLIP_QUANTILE = 0.9
 _SMALLEST_CLIP_NORM = 1e-18  # C, C z and sums of C stay within float32
 _NOISE_COST = 0.006
 _LONGEST = 4.0
-_LEAST_ROUNDS, _MOST_ROUNDS = 8, 12
+_LEAST_ROUNDS, _COMMON_ROUNDS, _MOST_ROUNDS = 8, 12, 24
 _LONGEST_ROUND = 4.0
 _PRIVATE_CURVATURE = 1.5  # private over public curvature: 1 to 2.4 was found under shift
 _EXPECTED_SHIFT = 1.5e-3
@@ -168,7 +170,7 @@ def make_plan(
         chosen = chosen if chosen.gain > leading.gain else leading
     spectrum, largest_curvature = chosen.spectrum, float(chosen.spectrum.curvature.max())
     if rounds is None:
-        rounds = int(np.clip(np.ceil(chosen.length * largest_curvature), _LEAST_ROUNDS, _MOST_ROUNDS))
+        rounds = _rounds(chosen.length * largest_curvature)
     evidence = gains | {
         "largest_curvature": largest_curvature,
         "leading_share_of_energy": float(jnp.sum(spectrum.moments[:-1]) / jnp.vdot(spectrum.dims, spectrum.moments)),
@@ -183,6 +185,12 @@ def make_plan(
         chosen.subspace, chosen.precision, chosen.l2_clip_norm, damping, rounds,
         spectrum, chosen.longest, longest_round, multiples, evidence,
     )  # fmt: skip
+
+
+def _rounds(length: float) -> int:
+    """T for a length in units of one over the largest curvature."""
+    most = np.clip(np.ceil(length / 2), _COMMON_ROUNDS, _MOST_ROUNDS)
+    return int(np.clip(np.ceil(length), _LEAST_ROUNDS, most))
 
 
 def _candidate(

@@ -85,3 +85,9 @@ def test_a_release_in_the_leading_directions_moves_nothing_else():
     assert np.linalg.norm(moved["w"]) > 0
     np.testing.assert_allclose(inside, moved["w"], atol=1e-5 * float(jnp.linalg.norm(moved["w"])) + 1e-6)
     qexp_jax.verify(release.certificate)
+
+
+def test_the_rounds_grow_with_the_length_up_to_their_bounds():
+    assert [plan._rounds(length) for length in (0.0, 3.0, 9.5, 20.0, 24.0, 30.0, 47.5, 1e9)] == [
+        8, 8, 10, 12, 12, 15, 24, 24
+    ]  # fmt: skip
