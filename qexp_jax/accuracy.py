@@ -25,7 +25,7 @@ from qexp_jax.curvature import mean_loss
 from qexp_jax.records import LossFn, Params, Record
 from qexp_jax.subspace import Subspace, displace
 
-_BISECTIONS = 24
+_BISECTIONS, _CLOSE = 24, 1.1
 
 
 def expected_excess(dim: int, noise_std: float, num_units: int) -> float:
@@ -133,15 +133,21 @@ def taylor_ratio(
 
 
 def noise_tolerance(cost: Callable[[float], float], limit: float) -> float:
-    """The noise scale at which `cost`, the rise of a loss, reaches `limit`; by bisection on the host.
+    """The noise scale at which `cost`, the rise of a loss, reaches `limit`; on the host, in about ten evaluations.
 
-    A cost that is not finite counts as too high.
+    Bisection, until a power law between the two ends is as good. A cost that is not finite counts as too high.
 
     >>> round(noise_tolerance(lambda scale: scale**2, limit=0.01), 4)
     0.1
     """
-    low, high = 1e-8, 1e4
+    low, high, below, above = 1e-8, 1e4, 0.0, math.inf
     for _ in range(_BISECTIONS):
+        if high < _CLOSE * low and below > 0 and math.isfinite(above):
+            return low * (high / low) ** (math.log(limit / below) / math.log(above / below))
         middle = math.sqrt(low * high)
-        low, high = (middle, high) if cost(middle) <= limit else (low, middle)
+        found = cost(middle)
+        if found <= limit:
+            low, below = middle, found
+        else:
+            high, above = middle, found
     return low
