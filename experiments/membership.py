@@ -111,7 +111,7 @@ def released(key, anchor, pool, included, epsilon, delta):
 
     @jax.jit
     def release(noise_keys, included, start, made_arrays, pool):
-        spaced, precise, spectrum, longest, largest = made_arrays
+        spaced, precise, spectrum, longest = made_arrays
 
         def one(row):
             keys, mask = jax.random.split(row[0], made.rounds), row[1]
@@ -123,16 +123,14 @@ def released(key, anchor, pool, included, epsilon, delta):
                 )
                 quadratic = mechanism.Quadratic(precise, total, count)
                 noisy = mechanism.noisy_sum(key, total, noise_std)
-                *_, walk = rounds.follow(
-                    noisy, walk, spaced, quadratic, noise_std, spectrum, made.rounds, longest, largest
-                )
+                *_, walk = rounds.follow(noisy, walk, spaced, quadratic, noise_std, spectrum, made.rounds, longest)
                 return walk, None
 
             return jax.lax.scan(round_of, walk, keys)[0].params
 
         return jax.lax.map(one, (noise_keys, included), batch_size=BATCH)
 
-    arrays = made.subspace, made.precision, made.spectrum, made.longest, made.longest_round
+    arrays = made.subspace, made.precision, made.spectrum, made.longest
     return release(jax.random.split(key, len(included)), included, start, arrays, pool)
 
 

@@ -46,6 +46,7 @@ _SMALLEST_SHIFT = 5e-4
 _NUM_SHIFTS = 21
 _NUM_LENGTHS = 49
 _SHORTEST = 1 / 64
+_LONGEST_ROUND = 4.0
 _STEEPNESS = 2.0  # prior mean and standard deviation
 _STEEPEST = 20.0
 
@@ -122,7 +123,11 @@ def observe(belief: Belief, spectrum: Spectrum, seen: jax.Array, noise_var: jax.
 
 
 def advance(belief: Belief, spectrum: Spectrum, length: jax.Array | float) -> tuple[jax.Array, Belief]:
-    """The multiples (r + 1,) of the latest mean gradient that a flow of `length` subtracts, and the belief after it."""
+    """The multiples (r + 1,) of the latest mean gradient that a flow of `length` subtracts, and the belief after it.
+
+    A single flow is no longer than four over the largest curvature, on which nothing of a gradient is left.
+    """
+    length = jnp.minimum(length, _LONGEST_ROUND / spectrum.curvature.max())
     rates = steepness(belief) * signal_curvature(spectrum)
     multiples = -jnp.expm1(-length * rates) / rates
     return multiples, belief._replace(left=belief.left * jnp.exp(-length * rates), followed=multiples[:-1])

@@ -53,7 +53,6 @@ _SMALLEST_CLIP_NORM = 1e-18  # C, C z and sums of C stay within float32
 _NOISE_COST = 0.006
 _LONGEST = 4.0
 _LEAST_ROUNDS, _COMMON_ROUNDS, _MOST_ROUNDS = 8, 12, 24
-_LONGEST_ROUND = 4.0
 _PRIVATE_CURVATURE = 1.5  # private over public curvature: 1 to 2.4 was found under shift
 _EXPECTED_SHIFT = 1.5e-3
 _OTHERS_SHIFT = 0.5  # of the leading directions' shift: .3 to .7 was found
@@ -70,7 +69,6 @@ class Plan(NamedTuple):
       rounds: T.
       spectrum: curvature and moments in whitened coordinates, for `flow`.
       longest: most that the steps of all rounds may add up to.
-      longest_round: most of one round.
       expected_multiples: (r + 1,) of a draw that a round follows, where the private gradient is as far from the public
         one as is common.
       evidence: the public numbers that decided, for the certificate.
@@ -83,7 +81,6 @@ class Plan(NamedTuple):
     rounds: int
     spectrum: Spectrum
     longest: float
-    longest_round: float
     expected_multiples: jax.Array
     evidence: dict[str, Any]
 
@@ -179,11 +176,10 @@ def make_plan(
         "expected_length": chosen.length,
         "public_fraction_clipped": chosen.clipped,
     }
-    longest_round = _LONGEST_ROUND / largest_curvature
-    multiples, _ = flow.advance(flow.before_release(spectrum), spectrum, min(chosen.length / rounds, longest_round))
+    multiples, _ = flow.advance(flow.before_release(spectrum), spectrum, chosen.length / rounds)
     return Plan(
         chosen.subspace, chosen.precision, chosen.l2_clip_norm, damping, rounds,
-        spectrum, chosen.longest, longest_round, multiples, evidence,
+        spectrum, chosen.longest, multiples, evidence,
     )  # fmt: skip
 
 

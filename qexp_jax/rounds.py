@@ -141,7 +141,6 @@ def run(
             plan.spectrum,
             plan.rounds,
             plan.longest,
-            plan.longest_round,
         )
         infos.append(RoundInfo(plan, quadratic, noise_std, w, multiples, cost, clip_info))
         progress = _beginning(progress.round + 1, walk, plan, engine)
@@ -163,7 +162,6 @@ def follow(
     spectrum: Spectrum,
     rounds: int,
     longest: float,
-    longest_round: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array, Walk]:
     """The draw of a noisy sum, followed for a step of the flow whose length all releases so far deserve.
 
@@ -178,8 +176,7 @@ def follow(
     belief = flow.observe(walk.belief, spectrum, seen, noise_var)
     signal = flow.pooled_signal(belief, spectrum, noise_var, num_units)
     wanted = flow.best_length(signal, spectrum, noise_var / rounds, num_units, longest)
-    length = jnp.minimum(wanted / rounds, longest_round)
-    multiples, belief = flow.advance(belief, spectrum, length)
+    multiples, belief = flow.advance(belief, spectrum, wanted / rounds)
     # The precision has the spectrum's directions, so that scaling before or after colouring is the same.
     params = subspaces.displace(subspace, walk.params, flow.scale(spectrum.directions, multiples, w))
     noise = (noisy - quadratic.whitened_sum) / num_units
