@@ -234,10 +234,13 @@ def _whitened_curvature(curvature, dims, trace):
 
 @jax.jit
 def _expected(spectrum, noise_var, num_units, longest):
-    """The length that the common shift deserves, and what the best one gains where the others shift less."""
-    signals = _EXPECTED_SHIFT * spectrum.moments
-    length = flow.best_length(signals, spectrum, noise_var, num_units, longest)
-    signals = signals.at[-1].multiply(_OTHERS_SHIFT)
-    best = flow.best_length(signals, spectrum, noise_var, num_units, longest)
-    before, after = (flow.excess(x, signals, spectrum, noise_var, num_units) for x in (0.0, best))
-    return length, jnp.maximum(before - after, 0)
+    """The length that the common shift deserves, and what the best one gains: mean over the prior of the shift."""
+    length = flow.best_length(_EXPECTED_SHIFT * spectrum.moments, spectrum, noise_var, num_units, longest)
+    moments = spectrum.moments.at[-1].multiply(_OTHERS_SHIFT)
+
+    def gain(shift):
+        best = flow.best_length(shift * moments, spectrum, noise_var, num_units, longest)
+        before, after = (flow.excess(x, shift * moments, spectrum, noise_var, num_units) for x in (0.0, best))
+        return jnp.maximum(before - after, 0)
+
+    return length, jnp.vdot(jax.nn.softmax(spectrum.log_prior), jax.vmap(gain)(spectrum.shifts))
