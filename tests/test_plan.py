@@ -76,7 +76,8 @@ def test_a_release_in_the_leading_directions_moves_nothing_else(monkeypatch):
     monkeypatch.setattr(finetune, "_PLAN_SEED", 1)  # a sample by which little noise calls for the leading ones
     records = public()
     release, infos = qexp_jax.fine_tune(
-        KEY, loss_fn, PARAMS, public=records, private=records, epsilon=0.1, delta=1e-5, precision_rank=8, diagnostics=True,
+        KEY, loss_fn, PARAMS, public=records, private=records, epsilon=0.1, delta=1e-5, precision_rank=8,
+        diagnostics=True,
     )  # fmt: skip
     space = infos[0].plan.subspace
     assert release.certificate["subspace_dim"] == 8 and "top eigenspace" in release.certificate["subspace"]
