@@ -3,8 +3,7 @@
     python -m experiments.ablation
 
 Random Gaussian and count-sketch directions, the leading public eigenspace, the last layer, and all parameters with a
-precision of rank k plus damping. The default chooses between the leading eigenspace and all parameters, at k = 128.
-Everything else is chosen on public data as in the one call.
+precision of rank k plus damping (the default at k = 128). Everything else is chosen on public data as in the one call.
 Writes ablation.csv and ablation.png into --out.
 """
 
@@ -51,7 +50,7 @@ def choice(kind, dim, key, params):
         "count_sketch": lambda: {"subspace": subspace.count_sketch(key, params, dim)},
         "public eigenspace": lambda: {"subspace_dim": dim},
         "last layer": lambda: {"subspace": subspace.full(params, where="head")},
-        "all parameters, rank k": lambda: {"subspace": subspace.full(params), "precision_rank": dim},
+        "all parameters, rank k": lambda: {"precision_rank": dim},
     }[kind]()
 
 

@@ -89,8 +89,7 @@ def fine_tune(
       max_records_per_unit: public cap on the records that a unit contributes.
       rounds: releases, each with mu/sqrt(rounds), in place of the number that the plan chooses.
       precision_rank: at most how many leading directions of the public gradients have their curvature measured.
-      subspace: public subspace to tune in, in place of the plan's choice between all parameters and their leading
-        public directions; `subspace.full(params)` for all of them.
+      subspace: public subspace to tune in, in place of all parameters.
       subspace_dim: tune in the leading public eigenspace of this dimension.
       damping: lambda > 0 in units of curvature, public.
       l2_clip_norm: C > 0 in the norm |M^{-1/2} g|, where M has largest eigenvalue 1, public.

@@ -1,4 +1,4 @@
-"""The public side of a release: where to tune, precision, clip norm, length, rounds, from a survey of public records.
+"""The public side of a release: precision, clip norm, length, rounds, from a survey of public records.
 
 One rule, with nothing to tune on private data:
 
@@ -6,9 +6,6 @@ One rule, with nothing to tune on private data:
   exponent 1/2 lies between clipping in the parameter norm (0) and in the curvature norm (1): with 1 noise swamps the
   low curvatures, with 0 the high ones.
 * *Clip norm*: the .9 quantile of the public norms |M^{-1/2} g|.
-* *Where*: in all parameters, or in the leading directions alone, where more is expected to be gained under the prior of
-  the shift. The others hold about half of the gradients' energy, and so of the clip norm, and most of the noise; where
-  noise is large they cost more than they hold.
 * *Length*: at most four times what makes the noise of all rounds together, added to the anchor, raise the *public* loss
   by a fixed small fraction of its root mean square; within that, what the releases deserve (`flow`).
 * *Rounds*: as many as keep each step of the length expected before the first within one over the largest private
@@ -24,16 +21,14 @@ Newton steps matched this rule at small budgets and failed at large ones on netw
 Steps bounded by the public curvature overshot in every round on PhysioNet by ICU, where the private one is five times
 as steep along the shift. Six rounds in place of twelve lost .001 to .003 at epsilon 8, and twelve in place of 24 as
 much at 10,000 records; a length of its own for the
-block of all other directions changed nothing. Eight or 32 leading directions in place of 128 lost more on images than
-they saved in noise. To count on half the shift in all other directions, as was found in the arena, gained .001 to .002
-there in cells of middling noise and lost .02 to .1 under a heavy shift, which the leading directions cannot follow.
+block of all other directions changed nothing. To tune in the leading directions alone, where that promises
+more, gained .001 to .002 in the arena at middling noise and lost .03 to .2 under a heavy shift, which needs the others.
 Block James-Stein shrinkage of the released sum over-shrinks; a private diagonal curvature (T7) cost more budget than it
 returned.
 
 The rule is ours. It reads N and the budget, which are public, and is deterministic given its key.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -47,7 +42,6 @@ from qexp_jax.flow import Spectrum
 from qexp_jax.precision import Precision
 from qexp_jax.records import LossFn, Params, Record
 from qexp_jax.subspace import Subspace
-from qexp_jax.survey import Survey
 
 _DAMPING = 0.01
 _CLIP_QUANTILE = 0.9
@@ -86,32 +80,6 @@ class Plan(NamedTuple):
     evidence: dict[str, Any]
 
 
-class Candidate(NamedTuple):
-    """A space to tune in, and what follows from it.
-
-    Attributes:
-      subspace: P.
-      precision: M.
-      l2_clip_norm: C.
-      spectrum: in whitened coordinates.
-      longest: most that the steps of all rounds may add up to.
-      length: what the common shift deserves.
-      gain: the loss per record that it is expected to save.
-      tolerance: noise that the public loss tolerates, in units of the whitened draw.
-      clipped: share of public units above C.
-    """
-
-    subspace: Subspace
-    precision: Precision
-    l2_clip_norm: float
-    spectrum: Spectrum
-    longest: float
-    length: float
-    gain: float
-    tolerance: float
-    clipped: float
-
-
 def make_plan(
     key: jax.Array,
     loss_fn: LossFn,
@@ -142,8 +110,8 @@ def make_plan(
       noise_multiplier: z of the whole budget spent in one round.
       rounds: T, in place of the choice.
       precision_rank: at most how many leading directions have their curvature measured; as many public gradients.
-      subspace: public subspace to tune in. By default all parameters, or a count-sketch of them where a sample of
-        gradients would not fit; or the leading directions in it.
+      subspace: public subspace; by default all parameters, or a count-sketch of them where a sample of gradients would
+        not fit.
       subspace_dim: tune in the leading public eigenspace of this dimension.
       damping: lambda, in units of curvature.
       l2_clip_norm: C in the norm |M^{-1/2} g|, where M has largest eigenvalue 1.
@@ -157,57 +125,37 @@ def make_plan(
         precision_rank=precision_rank, subspace=subspace, subspace_dim=subspace_dim,
     )  # fmt: skip
     damping = _DAMPING * float(surveyed.curvature.max()) if damping is None else damping
-    candidate = functools.partial(
-        _candidate, trial_key, loss_fn, params,
-        damping=damping, l2_clip_norm=l2_clip_norm, num_units=num_units, noise_multiplier=noise_multiplier,
+    curvature, dims, space = surveyed.curvature, surveyed.dims, surveyed.subspace
+    shape = np.sqrt((curvature + damping) / (curvature.max() + damping))
+    values = jnp.asarray(shape[:-1] - shape[-1], surveyed.directions.dtype)
+    precision = precisions.low_rank(shape[-1], surveyed.directions, values)
+    norms, clip_norm, moments = _clipping(surveyed.squares / shape, dims, l2_clip_norm)
+    tolerance, cost = surveys.tolerated_noise(
+        trial_key, loss_fn, params, space, precision, surveyed.tried, _NOISE_COST
     )  # fmt: skip
-    chosen, gains = candidate(surveyed), {}
-    if subspace is None and subspace_dim is None and surveyed.dims[-1] > 0:
-        leading = candidate(surveys.leading_alone(surveyed))
-        gains = {"expected_gain_all": chosen.gain, "expected_gain_leading": leading.gain}
-        chosen = chosen if chosen.gain > leading.gain else leading
-    spectrum, largest_curvature = chosen.spectrum, float(chosen.spectrum.curvature.max())
-    if rounds is None:
-        rounds = _rounds(chosen.length * largest_curvature)
-    evidence = gains | {
+    curvature = _whitened_curvature(curvature / shape, dims, 2 * cost / tolerance**2)
+    numbers = curvature, moments, dims, *flow.shift_prior()
+    spectrum = Spectrum(surveyed.directions, *(jnp.asarray(x, values.dtype) for x in numbers))
+    noise_std, largest_curvature = clip_norm * noise_multiplier / num_units, float(curvature.max())
+    longest = _LONGEST * tolerance / noise_std
+    expected = float(_expected_length(spectrum, noise_std**2, num_units, longest))
+    rounds = _rounds(expected * largest_curvature) if rounds is None else rounds
+    evidence = {
         "largest_curvature": largest_curvature,
-        "leading_share_of_energy": float(jnp.sum(spectrum.moments[:-1]) / jnp.vdot(spectrum.dims, spectrum.moments)),
-        "tolerated_noise": chosen.tolerance,
-        "longest_length": chosen.longest,
-        "expected_length": chosen.length,
-        "public_fraction_clipped": chosen.clipped,
+        "leading_share_of_energy": float(np.sum(moments[:-1]) / np.sum(dims * moments)),
+        "tolerated_noise": tolerance,
+        "longest_length": longest,
+        "expected_length": expected,
+        "public_fraction_clipped": float(np.mean(norms > clip_norm)),
     }
-    multiples, _ = flow.advance(flow.before_release(spectrum), spectrum, chosen.length / rounds)
-    return Plan(
-        chosen.subspace, chosen.precision, chosen.l2_clip_norm, damping, rounds,
-        spectrum, chosen.longest, multiples, evidence,
-    )  # fmt: skip
+    multiples, _ = flow.advance(flow.before_release(spectrum), spectrum, expected / rounds)
+    return Plan(space, precision, clip_norm, damping, rounds, spectrum, longest, multiples, evidence)
 
 
 def _rounds(length: float) -> int:
     """T for a length in units of one over the largest curvature."""
     most = np.clip(np.ceil(length / 2), _COMMON_ROUNDS, _MOST_ROUNDS)
     return int(np.clip(np.ceil(length), _LEAST_ROUNDS, most))
-
-
-def _candidate(
-    key, loss_fn, params, surveyed: Survey, *, damping, l2_clip_norm, num_units, noise_multiplier
-) -> Candidate:
-    """Tuning in the surveyed space."""
-    curvature, space = surveyed.curvature, surveyed.subspace
-    shape = np.sqrt((curvature + damping) / (curvature.max() + damping))
-    values = jnp.asarray(shape[:-1] - shape[-1], surveyed.directions.dtype)
-    precision = precisions.low_rank(shape[-1], surveyed.directions, values)
-    norms, clip_norm, moments = _clipping(surveyed.squares / shape, surveyed.dims, l2_clip_norm)
-    tolerance, cost = surveys.tolerated_noise(key, loss_fn, params, space, precision, surveyed.tried, _NOISE_COST)
-    curvature = _whitened_curvature(curvature / shape, surveyed.dims, 2 * cost / tolerance**2)
-    numbers = curvature, moments, surveyed.dims, *flow.shift_prior()
-    spectrum = Spectrum(surveyed.directions, *(jnp.asarray(x, values.dtype) for x in numbers))
-    noise_std = clip_norm * noise_multiplier / num_units
-    longest = _LONGEST * tolerance / noise_std
-    length, gain = map(float, _expected(spectrum, noise_std**2, num_units, longest))
-    clipped = float(np.mean(norms > clip_norm))
-    return Candidate(space, precision, clip_norm, spectrum, longest, length, gain, tolerance, clipped)
 
 
 def _clipping(squares, dims, clip_norm):
@@ -234,15 +182,6 @@ def _whitened_curvature(curvature, dims, trace):
 
 
 @jax.jit
-def _expected(spectrum, noise_var, num_units, longest):
-    """The length that the common shift deserves, and what the best one gains: mean over the prior of the shift."""
-
-    def best(shift):
-        return flow.best_length(shift * spectrum.moments, spectrum, noise_var, num_units, longest)
-
-    def gain(shift):
-        lengths, signals = (0.0, best(shift)), shift * spectrum.moments
-        before, after = (flow.excess(x, signals, spectrum, noise_var, num_units) for x in lengths)
-        return jnp.maximum(before - after, 0)
-
-    return best(_EXPECTED_SHIFT), jnp.vdot(jax.nn.softmax(spectrum.log_prior), jax.vmap(gain)(spectrum.shifts))
+def _expected_length(spectrum, noise_var, num_units, longest):
+    """The length that the common shift deserves."""
+    return flow.best_length(_EXPECTED_SHIFT * spectrum.moments, spectrum, noise_var, num_units, longest)

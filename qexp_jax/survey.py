@@ -39,7 +39,6 @@ class Survey(NamedTuple):
     Attributes:
       subspace: P, with orthonormal columns.
       directions: (r, k) orthonormal leading directions.
-      leading: the same as a subspace of the parameters.
       curvature: (r + 1,) of the loss of one record.
       squares: (n, r + 1) of the gradients of public units: in each leading direction, and the mean of all others.
       dims: (r + 1,) how many coordinates each entry stands for: 1, ..., 1, k - r.
@@ -48,7 +47,6 @@ class Survey(NamedTuple):
 
     subspace: Subspace
     directions: jax.Array
-    leading: Subspace
     curvature: np.ndarray
     squares: np.ndarray
     dims: np.ndarray
@@ -88,26 +86,13 @@ def survey(
     curved, held_out = _samples(record_key, public)
     space = _tuned_space(sketch_key, loss_fn, params, curved, public, subspace, subspace_dim)
     rank = min(precision_rank, space.dim, num_records(curved))
-    leading = leading_directions(loss_fn, params, curved, rank, space)[0]
-    directions = leading.arrays[1].T
+    directions = leading_directions(loss_fn, params, curved, rank, space)[0].arrays[1].T
     squares = _squares(loss_fn, params, space, directions, held_out)
     curvature = _curvature(loss_fn, params, space, directions, squares, held_out)
     if clip_loss_fn is not loss_fn:
         squares = _squares(clip_loss_fn, params, space, directions, _samples(unit_key, public_units)[1])
     dims = np.append(np.ones(rank), space.dim - rank)
-    return Survey(space, directions, leading, curvature, squares, dims, take(held_out, slice(0, _TRIED)))
-
-
-def leading_alone(whole: Survey) -> Survey:
-    """The survey of the leading directions of another; no others are left."""
-    rank = len(whole.directions)
-    return whole._replace(
-        subspace=whole.leading,
-        directions=jnp.eye(rank, dtype=whole.directions.dtype),
-        curvature=np.append(whole.curvature[:-1], whole.curvature[:-1].min()),
-        squares=np.append(whole.squares[:, :-1], np.zeros((len(whole.squares), 1)), axis=1),
-        dims=np.append(np.ones(rank), 0),
-    )
+    return Survey(space, directions, curvature, squares, dims, take(held_out, slice(0, _TRIED)))
 
 
 def num_curved(num_public: int) -> int:

@@ -3,8 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import qexp_jax
-from qexp_jax import finetune, gradients, plan, subspace, survey
+from qexp_jax import plan, subspace, survey
 
 KEY = jax.random.key(23)
 D = 60
@@ -35,17 +34,6 @@ def planned(noise_multiplier, **changes):
     return plan.make_plan(KEY, loss_fn, PARAMS, records, loss_fn, records, **settings)
 
 
-def test_the_leading_directions_alone_are_surveyed_as_what_gradients_have_in_them():
-    whole = surveyed()
-    leading = survey.leading_alone(whole)
-    few = jax.tree.map(lambda a: a[:100], whole.tried)
-    projected = gradients.projected_gradients(loss_fn, PARAMS, leading.subspace, few)
-    np.testing.assert_allclose(leading.squares[:100, :-1], projected**2, rtol=2e-3, atol=1e-5)
-    np.testing.assert_allclose(leading.squares @ leading.dims, np.sum(whole.squares[:, :-1], axis=1), rtol=1e-6)
-    np.testing.assert_allclose(leading.curvature[:-1], whole.curvature[:-1])
-    np.testing.assert_allclose(subspace.gram(leading.subspace), np.eye(8), atol=1e-5)
-
-
 def test_the_leading_directions_are_the_steep_ones_and_the_others_are_as_curved_as_they_are():
     """The Hessian is the mean of x x^T: 1 in eight directions, .09 in the others."""
     whole = surveyed()
@@ -55,37 +43,10 @@ def test_the_leading_directions_are_the_steep_ones_and_the_others_are_as_curved_
     assert np.all(inside > 0.8)
 
 
-def test_all_parameters_are_tuned_where_the_budget_allows_it_and_the_leading_directions_elsewhere():
-    plans = [planned(z) for z in (1000.0, 100.0, 10.0, 1.0, 0.1)]
-    dims = [p.subspace.dim for p in plans]
-    assert dims[0] == 8 and dims[-1] == D and dims == sorted(dims)
-    for p in plans:
-        everything, leading = p.evidence["expected_gain_all"], p.evidence["expected_gain_leading"]
-        assert (p.subspace.dim == D) == (everything > leading) and everything >= 0
-    assert plans[0].l2_clip_norm < plans[-1].l2_clip_norm
-    assert plans[0].precision.dim == 8 and plans[0].spectrum.directions.shape == (8, 8)
-
-
-def test_a_given_space_is_not_chosen_again():
-    given = planned(1000.0, subspace=subspace.full(PARAMS))
-    assert given.subspace.dim == D and "expected_gain_all" not in given.evidence
-    assert planned(1000.0, subspace_dim=5).subspace.dim == 5
-
-
-def test_a_release_in_the_leading_directions_moves_nothing_else(monkeypatch):
-    monkeypatch.setattr(finetune, "_PLAN_SEED", 1)  # a sample by which little noise calls for the leading ones
-    records = public()
-    release, infos = qexp_jax.fine_tune(
-        KEY, loss_fn, PARAMS, public=records, private=records, epsilon=0.1, delta=1e-5, precision_rank=8,
-        diagnostics=True,
-    )  # fmt: skip
-    space = infos[0].plan.subspace
-    assert release.certificate["subspace_dim"] == 8 and "top eigenspace" in release.certificate["subspace"]
-    moved = jax.tree.map(jnp.subtract, release.params, PARAMS)
-    inside = subspace.lift(space, subspace.project(space, moved))["w"]
-    assert np.linalg.norm(moved["w"]) > 0
-    np.testing.assert_allclose(inside, moved["w"], atol=1e-5 * float(jnp.linalg.norm(moved["w"])) + 1e-6)
-    qexp_jax.verify(release.certificate)
+def test_all_parameters_are_tuned_unless_another_space_is_given():
+    assert planned(100.0).subspace.dim == D and planned(100.0).spectrum.directions.shape == (8, D)
+    assert planned(100.0, subspace=subspace.full(PARAMS, where="w")).subspace.dim == D
+    assert planned(100.0, subspace_dim=5).subspace.dim == 5
 
 
 def test_the_rounds_grow_with_the_length_up_to_their_bounds():
