@@ -20,11 +20,10 @@ heavy (.7 quantile, images) and hurt where the classes are unequal, as did any c
 Newton steps matched this rule at small budgets and failed at large ones on networks, which are no quadratics there.
 Steps bounded by the public curvature overshot in every round on PhysioNet by ICU, where the private one is five times
 as steep along the shift. Six rounds in place of twelve lost .001 to .003 at epsilon 8, and twelve in place of 24 as
-much at 10,000 records; a length of its own for the
-block of all other directions changed nothing. To tune in the leading directions alone, where that promises
-more, gained .001 to .002 in the arena at middling noise and lost .03 to .2 under a heavy shift, which needs the others.
-Block James-Stein shrinkage of the released sum over-shrinks; a private diagonal curvature (T7) cost more budget than it
-returned.
+much at 10,000 records; a length of its own for the block of all other directions changed nothing. To tune in the
+leading directions alone, where that promises more, gained .001 to .002 in the arena at middling noise and lost .03 to
+.2 under a heavy shift, which needs the others. Block James-Stein shrinkage of the released sum over-shrinks; a private
+diagonal curvature (T7) cost more budget than it returned.
 
 The rule is ours. It reads N and the budget, which are public, and is deterministic given its key.
 """

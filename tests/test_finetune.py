@@ -167,9 +167,9 @@ def test_a_given_subspace_is_used(make):
     assert np.any(release.params["layer"]["w"] != params["layer"]["w"])
 
 
-def test_the_space_that_is_asked_for_is_tuned():
+def test_all_parameters_are_tuned_unless_a_dimension_is_given():
     params = {"w": jnp.ones(700)}
-    whole = tune(params=params, subspace=subspace.full(params), **regression(d=700)).certificate
+    whole = tune(params=params, **regression(d=700)).certificate
     assert whole["subspace_dim"] == 700 and whole["precision_rank"] == 100
     few = tune(params=params, subspace_dim=5, **regression(d=700)).certificate
     assert few["subspace_dim"] == 5 and "top eigenspace" in few["subspace"]
