@@ -107,30 +107,35 @@ def released(key, anchor, pool, included, epsilon, delta):
         jax.random.key(0), loss_fn, start, public, loss_fn, public,
         num_units=count, noise_multiplier=privacy.noise_multiplier(mu, RELATION),
     )  # fmt: skip
-    noise_std = made.l2_clip_norm * privacy.noise_multiplier(mu / made.rounds**0.5, RELATION)
+    noise_multiplier = privacy.noise_multiplier(mu / made.rounds**0.5, RELATION)
 
     @jax.jit
     def release(noise_keys, included, start, made_arrays, pool):
-        spaced, precise, spectrum, longest = made_arrays
+        spaced, spectrum, geometries = made_arrays
 
         def one(row):
             keys, mask = jax.random.split(row[0], made.rounds), row[1]
             walk = rounds.start(layout, start, spectrum)
 
             def round_of(walk, key):
+                geometry, _ = plan.choose(
+                    walk.belief, spectrum, geometries, noise_multiplier / made.rounds**0.5, count
+                )  # fmt: skip
+                precise = plan.precision_of(spectrum.directions, geometry.eigenvalues)
+                clip_norm, noise_std = geometry.l2_clip_norm, geometry.l2_clip_norm * noise_multiplier
                 total, _ = clipping.clipped_sum(
-                    loss_fn, walk.params, spaced, precise, pool, l2_clip_norm=made.l2_clip_norm, mask=mask
+                    loss_fn, walk.params, spaced, precise, pool, l2_clip_norm=clip_norm, mask=mask
                 )
                 quadratic = mechanism.Quadratic(precise, total, count)
                 noisy = mechanism.noisy_sum(key, total, noise_std)
-                *_, walk = rounds.follow(noisy, walk, spaced, quadratic, noise_std, spectrum, made.rounds, longest)
+                *_, walk = rounds.follow(noisy, walk, spaced, quadratic, noise_std, spectrum, geometry, made.rounds)
                 return walk, None
 
             return jax.lax.scan(round_of, walk, keys)[0].params
 
         return jax.lax.map(one, (noise_keys, included), batch_size=BATCH)
 
-    arrays = made.subspace, made.precision, made.spectrum, made.longest
+    arrays = made.subspace, made.spectrum, made.geometries
     return release(jax.random.split(key, len(included)), included, start, arrays, pool)
 
 

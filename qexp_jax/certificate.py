@@ -7,9 +7,10 @@ import hashlib
 import importlib.metadata
 from typing import Any
 
+import numpy as np
 from dp_accounting import NeighboringRelation
 
-from qexp_jax import accuracy, privacy
+from qexp_jax import privacy
 from qexp_jax.hardened import DiscreteNoise
 from qexp_jax.plan import Plan
 from qexp_jax.records import absorb
@@ -22,15 +23,15 @@ NEIGHBORS = {
     NeighboringRelation.REPLACE_ONE: "one unit is replaced by another; the number of units is public",
 }
 MECHANISMS = {
-    False: "exponential mechanism with quadratic utility: one exact multivariate normal draw a round; the step is a "
-    "function of released sums",
+    False: "exponential mechanism with quadratic utility: one exact multivariate normal draw a round; geometry and "
+    "step are functions of released sums",
     True: "exponential mechanism with quadratic utility on an integer grid: one exact discrete Gaussian draw a round; "
-    "the step is a function of released sums",
+    "geometry and step are functions of released sums",
 }
 _STANDING_ASSUMPTIONS = (
     "No private unit contributed to the pretrained parameters, to feature statistics, to the public records or to any "
     "choice of settings made before.",
-    "num_units, the subspace, the precision, the clip norm and the settings are public.",
+    "num_units, the subspace, the precisions, the clip norms and the settings are public.",
     "The curator who runs the mechanism is trusted and releases nothing else: no diagnostics, sums, keys or logs.",
 )
 _HARDENED_ASSUMPTIONS = (
@@ -113,10 +114,6 @@ def make_certificate(
         "mu": None if hardened else mu_per_round,
         "zcdp_rho": rho_per_round,
     }
-    cost, _ = accuracy.noise_cost(
-        plan.spectrum.curvature, plan.expected_multiples, plan.spectrum.dims,
-        noise_std=plan.l2_clip_norm * noise_multiplier, num_units=num_units,
-    )  # fmt: skip
     return {
         "schema": SCHEMA,
         "mechanism": MECHANISMS[hardened],
@@ -138,13 +135,13 @@ def make_certificate(
         "rounds": plan.rounds,
         "mu_per_round": share["mu"],
         "noise_multiplier": noise_multiplier,
-        "l2_clip_norm": plan.l2_clip_norm,
+        "geometries": _geometries(plan),
         "discrete_noise": None if discrete_noise is None else discrete_noise._asdict(),
         "subspace": plan.subspace.name,
         "subspace_dim": dim,
-        "precision_rank": len(plan.precision.arrays[2]),
+        "precision_rank": len(plan.spectrum.directions),
         "damping": float(plan.damping),
-        "expected_excess_loss_per_round": cost,
+        "expected_excess_loss_per_round": plan.expected_cost,
         "public_evidence": dict(plan.evidence),
         "provenance": provenance,
         "dtype": str(plan.subspace.layout.dtype),
@@ -152,6 +149,13 @@ def make_certificate(
         "assumptions": assumptions(hardened, prng_impl),
         "versions": _versions(),
     }
+
+
+def _geometries(plan):
+    """How many dimensions each tunes, and C."""
+    tuned = np.asarray(plan.geometries.tuned, np.float64) @ np.asarray(plan.spectrum.dims, np.float64)
+    norms = plan.geometries.l2_clip_norm
+    return [{"tuned_dim": round(t), "l2_clip_norm": float(c)} for t, c in zip(tuned, norms, strict=True)]
 
 
 def _versions():

@@ -188,7 +188,7 @@ def fine_tune(
     noise_multiplier = privacy.noise_multiplier(mu / plan.rounds**0.5, neighboring_relation)
     discrete_noise = None
     if hardened:
-        discrete_noise = hardening.discrete_noise(noise_multiplier, plan.l2_clip_norm, plan.subspace.dim)
+        discrete_noise = hardening.discrete_noise(noise_multiplier, plan.subspace.dim)
         noise_multiplier = discrete_noise.multiplier
     walk = walks.start(layout, params, plan.spectrum)
     store = None

@@ -15,7 +15,9 @@ of about three of .003 on PhysioNet 2012 by ICU and on MNIST by writers, and ten
 public prior, so that where noise hides the signal the step is what the prior expects, and where it does not the data
 decides.
 
-The leading r directions are coordinates of their own; all others are one block. Noise meets its mean curvature, but a
+The leading r directions are coordinates of their own; all others are one block, whose signal is expected to be half as
+large for its moments, unless the releases say otherwise. A round may leave the others where they are (`tuned`): then it
+has nothing of their noise, and nothing is learnt of them. Noise meets its mean curvature, but a
 signal lies where the curvature is high: along the private gradient it was found up to a hundred times the block's mean,
 about that of the last leading direction. J takes that one for the block's signal.
 
@@ -43,6 +45,7 @@ import numpy as np
 _SAMPLING = 1.5
 _COMMON_SHIFT, _LARGEST_SHIFT = 5e-3, 0.5
 _SMALLEST_SHIFT = 5e-4
+_OTHERS_SHIFT = 0.5
 _NUM_SHIFTS = 21
 _NUM_LENGTHS = 49
 _SHORTEST = 1 / 64
@@ -75,10 +78,11 @@ class Belief(NamedTuple):
     """What the releases so far say of the private gradient at the anchor and of the curvature along it.
 
     Attributes:
-      gradients: (k,) released mean gradients, summed with the weights `left`.
-      weights: (r + 1,) sum of the squares of these weights.
+      gradients: (k,) released mean gradients, summed with the weights `left` over variance; 0 where never tuned.
+      weights: (r + 1,) one over the variance of the anchor's gradient that they give; 0 where never tuned.
       left: (r + 1,) share of the anchor's gradient that is left after the flow so far.
       last: (r,) leading coordinates of the latest released mean gradient.
+      last_var: variance of their noise.
       followed: (r,) multiples of it that were followed.
       slopes: (2,) sums over rounds of the regression of measured on public curvature, see `steepness`.
     """
@@ -87,6 +91,7 @@ class Belief(NamedTuple):
     weights: jax.Array
     left: jax.Array
     last: jax.Array
+    last_var: jax.Array
     followed: jax.Array
     slopes: jax.Array
 
@@ -106,31 +111,46 @@ def before_release(spectrum: Spectrum) -> Belief:
     """Nothing is known but the prior."""
     rank, dim = spectrum.directions.shape
     zeros = jnp.zeros_like(spectrum.curvature)
-    return Belief(
-        jnp.zeros(dim, zeros.dtype), zeros, zeros + 1, zeros[:rank], zeros[:rank], jnp.zeros(2, zeros.dtype)
-    )  # fmt: skip
+    gradients, slopes = jnp.zeros(dim, zeros.dtype), jnp.zeros(2, zeros.dtype)
+    return Belief(gradients, zeros, zeros + 1, zeros[:rank], zeros[0], zeros[:rank], slopes)
 
 
-def observe(belief: Belief, spectrum: Spectrum, seen: jax.Array, noise_var: jax.Array | float) -> Belief:
-    """Takes in the released mean gradient `seen` (k,) of a round, with noise of variance `noise_var` a coordinate."""
+def observe(
+    belief: Belief, spectrum: Spectrum, seen: jax.Array, noise_var: jax.Array | float, tuned: jax.Array | float = 1.0
+) -> Belief:
+    """Takes in the released mean gradient `seen` (k,) of a round.
+
+    Args:
+      belief: after the rounds before.
+      spectrum: public.
+      seen: whitened; of directions that the round did not tune it is not looked at.
+      noise_var: variance of its noise in each coordinate.
+      tuned: (r + 1,) one, or zero where the round holds the parameters fixed.
+    """
     leading = jnp.matmul(spectrum.directions, seen, precision=jax.lax.Precision.HIGHEST)
+    left = tuned * belief.left
     return belief._replace(
-        gradients=belief.gradients + scale(spectrum.directions, belief.left, seen),
-        weights=belief.weights + belief.left**2,
+        gradients=belief.gradients + scale(spectrum.directions, left / noise_var, seen),
+        weights=belief.weights + left**2 / noise_var,
         last=leading,
+        last_var=jnp.asarray(noise_var, leading.dtype),
         slopes=belief.slopes + _slopes(belief, spectrum.curvature[:-1], leading, noise_var),
     )
 
 
-def advance(belief: Belief, spectrum: Spectrum, length: jax.Array | float) -> tuple[jax.Array, Belief]:
+def advance(
+    belief: Belief, spectrum: Spectrum, length: jax.Array | float, tuned: jax.Array | float = 1.0
+) -> tuple[jax.Array, Belief]:
     """The multiples (r + 1,) of the latest mean gradient that a flow of `length` subtracts, and the belief after it.
+
+    Where nothing is tuned, nothing is subtracted.
 
     A single flow is no longer than four over the largest curvature, on which nothing of a gradient is left.
     """
     length = jnp.minimum(length, _LONGEST_ROUND / spectrum.curvature.max())
     rates = steepness(belief) * signal_curvature(spectrum)
-    multiples = -jnp.expm1(-length * rates) / rates
-    return multiples, belief._replace(left=belief.left * jnp.exp(-length * rates), followed=multiples[:-1])
+    multiples, left = -tuned * jnp.expm1(-length * rates) / rates, jnp.exp(-tuned * length * rates)
+    return multiples, belief._replace(left=belief.left * left, followed=multiples[:-1])
 
 
 def steepness(belief: Belief) -> jax.Array:
@@ -148,9 +168,9 @@ def steepness(belief: Belief) -> jax.Array:
     return jnp.clip(mean, 1.0, _STEEPEST)
 
 
-def secant(belief: Belief, curvature: jax.Array, seen: jax.Array, noise_var: jax.Array | float) -> jax.Array:
+def secant(belief: Belief, curvature: jax.Array, seen: jax.Array) -> jax.Array:
     """A and B of `steepness`, for leading coordinates `seen` (r,) of a round and leading `curvature` (r,)."""
-    moved = belief.followed * belief.last
+    moved, noise_var = belief.followed * belief.last, belief.last_var
     met = noise_var * jnp.sum(curvature * belief.followed**2)
     measured = jnp.vdot(moved, belief.last - seen) - noise_var * jnp.sum(belief.followed) - met
     return jnp.stack([measured, jnp.vdot(moved, curvature * moved) - met])
@@ -161,10 +181,11 @@ def _slopes(belief, curvature, seen, noise_var):
 
     W is how far B exceeds two standard deviations of its noise, at least 0: what looks like noise has no say.
     """
-    pair, moved = secant(belief, curvature, seen, noise_var), belief.followed * belief.last
-    spread = noise_var * jnp.sqrt(2 * jnp.sum((curvature * belief.followed**2) ** 2))
+    pair, moved = secant(belief, curvature, seen), belief.followed * belief.last
+    spread = belief.last_var * jnp.sqrt(2 * jnp.sum((curvature * belief.followed**2) ** 2))
     sure = jnp.maximum(pair[1] - 2 * spread, 0)
-    variance = noise_var * (2 * jnp.vdot(moved, moved) + noise_var * jnp.sum(belief.followed**2))
+    variance = (belief.last_var + noise_var) * jnp.vdot(moved, moved)
+    variance += belief.last_var * noise_var * jnp.sum(belief.followed**2)
     return pair * sure / jnp.where(variance > 0, variance, jnp.inf)
 
 
@@ -187,10 +208,11 @@ def scale(directions: jax.Array, factors: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.matmul(directions.T, leading, precision=highest) + rest * x
 
 
-def pooled_signal(belief: Belief, spectrum: Spectrum, noise_var: jax.Array | float, num_units: int) -> jax.Array:
-    """E[g_j^2] (r + 1,) at the anchor, given all releases with noise of variance `noise_var` each."""
-    gradient = scale(spectrum.directions, 1 / belief.weights, belief.gradients)
-    return signal(energies(spectrum.directions, gradient), spectrum, noise_var / belief.weights, num_units)
+def pooled_signal(belief: Belief, spectrum: Spectrum, num_units: int) -> jax.Array:
+    """E[g_j^2] (r + 1,) at the anchor, given all releases."""
+    noise_var = 1 / belief.weights  # infinite where nothing was seen, which leaves the prior
+    gradient = scale(spectrum.directions, jnp.where(belief.weights > 0, noise_var, 0), belief.gradients)
+    return signal(energies(spectrum.directions, gradient), spectrum, noise_var, num_units)
 
 
 def signal(energy: jax.Array, spectrum: Spectrum, noise_var: jax.Array | float, num_units: int) -> jax.Array:
@@ -199,11 +221,11 @@ def signal(energy: jax.Array, spectrum: Spectrum, noise_var: jax.Array | float, 
     Args:
       energy: (r + 1,) `energies` of a released mean gradient.
       spectrum: public.
-      noise_var: variance of its noise in each coordinate, or (r + 1,).
+      noise_var: variance of its noise in each coordinate, or (r + 1,); infinite where nothing was released.
       num_units: N, for the sampling error, 1.5 v_j / N: private records were found to vary up to 2.4 times as much as
         public ones.
     """
-    prior = spectrum.shifts[:, None] * spectrum.moments
+    prior = spectrum.shifts[:, None] * spectrum.moments.at[-1].multiply(_OTHERS_SHIFT)
     error = _SAMPLING * spectrum.moments / num_units + noise_var
     # Against tau = 0, so that large blocks do not cancel in float32.
     ratio = prior / error
@@ -213,10 +235,15 @@ def signal(energy: jax.Array, spectrum: Spectrum, noise_var: jax.Array | float, 
 
 
 def excess(
-    length: jax.Array | float, signals: jax.Array, spectrum: Spectrum, noise_var: jax.Array | float, num_units: int
+    length: jax.Array | float,
+    signals: jax.Array,
+    spectrum: Spectrum,
+    noise_var: jax.Array | float,
+    num_units: int,
+    tuned: jax.Array | float = 1.0,
 ) -> jax.Array:
     """J(L), the expected excess of a flow of one `length`; `signals` (r + 1,) are E[g_j^2]."""
-    curvature, noise_curvature = signal_curvature(spectrum), spectrum.curvature
+    curvature, noise_curvature, length = signal_curvature(spectrum), spectrum.curvature, tuned * length
     left, sampling = jnp.exp(-length * curvature), _SAMPLING * spectrum.moments / num_units
     cost = (signals * left**2 + sampling * (1 - left) ** 2) / (2 * curvature)
     cost += noise_var * jnp.expm1(-length * noise_curvature) ** 2 / (2 * noise_curvature)
@@ -224,9 +251,14 @@ def excess(
 
 
 def best_length(
-    signals: jax.Array, spectrum: Spectrum, noise_var: jax.Array | float, num_units: int, longest: jax.Array | float
-) -> jax.Array:
-    """The length of least expected excess, on a logarithmic grid from `longest` / 64 to `longest`.
+    signals: jax.Array,
+    spectrum: Spectrum,
+    noise_var: jax.Array | float,
+    num_units: int,
+    longest: jax.Array | float,
+    tuned: jax.Array | float = 1.0,
+) -> tuple[jax.Array, jax.Array]:
+    """The length of least expected excess, on a logarithmic grid from `longest` / 64 to `longest`, and that excess.
 
     Args:
       signals: (r + 1,) E[g_j^2].
@@ -234,7 +266,9 @@ def best_length(
       noise_var: variance in each coordinate of the mean gradient's noise, of all rounds together.
       num_units: N.
       longest: public bound.
+      tuned: (r + 1,) one, or zero where the parameters are held fixed.
     """
     lengths = longest * jnp.geomspace(_SHORTEST, 1.0, _NUM_LENGTHS)
-    costs = jax.vmap(lambda length: excess(length, signals, spectrum, noise_var, num_units))(lengths)
-    return lengths[jnp.argmin(costs)]
+    costs = jax.vmap(lambda length: excess(length, signals, spectrum, noise_var, num_units, tuned))(lengths)
+    best = jnp.argmin(costs)
+    return lengths[best], costs[best]

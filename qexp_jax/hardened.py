@@ -25,7 +25,7 @@ The grid and the shrinking are ours.
 import functools
 import math
 import operator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,12 +47,10 @@ class DiscreteNoise(NamedTuple):
     """The public integers of a hardened release.
 
     Attributes:
-      grid: the real length of one step.
       l2_clip_norm: 2^20, the exact bound on the norm of a unit's steps.
       scale: sigma of the discrete Gaussian in steps, an integer.
     """
 
-    grid: float
     l2_clip_norm: int
     scale: int
 
@@ -70,27 +68,26 @@ def mu_from_budget(epsilon: float, delta: float) -> float:
     return math.sqrt(2 * privacy.rho_from_budget(epsilon, delta))
 
 
-def discrete_noise(noise_multiplier: float, l2_clip_norm: float, dim: int) -> DiscreteNoise:
+def discrete_noise(noise_multiplier: float, dim: int) -> DiscreteNoise:
     """Noise of at least the multiplier, rounded up to whole steps.
 
     Args:
       noise_multiplier: z > 0 of one round.
-      l2_clip_norm: C > 0, public.
       dim: k.
 
     Raises:
       ValueError: if integers of 64 bits would not hold a release of such noise or dimension.
 
-    >>> noise = discrete_noise(3.0, 0.5, 100)
-    >>> noise.scale == 3 * 2**20, noise.grid == 2.0**-21, noise.multiplier
-    (True, True, 3.0)
+    >>> noise = discrete_noise(3.0, 100)
+    >>> noise.scale == 3 * 2**20, noise.multiplier
+    (True, 3.0)
     """
     scale = math.ceil(noise_multiplier * INTEGER_CLIP_NORM)
     if not 1 <= scale < _LARGEST_SCALE:
         raise ValueError(f"Expected a noise multiplier in (0, 2^33) of a hardened release, found {noise_multiplier}.")
     if dim > _MOST_COORDINATES:
         raise ValueError(f"Expected at most {_MOST_COORDINATES} coordinates of a hardened release, found k = {dim}.")
-    return DiscreteNoise(l2_clip_norm / INTEGER_CLIP_NORM, INTEGER_CLIP_NORM, scale)
+    return DiscreteNoise(INTEGER_CLIP_NORM, scale)
 
 
 def check_available() -> None:
@@ -206,11 +203,12 @@ def _on_host(x):
     return x if jnp.issubdtype(jnp.result_type(x), jax.dtypes.extended) else np.asarray(x)
 
 
-def noisy_sum(total: np.ndarray, noise: DiscreteNoise, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """The whitened sum in real numbers, **not private**, and the same with its noise, (k,) each.
+def noisy_sum(total: np.ndarray, noise: DiscreteNoise, l2_clip_norm: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The whitened sum in real numbers, **not private**, and the same with its noise, (k,) each, of C's dtype.
 
     Formal guarantee: the second is rho-zCDP with rho = Delta^2 / (2 noise.scale^2), and all that a hardened round knows
     of the data; the first is for diagnostics.
     """
     noisy = discrete_gaussian(total, noise.scale)
-    return jnp.asarray(total * noise.grid, dtype), jnp.asarray(noisy * noise.grid, dtype)
+    grid, dtype = float(l2_clip_norm) / noise.l2_clip_norm, l2_clip_norm.dtype
+    return jnp.asarray(total * grid, dtype), jnp.asarray(noisy * grid, dtype)

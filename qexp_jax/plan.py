@@ -8,6 +8,11 @@ One rule, with nothing to tune on private data:
 * *Clip norm*: the .9 quantile of the public norms |M^{-1/2} g|.
 * *Length*: at most four times what makes the noise of all rounds together, added to the anchor, raise the *public* loss
   by a fixed small fraction of its root mean square; within that, what the releases deserve (`flow`).
+* *Geometry*: a round tunes all parameters or, with an infinite precision of all others, the leading directions alone.
+  The others hold about half of a gradient's energy, and so of the clip norm, and most of the noise; without them a
+  gradient's square over noise was found 1.6 to 3 times larger. Each round takes the geometry of least expected excess
+  given the releases before it (`choose`): the leading directions where the shift seems small for the noise, all where
+  there is more to gain.
 * *Rounds*: as many as keep each step of the length expected before the first within one over the largest private
   curvature expected, 8 to 12; where that would take more than 24, as many as keep it within two, up to 24. What the
   releases then deserve may be up to four times as long.
@@ -20,14 +25,15 @@ heavy (.7 quantile, images) and hurt where the classes are unequal, as did any c
 Newton steps matched this rule at small budgets and failed at large ones on networks, which are no quadratics there.
 Steps bounded by the public curvature overshot in every round on PhysioNet by ICU, where the private one is five times
 as steep along the shift. Six rounds in place of twelve lost .001 to .003 at epsilon 8, and twelve in place of 24 as
-much at 10,000 records; a length of its own for the block of all other directions changed nothing. To tune in the
-leading directions alone, where that promises more, gained .001 to .002 in the arena at middling noise and lost .03 to
-.2 under a heavy shift, which needs the others. Block James-Stein shrinkage of the released sum over-shrinks; a private
-diagonal curvature (T7) cost more budget than it returned.
+much at 10,000 records; a length of its own for the block of all other directions changed nothing. A geometry chosen
+once, from public numbers, lost .03 to .2 under a heavy shift, which needs all parameters and only releases can show. 8
+or 32 leading directions beside 128 were never chosen. Block James-Stein shrinkage of the released sum over-shrinks; a
+private diagonal curvature (T7) cost more budget than it returned.
 
 The rule is ours. It reads N and the budget, which are public, and is deterministic given its key.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -37,7 +43,8 @@ import numpy as np
 from qexp_jax import flow
 from qexp_jax import precision as precisions
 from qexp_jax import survey as surveys
-from qexp_jax.flow import Spectrum
+from qexp_jax.accuracy import noise_cost
+from qexp_jax.flow import Belief, Spectrum
 from qexp_jax.precision import Precision
 from qexp_jax.records import LossFn, Params, Record
 from qexp_jax.subspace import Subspace
@@ -50,6 +57,23 @@ _LONGEST = 4.0
 _LEAST_ROUNDS, _COMMON_ROUNDS, _MOST_ROUNDS = 8, 12, 24
 _PRIVATE_CURVATURE = 1.5  # private over public curvature: 1 to 2.4 was found under shift
 _EXPECTED_SHIFT = 1.5e-3
+_HELD = 1e30  # its root and its product with float32 gradients are finite
+
+
+class Geometry(NamedTuple):
+    """How a round clips, draws and moves; public. A plan holds several, with a leading axis.
+
+    Attributes:
+      eigenvalues: (r + 1,) of M, in the spectrum's directions and in all others.
+      tuned: (r + 1,) one, or zero where M is so large that the parameters are held fixed.
+      l2_clip_norm: C, in the norm whitened by M.
+      longest: most that the steps of all rounds may add up to.
+    """
+
+    eigenvalues: jax.Array
+    tuned: jax.Array
+    l2_clip_norm: jax.Array
+    longest: jax.Array
 
 
 class Plan(NamedTuple):
@@ -57,25 +81,21 @@ class Plan(NamedTuple):
 
     Attributes:
       subspace: P, with orthonormal columns.
-      precision: M, low rank plus identity.
-      l2_clip_norm: C, in the norm whitened by `precision`.
       damping: lambda, in units of curvature.
       rounds: T.
-      spectrum: curvature and moments in whitened coordinates, for `flow`.
-      longest: most that the steps of all rounds may add up to.
-      expected_multiples: (r + 1,) of a draw that a round follows, where the private gradient is as far from the public
-        one as is common.
+      spectrum: curvature and moments in coordinates whitened by the first geometry, for `flow`.
+      geometries: among which a round chooses: all parameters, and the leading directions.
+      expected_cost: loss per record that the noise of one round is expected to cost, where the private gradient is as
+        far from the public one as is common.
       evidence: the public numbers that decided, for the certificate.
     """
 
     subspace: Subspace
-    precision: Precision
-    l2_clip_norm: float
     damping: float
     rounds: int
     spectrum: Spectrum
-    longest: float
-    expected_multiples: jax.Array
+    geometries: Geometry
+    expected_cost: float
     evidence: dict[str, Any]
 
 
@@ -125,30 +145,84 @@ def make_plan(
     )  # fmt: skip
     damping = _DAMPING * float(surveyed.curvature.max()) if damping is None else damping
     curvature, dims, space = surveyed.curvature, surveyed.dims, surveyed.subspace
-    shape = np.sqrt((curvature + damping) / (curvature.max() + damping))
-    values = jnp.asarray(shape[:-1] - shape[-1], surveyed.directions.dtype)
-    precision = precisions.low_rank(shape[-1], surveyed.directions, values)
-    norms, clip_norm, moments = _clipping(surveyed.squares / shape, dims, l2_clip_norm)
+    eigenvalues = np.sqrt((curvature + damping) / (curvature.max() + damping))
+    squares, dtype = surveyed.squares / eigenvalues, surveyed.directions.dtype
+    norms, clip_norm, moments = _clipping(squares, dims, l2_clip_norm)
+    as_arrays = functools.partial(jax.tree.map, lambda x: jnp.asarray(x, dtype))
+    precision = precision_of(surveyed.directions, as_arrays(eigenvalues))
     tolerance, cost = surveys.tolerated_noise(
         trial_key, loss_fn, params, space, precision, surveyed.tried, _NOISE_COST
     )  # fmt: skip
-    curvature = _whitened_curvature(curvature / shape, dims, 2 * cost / tolerance**2)
-    numbers = curvature, moments, dims, *flow.shift_prior()
-    spectrum = Spectrum(surveyed.directions, *(jnp.asarray(x, values.dtype) for x in numbers))
-    noise_std, largest_curvature = clip_norm * noise_multiplier / num_units, float(curvature.max())
-    longest = _LONGEST * tolerance / noise_std
-    expected = float(_expected_length(spectrum, noise_std**2, num_units, longest))
+    curvature = _whitened_curvature(curvature / eigenvalues, dims, 2 * cost / tolerance**2)
+    spectrum = Spectrum(surveyed.directions, *as_arrays((curvature, moments, dims, *flow.shift_prior())))
+    per_unit, whole = noise_multiplier / num_units, np.ones_like(dims)
+    found = [(eigenvalues, whole, clip_norm, _LONGEST * tolerance / (clip_norm * per_unit))]
+    if dims[-1] > 0:
+        found.append(_leading(eigenvalues, squares, curvature, cost, per_unit, l2_clip_norm))
+    geometries = Geometry(*(as_arrays(np.stack(x)) for x in zip(*found, strict=True)))
+    noise_std, largest_curvature = clip_norm * per_unit, float(curvature.max())
+    expected = float(_expected_length(spectrum, noise_std**2, num_units, float(geometries.longest[0])))
     rounds = _rounds(expected * largest_curvature) if rounds is None else rounds
+    first, expected_cost = _first_round(spectrum, geometries, noise_multiplier, num_units, rounds)
     evidence = {
         "largest_curvature": largest_curvature,
         "leading_share_of_energy": float(np.sum(moments[:-1]) / np.sum(dims * moments)),
         "tolerated_noise": tolerance,
-        "longest_length": longest,
+        "longest_length": float(geometries.longest[0]),
         "expected_length": expected,
+        "tuned_at_first": int(np.sum(dims * np.asarray(first.tuned))),
         "public_fraction_clipped": float(np.mean(norms > clip_norm)),
     }
-    multiples, _ = flow.advance(flow.before_release(spectrum), spectrum, expected / rounds)
-    return Plan(space, precision, clip_norm, damping, rounds, spectrum, longest, multiples, evidence)
+    return Plan(space, damping, rounds, spectrum, geometries, expected_cost, evidence)
+
+
+def precision_of(directions: jax.Array, eigenvalues: jax.Array) -> Precision:
+    """M of a geometry."""
+    return precisions.spectral(eigenvalues[-1], directions, eigenvalues[:-1])
+
+
+@jax.jit
+def choose(
+    belief: Belief, spectrum: Spectrum, geometries: Geometry, noise_multiplier: jax.Array | float, num_units: int
+) -> tuple[Geometry, jax.Array]:
+    """The geometry of least expected excess given all releases, and its length: post-processing (T5).
+
+    Args:
+      belief: what the releases say.
+      spectrum: public.
+      geometries: of the plan.
+      noise_multiplier: z of all rounds together, that of one round over sqrt(T).
+      num_units: N.
+    """
+    signals = flow.pooled_signal(belief, spectrum, num_units)
+
+    def best(geometry):
+        noise_var = (geometry.l2_clip_norm * noise_multiplier / num_units) ** 2
+        return flow.best_length(signals, spectrum, noise_var, num_units, geometry.longest, geometry.tuned)
+
+    lengths, costs = jax.vmap(best)(geometries)
+    least = jnp.argmin(costs)
+    return jax.tree.map(lambda x: x[least], geometries), lengths[least]
+
+
+def _leading(eigenvalues, squares, curvature, cost, per_unit, clip_norm):
+    """The numbers of a `Geometry` of the leading directions: an infinite precision holds all others."""
+    tuned = np.append(np.ones(len(eigenvalues) - 1), 0)
+    if clip_norm is None:
+        _, clip_norm, _ = _clipping(squares, tuned, None)
+    tolerance = np.sqrt(2 * _PRIVATE_CURVATURE * cost / np.sum(curvature[:-1]))
+    held = np.append(eigenvalues[:-1], _HELD)
+    return held, tuned, clip_norm, _LONGEST * tolerance / (clip_norm * per_unit)
+
+
+def _first_round(spectrum, geometries, noise_multiplier, num_units, rounds):
+    """The geometry before any release, and what the noise of a round is expected to cost in it."""
+    belief = flow.before_release(spectrum)
+    geometry, length = choose(belief, spectrum, geometries, noise_multiplier, num_units)
+    multiples, _ = flow.advance(belief, spectrum, length / rounds, geometry.tuned)
+    noise_std = float(geometry.l2_clip_norm) * noise_multiplier * rounds**0.5
+    cost, _ = noise_cost(spectrum.curvature, multiples, spectrum.dims, noise_std=noise_std, num_units=num_units)
+    return geometry, cost
 
 
 def _rounds(length: float) -> int:
@@ -182,5 +256,5 @@ def _whitened_curvature(curvature, dims, trace):
 
 @jax.jit
 def _expected_length(spectrum, noise_var, num_units, longest):
-    """The length that the common shift deserves."""
-    return flow.best_length(_EXPECTED_SHIFT * spectrum.moments, spectrum, noise_var, num_units, longest)
+    """The length that the common shift deserves where all is tuned."""
+    return flow.best_length(_EXPECTED_SHIFT * spectrum.moments, spectrum, noise_var, num_units, longest)[0]

@@ -7,8 +7,8 @@ Precision is the matrix that is factored; the draw has covariance `H^{-1} / beta
     uncolor(H, w)   R^T w         |R^T w|^2 = w^T H w
     whitened_norm   |R^{-1} g|    at about half the cost of whitening where H is low rank
 
-`dense` factors a k x k matrix by Cholesky; `low_rank` is a scaled identity plus low rank on the whole parameter space,
-in O(d r) time and memory. The mechanism depends on H alone, not on which root R is taken.
+`dense` factors a k x k matrix by Cholesky; `spectral` and `low_rank` are a scaled identity plus low rank on the whole
+parameter space, in O(d r) time and memory. The mechanism depends on H alone, not on which root R is taken.
 """
 
 import dataclasses
@@ -168,14 +168,14 @@ def dense(matrix: jax.Array) -> Precision:
 
 
 def _scale_by(power):
-    """x -> H^power x for H = scale I + V^T diag(values) V with orthonormal rows V."""
+    """x -> H^power x for H = rest (I - V^T V) + V^T diag(eigenvalues) V with orthonormal rows V."""
 
     def apply(arrays, x):
-        scale, vectors, values = arrays
+        rest, vectors, eigenvalues = arrays
         inside = jnp.matmul(vectors, x, precision=_HIGHEST)
-        change = (scale + values) ** power - scale**power
+        change = eigenvalues**power - rest**power
         # From the left: XLA's CPU product with the transpose takes ten times as long.
-        return scale**power * x + jnp.matmul(change * inside, vectors, precision=_HIGHEST)
+        return rest**power * x + jnp.matmul(change * inside, vectors, precision=_HIGHEST)
 
     return apply
 
@@ -186,11 +186,11 @@ _SLACK = 1e-5
 
 def _low_rank_square(arrays, x):
     """x^T H^{-1} x, from the r leading coordinates and the norm of x alone."""
-    scale, vectors, values = arrays
+    rest, vectors, eigenvalues = arrays
     inside = jnp.matmul(vectors, x, precision=_HIGHEST) ** 2
     total = jnp.sum(x**2)
-    rest = jnp.maximum(total - jnp.sum(inside), 0) + _SLACK * total
-    return rest / scale + jnp.sum(inside / (scale + values))
+    outside = jnp.maximum(total - jnp.sum(inside), 0) + _SLACK * total
+    return outside / rest + jnp.sum(inside / eigenvalues)
 
 
 # The symmetric root H^{1/2} is its own transpose, so whitening and coloring are one function.
@@ -198,17 +198,29 @@ _LOW_RANK = _Root(_scale_by(-0.5), _scale_by(-0.5), _scale_by(0.5), _low_rank_sq
 
 
 @jax.jit
+def spectral(rest: jax.Array, vectors: jax.Array, eigenvalues: jax.Array) -> Precision:
+    """H = rest (I - V^T V) + sum_j eigenvalues_j v_j v_j^T on R^d.
+
+    Args:
+      rest: positive scalar, the eigenvalue of all directions orthogonal to the v_j. A very large one (1e30 in float32)
+        holds them: gradients are whitened to nothing there, and a draw does not move them.
+      vectors: (r, d) orthonormal rows v_j.
+      eigenvalues: (r,) positive.
+    """
+    if vectors.ndim != 2 or eigenvalues.shape != vectors.shape[:1]:
+        raise ValueError(f"Expected vectors (r, d) and values (r,), found {vectors.shape=}, {eigenvalues.shape=}.")
+    r, d = vectors.shape
+    rest = jnp.asarray(rest, vectors.dtype)
+    log_det = (d - r) * jnp.log(rest) + jnp.sum(jnp.log(eigenvalues))
+    return Precision(dim=d, root=_LOW_RANK, arrays=(rest, vectors, eigenvalues), log_det=log_det)
+
+
 def low_rank(scale: jax.Array, vectors: jax.Array, values: jax.Array) -> Precision:
-    """H = scale I + sum_j values_j v_j v_j^T on R^d.
+    """H = scale I + sum_j values_j v_j v_j^T on R^d, `spectral` by another name.
 
     Args:
       scale: positive scalar, the damping.
       vectors: (r, d) orthonormal rows v_j.
       values: (r,) non-negative.
     """
-    if vectors.ndim != 2 or values.shape != vectors.shape[:1]:
-        raise ValueError(f"Expected vectors (r, d) and values (r,), found {vectors.shape=}, {values.shape=}.")
-    r, d = vectors.shape
-    scale = jnp.asarray(scale, vectors.dtype)
-    log_det = (d - r) * jnp.log(scale) + jnp.sum(jnp.log(scale + values))
-    return Precision(dim=d, root=_LOW_RANK, arrays=(scale, vectors, values), log_det=log_det)
+    return spectral(scale, vectors, scale + values)

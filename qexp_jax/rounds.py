@@ -1,8 +1,9 @@
 """The rounds of a release: private pass, exact draw, step of the flow; saved on the way, the same on any devices.
 
-**Rounds (T6).** Round t expands at the parameters that the rounds before released, with the plan's precision and clip
-norm, so that the rounds compose adaptively to `mu^2 = sum mu_t^2`: given what was released before, round t is the
-mechanism of T1 with public settings, hence mu_t-GDP, and adaptive composition of Gaussian trade-off curves is Gaussian
+**Rounds (T6).** Round t expands at the parameters that the rounds before released, with precision and clip norm of one
+of the plan's geometries, chosen by the releases before it, and noise in proportion to that clip norm, so that the
+rounds compose adaptively to `mu^2 = sum mu_t^2`: given what was released before, round t is the mechanism of T1 with
+public settings, hence mu_t-GDP, and adaptive composition of Gaussian trade-off curves is Gaussian
 (Dong, Roth and Su, arXiv:1905.02383, Corollary 3.3). Their number and the even split are fixed by public data before
 the first. What a round does with its draw is post-processing (T5), which no test between neighbours gains from: it
 follows the draw for a T-th of the length that the sums released so far deserve (`flow`), next to nothing where they
@@ -28,7 +29,7 @@ from qexp_jax.gradients import Mode
 from qexp_jax.hardened import DiscreteNoise
 from qexp_jax.mechanism import Quadratic
 from qexp_jax.passes import Target
-from qexp_jax.plan import Plan
+from qexp_jax.plan import Geometry, Plan, choose, precision_of
 from qexp_jax.records import LossFn, Params, Record
 from qexp_jax.subspace import Subspace
 
@@ -38,15 +39,17 @@ class RoundInfo(NamedTuple):
 
     Attributes:
       plan: the public plan.
+      geometry: of this round.
       quadratic: the utility with the exact clipped sum.
       noise_std: C z.
       w: the draw.
-      multiples: (r + 1,) of w that were followed, in the spectrum's directions and in all others.
+      multiples: (r + 1,) of w that were followed, in the spectrum's directions and in all others; 0 where held.
       noise_cost: loss per record that the noise of this step costs under the public curvature; reveals |xi|.
       clip_info: counts of clipped and non-finite units.
     """
 
     plan: Plan
+    geometry: Geometry
     quadratic: Quadratic
     noise_std: float
     w: jax.Array
@@ -124,25 +127,22 @@ def run(
     units, count, infos = _placed(mesh, units), None, []
     for round_key in jax.random.split(key, plan.rounds)[progress.round :]:
         announce(engine.progress, "private pass", progress.walk)
-        total, clip_info, count = _pass(engine, plan, units, progress, count)
+        belief, spectrum = progress.walk.belief, plan.spectrum
+        geometry, _ = choose(belief, spectrum, plan.geometries, noise_multiplier / plan.rounds**0.5, num_units)
+        precision = precision_of(spectrum.directions, geometry.eigenvalues)
+        target = Target(progress.walk.params, plan.subspace, precision, geometry.l2_clip_norm)
+        total, clip_info, count = _pass(engine, target, units, progress, count)
         announce(engine.progress, "draw", total)
-        noise_std = plan.l2_clip_norm * noise_multiplier
+        noise_std = geometry.l2_clip_norm * noise_multiplier
         if engine.discrete_noise is None:
             noisy = _noisy_sum(round_key, total, noise_std)
         else:
-            total, noisy = hardened.noisy_sum(total, engine.discrete_noise, layout.dtype)
-        quadratic = Quadratic(plan.precision, total, num_units)
+            total, noisy = hardened.noisy_sum(total, engine.discrete_noise, geometry.l2_clip_norm)
+        quadratic = Quadratic(precision, total, num_units)
         w, multiples, cost, walk = follow(
-            noisy,
-            progress.walk,
-            plan.subspace,
-            quadratic,
-            noise_std,
-            plan.spectrum,
-            plan.rounds,
-            plan.longest,
+            noisy, progress.walk, plan.subspace, quadratic, noise_std, spectrum, geometry, plan.rounds
         )
-        infos.append(RoundInfo(plan, quadratic, noise_std, w, multiples, cost, clip_info))
+        infos.append(RoundInfo(plan, geometry, quadratic, float(noise_std), w, multiples, cost, clip_info))
         progress = _beginning(progress.round + 1, walk, plan, engine)
         _save(engine, layout, progress)
     announce(engine.progress, "done", progress.walk)
@@ -160,8 +160,8 @@ def follow(
     quadratic: Quadratic,
     noise_std: jax.Array | float,
     spectrum: Spectrum,
+    geometry: Geometry,
     rounds: int,
-    longest: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array, Walk]:
     """The draw of a noisy sum, followed for a step of the flow whose length all releases so far deserve.
 
@@ -173,10 +173,12 @@ def follow(
     num_units = quadratic.num_units
     w = mechanism.release_step(quadratic, noisy)
     seen, noise_var = noisy / num_units, (noise_std / num_units) ** 2
-    belief = flow.observe(walk.belief, spectrum, seen, noise_var)
-    signal = flow.pooled_signal(belief, spectrum, noise_var, num_units)
-    wanted = flow.best_length(signal, spectrum, noise_var / rounds, num_units, longest)
-    multiples, belief = flow.advance(belief, spectrum, wanted / rounds)
+    belief = flow.observe(walk.belief, spectrum, seen, noise_var, geometry.tuned)
+    signal = flow.pooled_signal(belief, spectrum, num_units)
+    wanted, _ = flow.best_length(
+        signal, spectrum, noise_var / rounds, num_units, geometry.longest, geometry.tuned
+    )  # fmt: skip
+    multiples, belief = flow.advance(belief, spectrum, wanted / rounds, geometry.tuned)
     # The precision has the spectrum's directions, so that scaling before or after colouring is the same.
     params = subspaces.displace(subspace, walk.params, flow.scale(spectrum.directions, multiples, w))
     noise = (noisy - quadratic.whitened_sum) / num_units
@@ -201,7 +203,7 @@ def _placed(mesh, units):
     return passes.place(mesh, *records.pad(units, passes.num_shares(mesh)))
 
 
-def _pass(engine, plan, units, progress, length):
+def _pass(engine, target, units, progress, length):
     """The exact clipped sum of one round over all devices and processes, its counts, and the stream's length."""
     mesh = passes.local_mesh(engine.mesh)
     settings = {"microbatch_size": engine.microbatch_size, "mode": engine.mode}
@@ -209,15 +211,14 @@ def _pass(engine, plan, units, progress, length):
         batch_sum = functools.partial(passes.device_sum, engine.loss_fn, mesh=mesh, **settings)
     else:
         batch_sum = functools.partial(passes.exact_sum, engine.loss_fn, **settings)
-    target = Target(progress.walk.params, plan.subspace, plan.precision, plan.l2_clip_norm)
     if stream.is_stream(units):
-        total, info, length = _stream_pass(engine, plan, batch_sum, target, units, progress, length)
+        total, info, length = _stream_pass(engine, batch_sum, target, units, progress, length)
     else:
         total, info = batch_sum(target, *(units if mesh else (units, None)))
     return *passes.over_processes((total, info), engine.mesh), length
 
 
-def _stream_pass(engine, plan, batch_sum, target, units, progress, length):
+def _stream_pass(engine, batch_sum, target, units, progress, length):
     mesh, skip = passes.local_mesh(engine.mesh), progress.batches
     i, partial, digest, read = 0, progress.partial, b"", 0
     sums = passes.partial_sums(batch_sum, target, units, mesh, partial, skip)
@@ -232,7 +233,7 @@ def _stream_pass(engine, plan, batch_sum, target, units, progress, length):
             raise ValueError("The private stream is not the one that the checkpoint's partial sum was made of.")
         if i > skip and i % engine.store.every == 0:
             now = progress._replace(batches=i, partial=partial, digest=np.frombuffer(digest, np.uint8))
-            _save(engine, plan.subspace.layout, now)
+            _save(engine, target.subspace.layout, now)
     if i < skip or length not in (None, read):
         raise ValueError("The private stream changed its length between two readings; nothing is released.")
     return partial.total, partial.info, read

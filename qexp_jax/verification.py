@@ -80,7 +80,7 @@ _FIELDS: dict[str, Any] = {
     "rounds": _COUNT,
     "mu_per_round": _POSITIVE_OR_NONE,
     "noise_multiplier": _POSITIVE,
-    "l2_clip_norm": _POSITIVE,
+    "geometries": [{"tuned_dim": _COUNT, "l2_clip_norm": _POSITIVE}],
     "discrete_noise": _Kind("null or a mapping", lambda x: x is None or isinstance(x, dict)),
     "subspace": _TEXT,
     "subspace_dim": _COUNT,
@@ -94,7 +94,7 @@ _FIELDS: dict[str, Any] = {
     "assumptions": [_TEXT],
     "versions": {"qexp_jax": _TEXT, "jax": _TEXT, "dp_accounting": _TEXT},
 }
-_DISCRETE_NOISE = {"grid": _POSITIVE, "l2_clip_norm": _COUNT, "scale": _COUNT}
+_DISCRETE_NOISE = {"l2_clip_norm": _COUNT, "scale": _COUNT}
 
 
 def verify(certificate: dict[str, Any]) -> None:
@@ -166,6 +166,10 @@ def _check_counts(certificate, relation):
             f"Certificate field 'precision_rank': expected at most subspace_dim={certificate['subspace_dim']}, "
             f"found {certificate['precision_rank']}."
         )
+    expected = [certificate["subspace_dim"], certificate["precision_rank"]]
+    for i, (geometry, dim) in enumerate(zip(certificate["geometries"], expected, strict=False)):
+        _expect(f"geometries[{i}].tuned_dim", geometry["tuned_dim"], dim)
+    _expect("geometries", len(certificate["geometries"]), len(set(expected)))
 
 
 def _check_shares(certificate, relation):
@@ -183,7 +187,6 @@ def _check_discrete_noise(certificate):
     if not certificate["hardened"]:
         return _expect("discrete_noise", noise, None)
     _conform(noise, _DISCRETE_NOISE, "discrete_noise")
-    _expect("discrete_noise.grid", noise["grid"] * noise["l2_clip_norm"], certificate["l2_clip_norm"])
     _expect("discrete_noise.scale", noise["scale"] / noise["l2_clip_norm"], certificate["noise_multiplier"])
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 from problems import network, network_loss
 
 import qexp_jax
-from qexp_jax import accuracy, flow, privacy, subspace
+from qexp_jax import accuracy, clipping, flow, privacy, subspace
 
 KEY = jax.random.key(17)
 BUDGET = {"epsilon": 1.0, "delta": 1e-5}
@@ -61,7 +61,7 @@ def test_where_there_is_nothing_but_noise_the_model_hardly_gets_worse():
 def test_certificate_is_json_complete_and_rederives_the_budget():
     certificate = json.loads(json.dumps(tune(rounds=2).certificate))
     qexp_jax.verify(certificate)
-    required = "epsilon delta mu neighboring_relation num_units noise_multiplier l2_clip_norm subspace_dim rounds"
+    required = "epsilon delta mu neighboring_relation num_units noise_multiplier geometries subspace_dim rounds"
     assert set(required.split()) <= set(certificate)
     assert len(certificate["assumptions"]) >= 4 and certificate["num_units"] == 400
     np.testing.assert_allclose(privacy.epsilon_from_mu(certificate["mu"], 1e-5), 1.0, rtol=1e-9)
@@ -98,6 +98,52 @@ def test_diagnostics_are_apart_and_measure_the_excess():
         plan.spectrum.curvature, info[0].multiples, plan.spectrum.dims, noise_std=info[0].noise_std, num_units=400
     )
     assert 0 < info[0].noise_cost < 20 * mean and 1 <= degrees <= 3
+
+
+WIDE = 40
+
+
+def wide_loss(params, record):
+    return (record["x"] @ params["w"] - record["y"]) ** 2 / 2
+
+
+def wide_data(slope):
+    """Steep in four directions, shallow in 36; private records differ from public ones by `slope` in each."""
+    x = jax.random.normal(jax.random.key(5), (1200, WIDE)) * jnp.where(jnp.arange(WIDE) < 4, 1.0, 0.3)
+    y = x @ jnp.ones(WIDE) + jax.random.normal(jax.random.key(6), (1200,))
+    public = {"x": x[:600], "y": y[:600]}
+    return {"public": public, "private": {"x": x[600:], "y": y[600:] + slope * x[600:].sum(axis=1)}}
+
+
+def wide_rounds(data, epsilon):
+    options = {"epsilon": epsilon, "delta": 1e-5, "precision_rank": 4, "diagnostics": True}
+    release, infos = qexp_jax.fine_tune(KEY, wide_loss, {"w": jnp.ones(WIDE)}, **data, **options)
+    return release, infos, [int(i.geometry.tuned[-1]) for i in infos]
+
+
+def test_a_release_begins_in_the_leading_directions_and_tunes_all_where_it_meets_a_heavy_shift():
+    release, _, whole = wide_rounds(wide_data(0.0), epsilon=0.3)
+    assert release.certificate["public_evidence"]["tuned_at_first"] == 4 and not any(whole)
+    shifted, _, whole = wide_rounds(wide_data(3.0), epsilon=0.3)
+    assert whole[0] == 0 and whole[-1] == 1
+    assert shifted.certificate == release.certificate  # which is written before
+
+
+def test_the_noise_of_each_round_is_that_of_its_own_geometrys_clip_norm():
+    """A unit of huge gradient sits on the clip boundary: |S| = C, and the noise has deviation C z."""
+    data = wide_data(3.0)
+    one = {"x": 100 * data["private"]["x"][:1], "y": jnp.array([1e4])}
+    release, infos, whole = wide_rounds(data, epsilon=0.3)
+    norms = {w: g["l2_clip_norm"] for w, g in zip((1, 0), release.certificate["geometries"], strict=True)}
+    assert set(whole) == {0, 1} and norms[0] < 0.9 * norms[1]
+    z = release.certificate["noise_multiplier"]
+    for info, is_whole in zip(infos, whole, strict=True):
+        total, counts = clipping.clipped_sum(
+            wide_loss, {"w": jnp.ones(WIDE)}, info.plan.subspace, info.quadratic.precision, one,
+            l2_clip_norm=norms[is_whole],
+        )  # fmt: skip
+        assert counts.num_clipped == 1
+        np.testing.assert_allclose(info.noise_std, z * jnp.linalg.norm(total), rtol=1e-4)
 
 
 def test_progress_names_the_stages_and_changes_nothing():

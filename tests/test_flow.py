@@ -107,8 +107,8 @@ def test_the_measured_and_the_public_curvature_have_no_bias_under_noise():
         first, second = jax.random.split(key)
         y = g + jax.random.normal(first, (3,))
         later = g - curvature * followed * y + jax.random.normal(second, (3,))
-        belief = flow.before_release(spectrum)._replace(last=y, followed=followed)
-        return jnp.append(flow.secant(belief, curvature, later, 1.0), jnp.vdot(followed * y, y - later))
+        belief = flow.before_release(spectrum)._replace(last=y, last_var=jnp.array(1.0), followed=followed)
+        return jnp.append(flow.secant(belief, curvature, later), jnp.vdot(followed * y, y - later))
 
     measured, public, naive = jnp.mean(jax.vmap(one)(jax.random.split(KEY, 200_000)), axis=0)
     expected = jnp.vdot(curvature, (followed * g) ** 2)
@@ -147,15 +147,17 @@ def test_the_best_length_is_the_least_of_the_excess_and_grows_with_signal_over_n
     spectrum = example()
 
     def best(shift, noise_var):
-        return flow.best_length(shift * spectrum.moments, spectrum, noise_var, 1000, 50.0)
+        return flow.best_length(shift * spectrum.moments, spectrum, noise_var, 1000, 50.0)[0]
 
     lengths = jnp.geomspace(50 / 64, 50, 49)
     costs = [flow.excess(length, 0.1 * spectrum.moments, spectrum, 0.05, 1000) for length in lengths]
     np.testing.assert_allclose(best(0.1, 0.05), lengths[np.argmin(costs)], rtol=1e-5)
+    _, cost = flow.best_length(0.1 * spectrum.moments, spectrum, 0.05, 1000, 50.0)
+    np.testing.assert_allclose(cost, np.min(costs), rtol=1e-5)
     # e^{-L K} is the share of sampling error in the signal, where noise has none: L = 17.6 at K = .5.
     assert best(10.0, 1e-9) == pytest.approx(17.6, rel=0.1) and best(1e-8, 1.0) == pytest.approx(50 / 64, rel=1e-5)
     flat = spectrum._replace(curvature=jnp.array([2.0, 1.0, 0.1, 0.1]))
-    assert flow.best_length(10 * flat.moments, flat, 1e-9, 1000, 50.0) > 40
+    assert flow.best_length(10 * flat.moments, flat, 1e-9, 1000, 50.0)[0] > 40
     assert best(0.1, 0.1) < best(0.1, 0.01) and best(0.01, 0.05) < best(0.1, 0.05)
 
 
@@ -165,12 +167,13 @@ def test_the_signal_is_the_posterior_mean_of_a_grid_computed_in_full():
     x = np.asarray(0.3 * jax.random.normal(jax.random.key(3), (10,)), float)
     energy = flow.energies(spectrum.directions, jnp.asarray(x, jnp.float32))
     moments, dims = np.asarray(spectrum.moments, float), np.asarray(spectrum.dims, float)
+    expected = moments * [1, 1, 1, 0.5]  # of the others half
     error, log_evidence, means = 1.5 * moments / num_units + noise_var, [], []
     for tau in np.asarray(spectrum.shifts, float):
-        total = tau * moments + error
+        total = tau * expected + error
         log_evidence.append(-2 * np.log(tau) - 0.5 * np.sum(dims * (np.log(total) + np.asarray(energy, float) / total)))
-        share = tau * moments / total
-        means.append(share**2 * np.asarray(energy, float) + tau * moments * (1 - share))
+        share = tau * expected / total
+        means.append(share**2 * np.asarray(energy, float) + tau * expected * (1 - share))
     weight = np.exp(log_evidence - np.max(log_evidence))
     expected = weight @ np.array(means) / weight.sum()
     np.testing.assert_allclose(flow.signal(energy, spectrum, noise_var, num_units), expected, rtol=1e-4)
@@ -184,11 +187,62 @@ def test_the_shift_is_found_where_there_is_signal_and_the_prior_kept_where_there
     found = flow.signal(flow.energies(spectrum.directions, g), spectrum, 1e-6, 10**6)
     assert 0.5 < jnp.vdot(spectrum.dims, found) / jnp.vdot(g, g) < 1.5
     hidden = flow.signal(flow.energies(spectrum.directions, g), spectrum, 1e4, 10**6)
-    np.testing.assert_allclose(hidden, jnp.mean(spectrum.shifts) * spectrum.moments, rtol=0.05)
+    prior = jnp.mean(spectrum.shifts) * spectrum.moments * jnp.array([1.0, 1.0, 1.0, 0.5])
+    np.testing.assert_allclose(hidden, prior, rtol=0.05)
 
 
 def test_a_spectrum_without_a_rest_is_a_spectrum():
     spectrum = example(rest=0)._replace(directions=jnp.eye(3), dims=jnp.array([1.0, 1.0, 1.0, 0.0]))
     energy = flow.energies(spectrum.directions, jnp.array([0.1, 0.2, 0.3]))
     assert jnp.all(jnp.isfinite(flow.signal(energy, spectrum, 0.1, 100)))
-    assert jnp.isfinite(flow.best_length(energy, spectrum, 0.1, 100, 5.0))
+    assert jnp.all(jnp.isfinite(jnp.stack(flow.best_length(energy, spectrum, 0.1, 100, 5.0))))
+
+
+HOLD_OTHERS = jnp.array([1.0, 1.0, 1.0, 0.0])
+
+
+def test_a_round_that_holds_the_others_moves_and_learns_nothing_there():
+    spectrum, seen = example(), jax.random.normal(KEY, (10,))
+    belief = flow.observe(flow.before_release(spectrum), spectrum, seen, 0.5, HOLD_OTHERS)
+    multiples, belief = flow.advance(belief, spectrum, 0.3, HOLD_OTHERS)
+    assert multiples[-1] == 0 and belief.left[-1] == 1 and belief.weights[-1] == 0 and jnp.all(multiples[:3] > 0)
+    outside = belief.gradients - spectrum.directions.T @ (spectrum.directions @ belief.gradients)
+    np.testing.assert_allclose(outside, 0, atol=1e-5)
+    whole = flow.observe(flow.before_release(spectrum), spectrum, seen, 0.5)
+    assert whole.weights[-1] > 0 and jnp.all(belief.weights[:3] == whole.weights[:3])
+
+
+def test_what_was_never_tuned_keeps_the_prior_at_the_shift_that_the_others_show():
+    spectrum = example(shifts=tuple(np.geomspace(1e-3, 1, 13)))._replace(directions=jnp.eye(10)[:3])
+    before = flow.pooled_signal(flow.before_release(spectrum), spectrum, 10**6)
+    np.testing.assert_allclose(before, jnp.mean(spectrum.shifts) * spectrum.moments * (1 - 0.5 * (1 - HOLD_OTHERS)))
+
+    def others_after(size):
+        g = size * jnp.append(jnp.sqrt(spectrum.moments[:3]), jnp.full(7, 1e3))
+        belief = flow.observe(flow.before_release(spectrum), spectrum, g, 1e-6, HOLD_OTHERS)
+        return flow.pooled_signal(belief, spectrum, 10**6)[-1]
+
+    assert 3 * others_after(0.05) < before[-1] < others_after(1.0) / 3
+
+
+def test_releases_of_unequal_noise_are_weighed_by_it():
+    """Two looks at one gradient with variances 1 and 4: the mean of least variance has 4/5."""
+    spectrum, g = example(), jax.random.normal(jax.random.key(1), (10,))
+
+    def error(key):
+        belief = flow.before_release(spectrum)
+        for k, std in zip(jax.random.split(key), (1.0, 2.0), strict=True):
+            belief = flow.observe(belief, spectrum, g + std * jax.random.normal(k, (10,)), std**2)
+        found = flow.scale(spectrum.directions, 1 / belief.weights, belief.gradients)
+        return jnp.append(jnp.mean((found - g) ** 2), 1 / belief.weights[0])
+
+    mean, stated = jnp.mean(jax.vmap(error)(jax.random.split(KEY, 4000)), axis=0)
+    np.testing.assert_allclose([mean, stated], 0.8, rtol=0.03)
+
+
+def test_the_excess_of_a_round_that_holds_the_others_is_that_of_the_leading_ones_and_the_others_signal():
+    spectrum = example()
+    signals, alone = 0.1 * spectrum.moments, spectrum._replace(dims=HOLD_OTHERS)
+    held = flow.excess(0.7, signals, spectrum, 0.1, 20, HOLD_OTHERS)
+    rest = 7 * signals[-1] / (2 * spectrum.curvature[:3].min())
+    np.testing.assert_allclose(held, flow.excess(0.7, signals, alone, 0.1, 20) + rest, rtol=1e-5)

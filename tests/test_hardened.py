@@ -183,7 +183,7 @@ def test_zcdp_covers_the_discrete_gaussian_and_the_mu_of_its_continuous_twin_doe
 @pytest.mark.parametrize(("multiplier", "dim"), [(0.0, 3), (-1.0, 3), (2.0**33, 3), (1.0, 2**22 + 1)])
 def test_what_64_bits_would_not_hold_is_refused(multiplier, dim):
     with pytest.raises(ValueError, match="hardened release, found"):
-        hardened.discrete_noise(multiplier, 1.0, dim)
+        hardened.discrete_noise(multiplier, dim)
 
 
 def test_without_opendp_the_error_says_what_to_install(monkeypatch):
@@ -252,8 +252,9 @@ def test_diagnostics_hold_the_sum_without_noise():
     _, infos = tune(diagnostics=True)
     info = infos[0]
     expected, _ = clipping.clipped_sum(
-        loss, {"w": jnp.ones(3)}, info.plan.subspace, info.plan.precision, PRIVATE, l2_clip_norm=info.plan.l2_clip_norm
-    )
+        loss, {"w": jnp.ones(3)}, info.plan.subspace, info.quadratic.precision, PRIVATE,
+        l2_clip_norm=info.geometry.l2_clip_norm,
+    )  # fmt: skip
     np.testing.assert_allclose(info.quadratic.whitened_sum, expected, rtol=1e-3, atol=1e-3)
 
 

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qexp_jax import plan, subspace, survey
+from qexp_jax import clipping, flow, plan, subspace, survey
 
 KEY = jax.random.key(23)
 D = 60
@@ -53,3 +53,37 @@ def test_the_rounds_grow_with_the_length_up_to_their_bounds():
     assert [plan._rounds(length) for length in (0.0, 3.0, 9.5, 20.0, 24.0, 30.0, 47.5, 1e9)] == [
         8, 8, 10, 12, 12, 15, 24, 24
     ]  # fmt: skip
+
+
+def test_the_others_are_held_by_an_infinite_precision_with_a_clip_norm_of_its_own():
+    made = planned(100.0)
+    whole, leading = (jax.tree.map(lambda x, i=i: x[i], made.geometries) for i in (0, 1))
+    np.testing.assert_array_equal(leading.tuned, jnp.arange(9) < 8)
+    assert jnp.all(whole.tuned == 1) and leading.l2_clip_norm < whole.l2_clip_norm
+    held = plan.precision_of(made.spectrum.directions, leading.eigenvalues)
+    kept = plan.precision_of(made.spectrum.directions, whole.eigenvalues)
+    records = public()
+    sums = [
+        clipping.clipped_sum(loss_fn, PARAMS, made.subspace, precision, records, l2_clip_norm=1e6)[0]
+        for precision in (held, kept)
+    ]
+    inside = made.spectrum.directions.T @ (made.spectrum.directions @ sums[1])
+    np.testing.assert_allclose(sums[0], inside, atol=1e-3 * float(jnp.linalg.norm(inside)))
+    assert jnp.linalg.norm(sums[1] - inside) > 0.1 * jnp.linalg.norm(inside)
+
+
+def test_a_space_of_leading_directions_alone_has_one_geometry():
+    assert len(planned(100.0, subspace_dim=5).geometries.l2_clip_norm) == 1
+    assert len(planned(100.0).geometries.l2_clip_norm) == 2
+
+
+@pytest.mark.parametrize(("shift", "tuned"), [(0.0, 8), (1e-3, 8), (0.5, D)])
+def test_the_releases_choose_the_leading_directions_for_a_small_shift_and_all_for_a_heavy_one(shift, tuned):
+    made, noise_multiplier, num_units = planned(10.0), 10.0, 1000
+    spectrum, seen = made.spectrum, made.geometries.tuned[1]
+    assert made.evidence["tuned_at_first"] == 8
+    noise_var = (made.geometries.l2_clip_norm[1] * noise_multiplier / num_units) ** 2
+    g = spectrum.directions.T @ (jax.random.normal(KEY, (8,)) * jnp.sqrt(shift * spectrum.moments[:-1]))
+    belief = flow.observe(flow.before_release(spectrum), spectrum, g, noise_var, seen)
+    geometry, _ = plan.choose(belief, spectrum, made.geometries, noise_multiplier, num_units)
+    assert jnp.vdot(geometry.tuned, spectrum.dims) == tuned

@@ -177,7 +177,7 @@ def test_sharded_parameters_stay_sharded_through_a_release(kind):
     space = subspace.full(params, where="w2") if kind == "selected" else subspace.count_sketch(KEY, params, 20)
     arguments = {"public": data, "private": data, "epsilon": 4.0, "delta": 1e-5, "rounds": 2, "subspace": space}
     release, (info, _) = qexp_jax.fine_tune(KEY, deep_loss, sharded, mesh=devices, diagnostics=True, **arguments)
-    factored, clip_norm = jax.device_get((info.plan.precision, info.plan.l2_clip_norm))
+    factored, clip_norm = jax.device_get((info.quadratic.precision, info.geometry.l2_clip_norm))
     expected, _ = clipping.clipped_sum(deep_loss, params, space, factored, data, l2_clip_norm=clip_norm)
     np.testing.assert_allclose(info.quadratic.whitened_sum, expected, rtol=1e-3, atol=1e-3)
     assert all(w.sharding.is_equivalent_to(layer, 2) for w in release.params.values())
