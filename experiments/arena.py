@@ -4,8 +4,8 @@
     python -m experiments.arena --part 0/2            # one of two processes that share the grid
     python -m experiments.arena --tasks mnist_writers --sizes 1000 --epsilons 1 --seeds 3 --out DIR
 
-A cell is task x model x n x epsilon. A seed is a private subsample of size n and the noise; all methods share the
-subsamples. A rival's hyperparameters are those with the best mean test metric over the first two seeds: chosen on the
+A cell is task x model x n x epsilon. A seed is a private subsample of size n, the order of the public records (of which
+a plan takes samples) and the noise; all methods share the subsamples. A rival's hyperparameters are those with the best mean test metric over the first two seeds: chosen on the
 test set, an advantage that ours does not get.
 """
 
@@ -86,6 +86,13 @@ def subsample(anchor: tasks.Anchor, n: int, seed: int) -> dict[str, np.ndarray]:
     return select(private, np.random.default_rng([seed, n]).permutation(len(private["label"]))[:n])
 
 
+def reordered(cell: Cell, seed: int) -> Cell:
+    """The public records in an order of the seed's own, so that standard errors know of what a plan samples."""
+    split = cell.anchor.split
+    order = np.random.default_rng([seed, 1]).permutation(len(split.public["label"]))
+    return cell._replace(anchor=cell.anchor._replace(split=split._replace(public=select(split.public, order))))
+
+
 def choose(method: Method, cells: list[Cell], starts: list[Point]) -> Point:
     """The lattice point of best mean test metric over the first seeds."""
 
@@ -114,8 +121,9 @@ def group_rows(anchor, model_name, n, name, epsilon, args, warm: Point | None) -
 
 
 def _row(anchor, model_name, cell, name, seed, settings, point, delta):
+    prepared = reordered(cell, seed)
     with measured() as cost:
-        outcome = METHODS[name].run(cell, seed, settings)
+        outcome = METHODS[name].run(prepared, seed, settings)
     return {
         "task": anchor.task.name,
         "model": model_name,
