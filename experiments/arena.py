@@ -5,8 +5,8 @@
     python -m experiments.arena --tasks mnist_writers --sizes 1000 --epsilons 1 --seeds 3 --out DIR
 
 A cell is task x model x n x epsilon. A seed is a private subsample of size n, the order of the public records (of which
-a plan takes samples) and the noise; all methods share the subsamples. A rival's hyperparameters are those with the best mean test metric over the first two seeds: chosen on the
-test set, an advantage that ours does not get.
+a plan takes samples) and the noise; all methods share the subsamples. A rival's hyperparameters are those with the best
+mean test metric over the first two seeds: chosen on the test set, an advantage that ours does not get.
 """
 
 import argparse

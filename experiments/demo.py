@@ -21,6 +21,7 @@ from scipy.stats import chi2
 import qexp_jax
 from experiments import mnist, models
 from experiments.data import run_cli
+from qexp_jax import rounds
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -99,10 +100,7 @@ def stage(name, seconds):
 
 def summarise(trained, release, info, split, seconds):
     """The figures of `metrics.json`."""
-    n, spectrum = split_size(split), info.plan.spectrum
-    mean, degrees = qexp_jax.accuracy.noise_cost(
-        spectrum.curvature, info.multiples, spectrum.dims, noise_std=info.noise_std, num_units=n
-    )
+    n, (mean, degrees) = split_size(split), rounds.predicted_cost(info)
     return {
         "split": split.description,
         "num_public": len(split.public["label"]),

@@ -22,7 +22,7 @@ import qexp_jax
 from experiments import models, tasks
 from experiments.arena import RESULTS, subsample, write_table
 from experiments.data import run_cli
-from qexp_jax import privacy
+from qexp_jax import privacy, rounds
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -53,11 +53,8 @@ def row_of(anchor, model_name, n, epsilon, delta, seed):
         jax.random.key(seed), anchor.model.loss_fn, anchor.params,
         public=anchor.split.public, private=private, epsilon=epsilon, delta=delta, diagnostics=True,
     )  # fmt: skip
-    k, count, noise_std = infos[0].plan.subspace.dim, len(private["label"]), infos[0].noise_std
-    mu, spectrum = release.certificate["mu"], infos[0].plan.spectrum
-    predicted, degrees = qexp_jax.accuracy.noise_cost(
-        spectrum.curvature, infos[0].multiples, spectrum.dims, noise_std=noise_std, num_units=count
-    )
+    k, count = infos[0].plan.subspace.dim, len(private["label"])
+    mu, (predicted, degrees) = release.certificate["mu"], rounds.predicted_cost(infos[0])
     low, high = (qexp_jax.accuracy.excess_quantile(p, predicted, degrees) for p in (0.05, 0.95))
     found = (mu, accountant_epsilon(mu, delta), predicted, low, high, float(infos[0].noise_cost))
     labels = (anchor.task.name, model_name, count, epsilon, delta, seed, k)

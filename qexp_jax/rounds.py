@@ -22,6 +22,7 @@ import numpy as np
 from qexp_jax import checkpoint as checkpoints
 from qexp_jax import flow, hardened, mechanism, passes, records, stream
 from qexp_jax import subspace as subspaces
+from qexp_jax.accuracy import noise_cost
 from qexp_jax.checkpoint import Progress
 from qexp_jax.clipping import ClipInfo
 from qexp_jax.flow import Belief, Spectrum
@@ -184,6 +185,14 @@ def follow(
     noise = (noisy - quadratic.whitened_sum) / num_units
     cost = jnp.vdot(noise, flow.scale(spectrum.directions, spectrum.curvature * multiples**2, noise)) / 2
     return w, multiples, cost, Walk(params, belief)
+
+
+def predicted_cost(info: RoundInfo) -> tuple[float, float]:
+    """Mean and degrees of freedom of `info.noise_cost` before the draw, `accuracy.noise_cost`; public once followed."""
+    spectrum, num_units = info.plan.spectrum, info.quadratic.num_units
+    return noise_cost(
+        spectrum.curvature, info.multiples, spectrum.dims, noise_std=info.noise_std, num_units=num_units
+    )  # fmt: skip
 
 
 def announce(progress: Callable[[str], None] | None, stage: str, finished: Any = None) -> None:

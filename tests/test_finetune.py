@@ -11,7 +11,7 @@ from flax import nnx
 from problems import network, network_loss
 
 import qexp_jax
-from qexp_jax import accuracy, clipping, flow, privacy, subspace
+from qexp_jax import clipping, flow, privacy, rounds, subspace
 
 KEY = jax.random.key(17)
 BUDGET = {"epsilon": 1.0, "delta": 1e-5}
@@ -94,9 +94,7 @@ def test_diagnostics_are_apart_and_measure_the_excess():
     step = flow.scale(plan.spectrum.directions, info[0].multiples, info[0].w)
     moved = subspace.displace(plan.subspace, {"w": jnp.ones(3)}, step)
     np.testing.assert_allclose(moved["w"], release.params["w"], rtol=1e-5)
-    mean, degrees = accuracy.noise_cost(
-        plan.spectrum.curvature, info[0].multiples, plan.spectrum.dims, noise_std=info[0].noise_std, num_units=400
-    )
+    mean, degrees = rounds.predicted_cost(info[0])
     assert 0 < info[0].noise_cost < 20 * mean and 1 <= degrees <= 3
 
 
