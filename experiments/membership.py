@@ -99,7 +99,7 @@ def trained(params, pool, included, loss_fn, learning_rate, steps):
 
 
 def released(key, anchor, pool, included, epsilon, delta):
-    """What `qexp_jax.fine_tune` releases for each row of `included`, with one public plan for all."""
+    """What `qexp_jax.fine_tune` releases for each row of `included`, with one public plan and its rounds for all."""
     mu, count, loss_fn = privacy.mu_from_budget(epsilon, delta), included.shape[1] // 2, anchor.model.loss_fn
     layout = subspaces.layout_of(anchor.params)
     start, public = subspaces.working(layout, anchor.params), anchor.split.public
@@ -115,7 +115,7 @@ def released(key, anchor, pool, included, epsilon, delta):
 
         def one(row):
             keys, mask = jax.random.split(row[0], made.rounds), row[1]
-            walk = rounds.start(layout, start, spectrum)
+            walk = rounds.start(layout, start, spectrum, made.rounds)
 
             def round_of(walk, key):
                 geometry, _ = plan.choose(

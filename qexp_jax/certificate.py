@@ -24,9 +24,9 @@ NEIGHBORS = {
 }
 MECHANISMS = {
     False: "exponential mechanism with quadratic utility: one exact multivariate normal draw a round; geometry and "
-    "step are functions of released sums",
+    "step, and whether the budget left is split over more rounds, are functions of released sums",
     True: "exponential mechanism with quadratic utility on an integer grid: one exact discrete Gaussian draw a round; "
-    "geometry and step are functions of released sums",
+    "geometry and step, and whether the budget left is split over more rounds, are functions of released sums",
 }
 _STANDING_ASSUMPTIONS = (
     "No private unit contributed to the pretrained parameters, to feature statistics, to the public records or to any "
@@ -133,6 +133,7 @@ def make_certificate(
         "num_units": num_units,
         "num_units_from": num_units_from,
         "rounds": plan.rounds,
+        "most_rounds": plan.most_rounds,
         "mu_per_round": share["mu"],
         "noise_multiplier": noise_multiplier,
         "geometries": _geometries(plan),

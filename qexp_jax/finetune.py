@@ -87,7 +87,8 @@ def fine_tune(
         a unit.
       public_unit_ids: the same for the public records; only the clip norm uses them.
       max_records_per_unit: public cap on the records that a unit contributes.
-      rounds: releases, each with mu/sqrt(rounds), in place of the number that the plan chooses.
+      rounds: releases, each with mu/sqrt(rounds), in place of the number that the plan chooses and that a heavy shift
+        may raise.
       precision_rank: at most how many leading directions of the public gradients have their curvature measured.
       subspace: public subspace to tune in, in place of all parameters.
       subspace_dim: tune in the leading public eigenspace of this dimension.
@@ -190,7 +191,7 @@ def fine_tune(
     if hardened:
         discrete_noise = hardening.discrete_noise(noise_multiplier, plan.subspace.dim)
         noise_multiplier = discrete_noise.multiplier
-    walk = walks.start(layout, params, plan.spectrum)
+    walk = walks.start(layout, params, plan.spectrum, plan.rounds)
     store = None
     if checkpoint is not None:
         settings = {
@@ -210,7 +211,7 @@ def fine_tune(
         _enter(
             ledger, key, store, mu=mu, hardened=hardened, neighboring_relation=neighboring_relation, privacy_unit=unit
         )
-    engine = walks.Engine(unit_fn, microbatch_size, mode, mesh, discrete_noise, store, progress)
+    engine = walks.Engine(unit_fn, microbatch_size, mode, mesh, hardened, store, progress)
     walk, infos = walks.run(
         key, walk, plan, units, engine, num_units=num_units, noise_multiplier=noise_multiplier
     )  # fmt: skip

@@ -210,9 +210,21 @@ def scale(directions: jax.Array, factors: jax.Array, x: jax.Array) -> jax.Array:
 
 def pooled_signal(belief: Belief, spectrum: Spectrum, num_units: int) -> jax.Array:
     """E[g_j^2] (r + 1,) at the anchor, given all releases."""
+    energy, noise_var = _pooled(belief, spectrum)
+    return signal(energy, spectrum, noise_var, num_units)
+
+
+def pooled_shift(belief: Belief, spectrum: Spectrum, num_units: int) -> jax.Array:
+    """E[tau], given all releases."""
+    energy, noise_var = _pooled(belief, spectrum)
+    return _posterior(energy, spectrum, noise_var, num_units)[0] @ spectrum.shifts
+
+
+def _pooled(belief, spectrum):
+    """Energy of the anchor's gradient as all releases together give it, and the variance of its noise."""
     noise_var = 1 / belief.weights  # infinite where nothing was seen, which leaves the prior
     gradient = scale(spectrum.directions, jnp.where(belief.weights > 0, noise_var, 0), belief.gradients)
-    return signal(energies(spectrum.directions, gradient), spectrum, noise_var, num_units)
+    return energies(spectrum.directions, gradient), noise_var
 
 
 def signal(energy: jax.Array, spectrum: Spectrum, noise_var: jax.Array | float, num_units: int) -> jax.Array:
@@ -225,13 +237,19 @@ def signal(energy: jax.Array, spectrum: Spectrum, noise_var: jax.Array | float, 
       num_units: N, for the sampling error, 1.5 v_j / N: private records were found to vary up to 2.4 times as much as
         public ones.
     """
+    weights, prior, shrunk = _posterior(energy, spectrum, noise_var, num_units)
+    return weights @ (shrunk**2 * energy + prior * (1 - shrunk))
+
+
+def _posterior(energy, spectrum, noise_var, num_units):
+    """Weights (m,) of the shifts; the variance (m, r + 1) of g_j in each, and its share in what is seen."""
     prior = spectrum.shifts[:, None] * spectrum.moments.at[-1].multiply(_OTHERS_SHIFT)
     error = _SAMPLING * spectrum.moments / num_units + noise_var
     # Against tau = 0, so that large blocks do not cancel in float32.
     ratio = prior / error
     shrunk = ratio / (1 + ratio)
     log_evidence = spectrum.log_prior + (energy / error * shrunk - jnp.log1p(ratio)) @ spectrum.dims / 2
-    return jax.nn.softmax(log_evidence) @ (shrunk**2 * energy + prior * (1 - shrunk))
+    return jax.nn.softmax(log_evidence), prior, shrunk
 
 
 def excess(

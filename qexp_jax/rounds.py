@@ -3,12 +3,15 @@
 **Rounds (T6).** Round t expands at the parameters that the rounds before released, with precision and clip norm of one
 of the plan's geometries, chosen by the releases before it, and noise in proportion to that clip norm, so that the
 rounds compose adaptively to `mu^2 = sum mu_t^2`: given what was released before, round t is the mechanism of T1 with
-public settings, hence mu_t-GDP, and adaptive composition of Gaussian trade-off curves is Gaussian
-(Dong, Roth and Su, arXiv:1905.02383, Corollary 3.3). Their number and the even split are fixed by public data before
-the first. What a round does with its draw is post-processing (T5), which no test between neighbours gains from: it
-follows the draw for a T-th of the length that the sums released so far deserve (`flow`), next to nothing where they
-look like noise, and least where the private curvature is high. `tests/test_privacy.py` holds the composition against
-dp_accounting's.
+public settings, hence mu_t-GDP, and adaptive composition of Gaussian trade-off curves is Gaussian (Dong, Roth and Su,
+arXiv:1905.02383, Corollary 3.3). Their number and the even split are fixed by public data before the first. Where the
+releases then show a heavy shift, the budget left is split evenly over more rounds, once: budgets may depend on what was
+released before as long as their squares never add up to more than mu^2, for Gaussian differential privacy has a filter
+that loses nothing (Smith and Thakurta, arXiv:2210.17520; zCDP, of hardened releases, has one as well: Whitehouse et
+al., arXiv:2203.05481). What a round does with its draw is post-processing (T5), which no test between neighbours gains
+from: it follows the draw for a T-th of the length that the sums released so far deserve (`flow`), next to nothing where
+they look like noise, and least where the private curvature is high. `tests/test_privacy.py` holds the composition
+against dp_accounting's.
 """
 
 import functools
@@ -27,10 +30,9 @@ from qexp_jax.checkpoint import Progress
 from qexp_jax.clipping import ClipInfo
 from qexp_jax.flow import Belief, Spectrum
 from qexp_jax.gradients import Mode
-from qexp_jax.hardened import DiscreteNoise
 from qexp_jax.mechanism import Quadratic
 from qexp_jax.passes import Target
-from qexp_jax.plan import Geometry, Plan, choose, precision_of
+from qexp_jax.plan import Geometry, Plan, choose, is_heavy, precision_of
 from qexp_jax.records import LossFn, Params, Record
 from qexp_jax.subspace import Subspace
 
@@ -65,10 +67,12 @@ class Walk(NamedTuple):
     Attributes:
       params: where the next round expands.
       belief: what the releases say of the private gradient and curvature.
+      split: after how many rounds the budget left was split anew; T if it was not.
     """
 
     params: Params
     belief: Belief
+    split: jax.Array
 
 
 class Engine(NamedTuple):
@@ -79,7 +83,7 @@ class Engine(NamedTuple):
       microbatch_size: units held at a time.
       mode: see `gradients.projected_gradients`.
       mesh: devices that share the units, if several; over several processes, each has units of its own.
-      discrete_noise: of a hardened release.
+      hardened: whether the noise is discrete.
       store: an open checkpoint, if any.
       progress: called with the name of each stage as it begins.
     """
@@ -88,14 +92,32 @@ class Engine(NamedTuple):
     microbatch_size: int
     mode: Mode
     mesh: jax.sharding.Mesh | None
-    discrete_noise: DiscreteNoise | None
+    hardened: bool
     store: checkpoints.Store | None
     progress: Callable[[str], None] | None
 
 
-def start(layout: subspaces.Layout, params: Params, spectrum: Spectrum) -> Walk:
+def start(layout: subspaces.Layout, params: Params, spectrum: Spectrum, rounds: int) -> Walk:
     """The pretrained parameters, before any release."""
-    return Walk(subspaces.working(layout, params), flow.before_release(spectrum))
+    return Walk(subspaces.working(layout, params), flow.before_release(spectrum), jnp.asarray(rounds))
+
+
+def schedule(rounds: int, most_rounds: int, split: int) -> tuple[int, float]:
+    """How many rounds there are, and how many such as the next one would spend the whole budget: mu_t^2 = mu^2 / that.
+
+    Args:
+      rounds: T.
+      most_rounds: T where the budget left is split anew.
+      split: after how many rounds it was; T if it was not.
+
+    >>> schedule(8, 40, 8), schedule(8, 40, 2)
+    ((8, 8.0), (40, 50.66666666666667))
+    >>> 2 / 8 + (40 - 2) / schedule(8, 40, 2)[1]
+    1.0
+    """
+    if split == rounds:
+        return rounds, float(rounds)
+    return most_rounds, rounds * (most_rounds - split) / (rounds - split)
 
 
 def run(
@@ -117,7 +139,7 @@ def run(
       units: pytree with a leading axis, or a stream.
       engine: how it runs.
       num_units: public N.
-      noise_multiplier: z of one round.
+      noise_multiplier: z of one of T rounds.
 
     Returns:
       The walk after the last round, and the `RoundInfo` of each round that was run; **not private**.
@@ -126,28 +148,44 @@ def run(
     plan, walk = passes.replicate(mesh, (plan, walk))
     progress = _resumed(engine, layout, walk, plan)
     units, count, infos = _placed(mesh, units), None, []
-    for round_key in jax.random.split(key, plan.rounds)[progress.round :]:
+    keys, spectrum, whole = jax.random.split(key, plan.most_rounds), plan.spectrum, noise_multiplier / plan.rounds**0.5
+    while True:
+        # Which rounds there are depends on releases alone.
+        num_rounds, of_rounds = schedule(plan.rounds, plan.most_rounds, int(progress.walk.split))
+        if progress.round == num_rounds:
+            break
         announce(engine.progress, "private pass", progress.walk)
-        belief, spectrum = progress.walk.belief, plan.spectrum
-        geometry, _ = choose(belief, spectrum, plan.geometries, noise_multiplier / plan.rounds**0.5, num_units)
+        belief, multiplier = progress.walk.belief, noise_multiplier * (of_rounds / plan.rounds) ** 0.5
+        geometry, _ = choose(belief, spectrum, plan.geometries, whole, num_units)
         precision = precision_of(spectrum.directions, geometry.eigenvalues)
         target = Target(progress.walk.params, plan.subspace, precision, geometry.l2_clip_norm)
         total, clip_info, count = _pass(engine, target, units, progress, count)
         announce(engine.progress, "draw", total)
-        noise_std = geometry.l2_clip_norm * noise_multiplier
-        if engine.discrete_noise is None:
-            noisy = _noisy_sum(round_key, total, noise_std)
+        if engine.hardened:
+            noise = hardened.discrete_noise(multiplier, plan.subspace.dim)
+            total, noisy = hardened.noisy_sum(total, noise, geometry.l2_clip_norm)
+            noise_std = geometry.l2_clip_norm * noise.multiplier
         else:
-            total, noisy = hardened.noisy_sum(total, engine.discrete_noise, geometry.l2_clip_norm)
+            noise_std = geometry.l2_clip_norm * multiplier
+            noisy = _noisy_sum(keys[progress.round], total, noise_std)
         quadratic = Quadratic(precision, total, num_units)
         w, multiples, cost, walk = follow(
-            noisy, progress.walk, plan.subspace, quadratic, noise_std, spectrum, geometry, plan.rounds
+            noisy, progress.walk, plan.subspace, quadratic, noise_std, spectrum, geometry, of_rounds
         )
         infos.append(RoundInfo(plan, geometry, quadratic, float(noise_std), w, multiples, cost, clip_info))
+        walk = _split(walk, plan, progress.round + 1, num_units)
         progress = _beginning(progress.round + 1, walk, plan, engine)
         _save(engine, layout, progress)
     announce(engine.progress, "done", progress.walk)
     return progress.walk, infos
+
+
+def _split(walk, plan, done, num_units):
+    """Splits the budget left anew, once, where the releases show a heavy shift."""
+    if not done < plan.rounds < plan.most_rounds:
+        return walk
+    heavy = (walk.split == plan.rounds) & is_heavy(walk.belief, plan.spectrum, num_units)
+    return walk._replace(split=jnp.where(heavy, done, walk.split))
 
 
 _noisy_sum = jax.jit(mechanism.noisy_sum)
@@ -162,11 +200,12 @@ def follow(
     noise_std: jax.Array | float,
     spectrum: Spectrum,
     geometry: Geometry,
-    rounds: int,
+    rounds: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array, Walk]:
     """The draw of a noisy sum, followed for a step of the flow whose length all releases so far deserve.
 
-    Post-processing of `noisy`, but for the cost, which is **not private**.
+    Post-processing of `noisy`, but for the cost, which is **not private**. `rounds` such as this one would spend the
+    whole budget.
 
     Returns:
       The draw w, the multiples of it that are followed, the cost of their noise, and the walk after it.
@@ -184,7 +223,7 @@ def follow(
     params = subspaces.displace(subspace, walk.params, flow.scale(spectrum.directions, multiples, w))
     noise = (noisy - quadratic.whitened_sum) / num_units
     cost = jnp.vdot(noise, flow.scale(spectrum.directions, spectrum.curvature * multiples**2, noise)) / 2
-    return w, multiples, cost, Walk(params, belief)
+    return w, multiples, cost, Walk(params, belief, walk.split)
 
 
 def predicted_cost(info: RoundInfo) -> tuple[float, float]:
@@ -216,7 +255,7 @@ def _pass(engine, target, units, progress, length):
     """The exact clipped sum of one round over all devices and processes, its counts, and the stream's length."""
     mesh = passes.local_mesh(engine.mesh)
     settings = {"microbatch_size": engine.microbatch_size, "mode": engine.mode}
-    if engine.discrete_noise is None:
+    if not engine.hardened:
         batch_sum = functools.partial(passes.device_sum, engine.loss_fn, mesh=mesh, **settings)
     else:
         batch_sum = functools.partial(passes.exact_sum, engine.loss_fn, **settings)
@@ -252,7 +291,7 @@ def _stream_pass(engine, batch_sum, target, units, progress, length):
 
 
 def _beginning(number, walk, plan, engine):
-    empty = passes.empty(plan.subspace, exact=engine.discrete_noise is not None)
+    empty = passes.empty(plan.subspace, exact=engine.hardened)
     return Progress(number, 0, walk, empty, np.zeros(32, np.uint8))
 
 

@@ -78,6 +78,7 @@ _FIELDS: dict[str, Any] = {
     "num_units": _COUNT,
     "num_units_from": _one_of(["slots", "public_count"]),
     "rounds": _COUNT,
+    "most_rounds": _COUNT,
     "mu_per_round": _POSITIVE_OR_NONE,
     "noise_multiplier": _POSITIVE,
     "geometries": [{"tuned_dim": _COUNT, "l2_clip_norm": _POSITIVE}],
@@ -161,6 +162,11 @@ def _check_counts(certificate, relation):
     if relation is NeighboringRelation.ADD_OR_REMOVE_ONE:
         _expect("num_units_from", certificate["num_units_from"], "public_count")
     _expect("rounds", certificate["rounds"], len([s for s in certificate["budget"] if s["purpose"] == "gradient"]))
+    if certificate["most_rounds"] < certificate["rounds"]:
+        raise ValueError(
+            f"Certificate field 'most_rounds': expected at least rounds={certificate['rounds']}, "
+            f"found {certificate['most_rounds']}."
+        )
     if certificate["precision_rank"] > certificate["subspace_dim"]:
         raise ValueError(
             f"Certificate field 'precision_rank': expected at most subspace_dim={certificate['subspace_dim']}, "

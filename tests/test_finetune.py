@@ -128,20 +128,51 @@ def test_a_release_begins_in_the_leading_directions_and_tunes_all_where_it_meets
 
 
 def test_the_noise_of_each_round_is_that_of_its_own_geometrys_clip_norm():
-    """A unit of huge gradient sits on the clip boundary: |S| = C, and the noise has deviation C z."""
+    """A unit of huge gradient sits on the clip boundary of each round: together they spend the budget exactly."""
     data = wide_data(3.0)
     one = {"x": 100 * data["private"]["x"][:1], "y": jnp.array([1e4])}
     release, infos, whole = wide_rounds(data, epsilon=0.3)
     norms = {w: g["l2_clip_norm"] for w, g in zip((1, 0), release.certificate["geometries"], strict=True)}
     assert set(whole) == {0, 1} and norms[0] < 0.9 * norms[1]
-    z = release.certificate["noise_multiplier"]
+    mus = []
     for info, is_whole in zip(infos, whole, strict=True):
         total, counts = clipping.clipped_sum(
             wide_loss, {"w": jnp.ones(WIDE)}, info.plan.subspace, info.quadratic.precision, one,
             l2_clip_norm=norms[is_whole],
         )  # fmt: skip
         assert counts.num_clipped == 1
-        np.testing.assert_allclose(info.noise_std, z * jnp.linalg.norm(total), rtol=1e-4)
+        mus.append(float(jnp.linalg.norm(total)) / info.noise_std)
+    np.testing.assert_allclose(privacy.compose(mus), release.certificate["mu"], rtol=1e-4)
+
+
+def spent(infos):
+    """The sum over rounds of mu_t^2, from what noise each added in units of its clip norm."""
+    return sum((float(i.geometry.l2_clip_norm) / i.noise_std) ** 2 for i in infos)
+
+
+def test_under_a_heavy_shift_the_budget_left_is_split_over_more_rounds_and_spent_to_the_same_total():
+    calm, few, _ = wide_rounds(wide_data(0.0), epsilon=1.0)
+    shifted, many, _ = wide_rounds(wide_data(3.0), epsilon=1.0)
+    assert calm.certificate == shifted.certificate
+    assert len(few) == calm.certificate["rounds"] < len(many) == calm.certificate["most_rounds"]
+    for infos in (few, many):
+        np.testing.assert_allclose(spent(infos), calm.certificate["mu"] ** 2, rtol=1e-5)
+    assert many[0].noise_std / many[0].geometry.l2_clip_norm < many[-1].noise_std / many[-1].geometry.l2_clip_norm
+
+
+def test_rounds_that_are_given_are_kept_under_a_heavy_shift():
+    _, infos = qexp_jax.fine_tune(
+        KEY, wide_loss, {"w": jnp.ones(WIDE)}, **wide_data(3.0), epsilon=1.0, delta=1e-5, rounds=4, diagnostics=True
+    )
+    assert len(infos) == 4
+
+
+@pytest.mark.parametrize(("rounds_planned", "most"), [(8, 40), (24, 40), (12, 13), (40, 40)])
+def test_every_schedule_spends_the_budget_exactly(rounds_planned, most):
+    assert rounds.schedule(rounds_planned, most, rounds_planned) == (rounds_planned, rounds_planned)
+    for split in range(1, rounds_planned):
+        last, of_rounds = rounds.schedule(rounds_planned, most, split)
+        np.testing.assert_allclose(split / rounds_planned + (last - split) / of_rounds, 1, rtol=1e-12)
 
 
 def test_progress_names_the_stages_and_changes_nothing():

@@ -225,6 +225,16 @@ def test_what_was_never_tuned_keeps_the_prior_at_the_shift_that_the_others_show(
     assert 3 * others_after(0.05) < before[-1] < others_after(1.0) / 3
 
 
+@pytest.mark.parametrize("shift", [1e-3, 0.1])
+def test_the_pooled_shift_is_the_one_that_the_gradients_have(shift):
+    spectrum = example(rest=500, shifts=tuple(np.geomspace(1e-4, 1, 25)))
+    spectrum = spectrum._replace(directions=jnp.eye(503)[:3])
+    scales = jnp.sqrt(shift * spectrum.moments * jnp.array([1.0, 1.0, 1.0, 0.5]))  # of the others half
+    g = jnp.append(scales[:3], jnp.full(500, scales[3])) * jax.random.normal(KEY, (503,))
+    belief = flow.observe(flow.before_release(spectrum), spectrum, g, 1e-9)
+    np.testing.assert_allclose(flow.pooled_shift(belief, spectrum, 10**7), shift, rtol=0.3)
+
+
 def test_releases_of_unequal_noise_are_weighed_by_it():
     """Two looks at one gradient with variances 1 and 4: the mean of least variance has 4/5."""
     spectrum, g = example(), jax.random.normal(jax.random.key(1), (10,))
