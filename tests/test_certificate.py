@@ -108,7 +108,8 @@ LEAVES = [(c, path, value) for c in (PLAIN, HARDENED) for path, value in leaves(
 IDS = [f"{'hardened' if c['hardened'] else 'plain'} {'.'.join(map(str, path))}" for c, path, _ in LEAVES]
 # Nothing else in the certificate knows these.
 FREE = {
-    "num_units", "most_rounds", "subspace", "subspace_dim", "precision_rank", "damping", "privacy_unit", "provenance", "versions",
+    "num_units", "most_rounds",
+    "subspace", "subspace_dim", "precision_rank", "damping", "privacy_unit", "provenance", "versions",
     "public_evidence", "expected_excess_loss_per_round", "prng_impl", "dtype", "num_units_from",
 }  # fmt: skip
 
