@@ -179,7 +179,7 @@ def _summary(df, compared):
         "- **Each rival's hyperparameters were chosen on the test set; ours were not.**",
         "- Best rival: the rival with the highest mean in that cell. Higher is better.",
         "- Ahead, behind: by more than 2 standard errors (SE) of the paired difference over common seeds, which share "
-        "the private records. SEs cover subsample and noise, not test set or pretraining.",
+        "the private records. SEs cover subsample, order of the public records and noise, not test set or pretraining.",
         f"- Below zero-shot: ours is, by more than max(3 SE, {SMALLEST_DROP:g}).",
         "- Metric: " + "; ".join(f"{name} ({tasks})" for name, tasks in metrics.items())
         + f". δ = {', '.join(f'{delta:g}' for delta in sorted(df['delta'].unique()))}."
