@@ -15,9 +15,10 @@ One rule, with nothing to tune on private data:
   there is more to gain.
 * *Rounds*: as many as keep each step of the length expected before the first within one over the largest private
   curvature expected, 8 to 12; where that would take more than 24, as many as keep it within two, up to 24. What the
-  releases then deserve may be up to four times as long. Where they show a heavy shift, what is left of the budget is
-  split over so many rounds that there are 40 in all: far from the anchor the curvature changes on the way. On MNIST
-  turned by 40 degrees (shifts of .05 to .25 were found; at most .01 in the arena) this gained up to .02.
+  releases then deserve may be up to four times as long. Where they show a heavy shift and deserve a length of more than
+  20, what is left of the budget is split over so many rounds that there are 40 in all: far from the anchor the
+  curvature changes on the way. On MNIST turned by 40 degrees (shifts of .05 to .25 were found; at most .01 in the
+  arena) this gained .018 at epsilon 8, and nothing at epsilon 1, where lengths are short.
 
 A round is then one exact draw with precision M, followed for a step of the flow.
 
@@ -57,7 +58,7 @@ _SMALLEST_CLIP_NORM = 1e-18  # C, C z and sums of C stay within float32
 _NOISE_COST = 0.006
 _LONGEST = 4.0
 _LEAST_ROUNDS, _COMMON_ROUNDS, _MOST_ROUNDS, _HEAVY_ROUNDS = 8, 12, 24, 40
-_HEAVY_SHIFT = 0.02
+_HEAVY_SHIFT, _FAR = 0.02, 20.0
 _PRIVATE_CURVATURE = 1.5  # private over public curvature: 1 to 2.4 was found under shift
 _EXPECTED_SHIFT = 1.5e-3
 _HELD = 1e30  # its root and its product with float32 gradients are finite
@@ -212,9 +213,16 @@ def choose(
 
 
 @jax.jit
-def is_heavy(belief: Belief, spectrum: Spectrum, num_units: int) -> jax.Array:
-    """Whether the releases show a shift that asks for more rounds: post-processing (T5)."""
-    return flow.pooled_shift(belief, spectrum, num_units) > _HEAVY_SHIFT
+def asks_for_rounds(
+    belief: Belief, spectrum: Spectrum, geometries: Geometry, noise_multiplier: jax.Array | float, num_units: int
+) -> jax.Array:
+    """Whether the releases show a heavy shift, and one that can be followed far: post-processing (T5).
+
+    The arguments are those of `choose`.
+    """
+    _, length = choose(belief, spectrum, geometries, noise_multiplier, num_units)
+    heavy = flow.pooled_shift(belief, spectrum, num_units) > _HEAVY_SHIFT
+    return heavy & (length * spectrum.curvature.max() > _FAR)
 
 
 def _leading(eigenvalues, squares, curvature, cost, per_unit, clip_norm):

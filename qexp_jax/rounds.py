@@ -32,7 +32,7 @@ from qexp_jax.flow import Belief, Spectrum
 from qexp_jax.gradients import Mode
 from qexp_jax.mechanism import Quadratic
 from qexp_jax.passes import Target
-from qexp_jax.plan import Geometry, Plan, choose, is_heavy, precision_of
+from qexp_jax.plan import Geometry, Plan, asks_for_rounds, choose, precision_of
 from qexp_jax.records import LossFn, Params, Record
 from qexp_jax.subspace import Subspace
 
@@ -173,19 +173,19 @@ def run(
             noisy, progress.walk, plan.subspace, quadratic, noise_std, spectrum, geometry, of_rounds
         )
         infos.append(RoundInfo(plan, geometry, quadratic, float(noise_std), w, multiples, cost, clip_info))
-        walk = _split(walk, plan, progress.round + 1, num_units)
+        walk = _split(walk, plan, progress.round + 1, whole, num_units)
         progress = _beginning(progress.round + 1, walk, plan, engine)
         _save(engine, layout, progress)
     announce(engine.progress, "done", progress.walk)
     return progress.walk, infos
 
 
-def _split(walk, plan, done, num_units):
+def _split(walk, plan, done, noise_multiplier, num_units):
     """Splits the budget left anew, once, where the releases show a heavy shift."""
     if not done < plan.rounds < plan.most_rounds:
         return walk
-    heavy = (walk.split == plan.rounds) & is_heavy(walk.belief, plan.spectrum, num_units)
-    return walk._replace(split=jnp.where(heavy, done, walk.split))
+    asked = asks_for_rounds(walk.belief, plan.spectrum, plan.geometries, noise_multiplier, num_units)
+    return walk._replace(split=jnp.where(asked & (walk.split == plan.rounds), done, walk.split))
 
 
 _noisy_sum = jax.jit(mechanism.noisy_sum)
