@@ -105,16 +105,19 @@ def wide_loss(params, record):
     return (record["x"] @ params["w"] - record["y"]) ** 2 / 2
 
 
-def wide_data(slope):
+TWO_SCALES = np.where(np.arange(WIDE) < 4, 1.0, 0.3)
+
+
+def wide_data(slope, scales=TWO_SCALES):
     """Steep in four directions, shallow in 36; private records differ from public ones by `slope` in each."""
-    x = jax.random.normal(jax.random.key(5), (1200, WIDE)) * jnp.where(jnp.arange(WIDE) < 4, 1.0, 0.3)
+    x = jax.random.normal(jax.random.key(5), (1200, WIDE)) * scales
     y = x @ jnp.ones(WIDE) + jax.random.normal(jax.random.key(6), (1200,))
     public = {"x": x[:600], "y": y[:600]}
     return {"public": public, "private": {"x": x[600:], "y": y[600:] + slope * x[600:].sum(axis=1)}}
 
 
-def wide_rounds(data, epsilon):
-    options = {"epsilon": epsilon, "delta": 1e-5, "precision_rank": 4, "diagnostics": True}
+def wide_rounds(data, epsilon, rank=4, **options):
+    options |= {"epsilon": epsilon, "delta": 1e-5, "precision_rank": rank, "diagnostics": True}
     release, infos = qexp_jax.fine_tune(KEY, wide_loss, {"w": jnp.ones(WIDE)}, **data, **options)
     return release, infos, [int(i.geometry.tuned[-1]) for i in infos]
 
@@ -151,8 +154,11 @@ def spent(infos):
 
 
 def test_under_a_heavy_shift_the_budget_left_is_split_over_more_rounds_and_spent_to_the_same_total():
-    calm, few, _ = wide_rounds(wide_data(0.0), epsilon=1.0)
-    shifted, many, _ = wide_rounds(wide_data(3.0), epsilon=1.0)
+    scales = np.geomspace(1, 0.03, WIDE)  # much is left to follow in shallow directions
+    calm, few, _ = wide_rounds(wide_data(0.0, scales), epsilon=8.0, rank=30)
+    shifted, many, _ = wide_rounds(wide_data(3.0, scales), epsilon=8.0, rank=30)
+    _, short, _ = wide_rounds(wide_data(3.0, scales), epsilon=1.0, rank=30)
+    assert len(short) == 8  # a heavy shift too, but noise forbids to follow it far
     assert calm.certificate == shifted.certificate
     assert len(few) == calm.certificate["rounds"] < len(many) == calm.certificate["most_rounds"]
     for infos in (few, many):
@@ -161,10 +167,9 @@ def test_under_a_heavy_shift_the_budget_left_is_split_over_more_rounds_and_spent
 
 
 def test_rounds_that_are_given_are_kept_under_a_heavy_shift():
-    _, infos = qexp_jax.fine_tune(
-        KEY, wide_loss, {"w": jnp.ones(WIDE)}, **wide_data(3.0), epsilon=1.0, delta=1e-5, rounds=4, diagnostics=True
-    )
-    assert len(infos) == 4
+    data = wide_data(3.0, np.geomspace(1, 0.03, WIDE))
+    release, infos, _ = wide_rounds(data, epsilon=8.0, rank=30, rounds=4)
+    assert len(infos) == release.certificate["most_rounds"] == 4
 
 
 @pytest.mark.parametrize(("rounds_planned", "most"), [(8, 40), (24, 40), (12, 13), (40, 40)])
