@@ -110,9 +110,9 @@ def schedule(rounds: int, most_rounds: int, split: int) -> tuple[int, float]:
       most_rounds: T where the budget left is split anew.
       split: after how many rounds it was; T if it was not.
 
-    >>> schedule(8, 40, 8), schedule(8, 40, 2)
-    ((8, 8.0), (40, 50.66666666666667))
-    >>> 2 / 8 + (40 - 2) / schedule(8, 40, 2)[1]
+    >>> schedule(8, 40, 8), schedule(8, 40, 4)
+    ((8, 8.0), (40, 72.0))
+    >>> 4 / 8 + (40 - 4) / 72
     1.0
     """
     if split == rounds:
