@@ -213,14 +213,8 @@ def choose(
 
 
 @jax.jit
-def asks_for_rounds(
-    belief: Belief, spectrum: Spectrum, geometries: Geometry, noise_multiplier: jax.Array | float, num_units: int
-) -> jax.Array:
-    """Whether the releases show a heavy shift, and one that can be followed far: post-processing (T5).
-
-    The arguments are those of `choose`.
-    """
-    _, length = choose(belief, spectrum, geometries, noise_multiplier, num_units)
+def asks_for_rounds(belief: Belief, spectrum: Spectrum, length: jax.Array, num_units: int) -> jax.Array:
+    """Whether the releases show a heavy shift, and with the `length` of `choose` one that can be followed far (T5)."""
     heavy = flow.pooled_shift(belief, spectrum, num_units) > _HEAVY_SHIFT
     return heavy & (length * spectrum.curvature.max() > _FAR)
 
@@ -228,8 +222,7 @@ def asks_for_rounds(
 def _leading(eigenvalues, squares, curvature, cost, per_unit, clip_norm):
     """The numbers of a `Geometry` of the leading directions: an infinite precision holds all others."""
     tuned = np.append(np.ones(len(eigenvalues) - 1), 0)
-    if clip_norm is None:
-        _, clip_norm, _ = _clipping(squares, tuned, None)
+    _, clip_norm, _ = _clipping(squares, tuned, clip_norm)
     tolerance = np.sqrt(2 * _PRIVATE_CURVATURE * cost / np.sum(curvature[:-1]))
     held = np.append(eigenvalues[:-1], _HELD)
     return held, tuned, clip_norm, _LONGEST * tolerance / (clip_norm * per_unit)

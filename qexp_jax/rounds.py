@@ -150,13 +150,14 @@ def run(
     units, count, infos = _placed(mesh, units), None, []
     keys, spectrum, whole = jax.random.split(key, plan.most_rounds), plan.spectrum, noise_multiplier / plan.rounds**0.5
     while True:
-        # Which rounds there are depends on releases alone.
+        # How a round goes, and how many there are, depends on releases alone.
+        geometry, length = choose(progress.walk.belief, spectrum, plan.geometries, whole, num_units)
+        progress = progress._replace(walk=_split(progress, plan, length, num_units))
         num_rounds, of_rounds = schedule(plan.rounds, plan.most_rounds, int(progress.walk.split))
         if progress.round == num_rounds:
             break
         announce(engine.progress, "private pass", progress.walk)
-        belief, multiplier = progress.walk.belief, noise_multiplier * (of_rounds / plan.rounds) ** 0.5
-        geometry, _ = choose(belief, spectrum, plan.geometries, whole, num_units)
+        multiplier = noise_multiplier * (of_rounds / plan.rounds) ** 0.5
         precision = precision_of(spectrum.directions, geometry.eigenvalues)
         target = Target(progress.walk.params, plan.subspace, precision, geometry.l2_clip_norm)
         total, clip_info, count = _pass(engine, target, units, progress, count)
@@ -173,19 +174,19 @@ def run(
             noisy, progress.walk, plan.subspace, quadratic, noise_std, spectrum, geometry, of_rounds
         )
         infos.append(RoundInfo(plan, geometry, quadratic, float(noise_std), w, multiples, cost, clip_info))
-        walk = _split(walk, plan, progress.round + 1, whole, num_units)
         progress = _beginning(progress.round + 1, walk, plan, engine)
         _save(engine, layout, progress)
     announce(engine.progress, "done", progress.walk)
     return progress.walk, infos
 
 
-def _split(walk, plan, done, noise_multiplier, num_units):
-    """Splits the budget left anew, once, where the releases show a heavy shift."""
-    if not done < plan.rounds < plan.most_rounds:
+def _split(progress, plan, length, num_units):
+    """The walk, with the budget left split anew, once, where the releases show a heavy shift."""
+    walk = progress.walk
+    if not progress.round < plan.rounds < plan.most_rounds:
         return walk
-    asked = asks_for_rounds(walk.belief, plan.spectrum, plan.geometries, noise_multiplier, num_units)
-    return walk._replace(split=jnp.where(asked & (walk.split == plan.rounds), done, walk.split))
+    asked = asks_for_rounds(walk.belief, plan.spectrum, length, num_units)
+    return walk._replace(split=jnp.where(asked & (walk.split == plan.rounds), progress.round, walk.split))
 
 
 _noisy_sum = jax.jit(mechanism.noisy_sum)

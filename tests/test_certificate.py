@@ -26,17 +26,9 @@ def loss(params, record):
 def make_plan(rounds=3):
     multiplier = privacy.noise_multiplier(0.2, NeighboringRelation.REPLACE_SPECIAL)
     return qexp_jax.plan.make_plan(
-        jax.random.key(3),
-        loss,
-        PARAMS,
-        PUBLIC,
-        loss,
-        PUBLIC,
-        num_units=50,
-        noise_multiplier=multiplier,
-        rounds=rounds,
-        precision_rank=2,
-    )
+        jax.random.key(3), loss, PARAMS, PUBLIC, loss, PUBLIC,
+        num_units=50, noise_multiplier=multiplier, rounds=rounds, precision_rank=2,
+    )  # fmt: skip
 
 
 PLAN = make_plan()

@@ -11,7 +11,7 @@ from flax import nnx
 from problems import network, network_loss
 
 import qexp_jax
-from qexp_jax import clipping, flow, privacy, rounds, subspace
+from qexp_jax import accuracy, clipping, flow, privacy, rounds, subspace
 
 KEY = jax.random.key(17)
 BUDGET = {"epsilon": 1.0, "delta": 1e-5}
@@ -94,7 +94,10 @@ def test_diagnostics_are_apart_and_measure_the_excess():
     step = flow.scale(plan.spectrum.directions, info[0].multiples, info[0].w)
     moved = subspace.displace(plan.subspace, {"w": jnp.ones(3)}, step)
     np.testing.assert_allclose(moved["w"], release.params["w"], rtol=1e-5)
-    mean, degrees = rounds.predicted_cost(info[0])
+    mean, degrees = accuracy.noise_cost(
+        plan.spectrum.curvature, info[0].multiples, plan.spectrum.dims, noise_std=info[0].noise_std, num_units=400
+    )
+    assert rounds.predicted_cost(info[0]) == (mean, degrees)
     assert 0 < info[0].noise_cost < 20 * mean and 1 <= degrees <= 3
 
 
@@ -164,6 +167,34 @@ def test_under_a_heavy_shift_the_budget_left_is_split_over_more_rounds_and_spent
     for infos in (few, many):
         np.testing.assert_allclose(spent(infos), calm.certificate["mu"] ** 2, rtol=1e-5)
     assert many[0].noise_std / many[0].geometry.l2_clip_norm < many[-1].noise_std / many[-1].geometry.l2_clip_norm
+
+
+def test_a_hardened_release_spends_no_more_than_its_zcdp_when_it_splits():
+    data = wide_data(3.0, np.geomspace(1, 0.03, WIDE))
+    release, many, _ = wide_rounds(data, epsilon=8.0, rank=30, hardened=True)
+    assert len(many) == release.certificate["most_rounds"]
+    assert 0.999 < spent(many) / 2 / release.certificate["zcdp_rho"] <= 1 + 1e-6
+
+
+class Stopped(Exception):
+    """A preemption."""
+
+
+def test_a_release_that_is_preempted_after_the_split_goes_on_with_the_same_bits(tmp_path):
+    data, passes = wide_data(3.0, np.geomspace(1, 0.03, WIDE)), []
+
+    def stop(stage):
+        passes.append(stage == "private pass")
+        if sum(passes) > 6:
+            raise Stopped
+
+    whole, infos, _ = wide_rounds(data, epsilon=8.0, rank=30)
+    place = qexp_jax.Checkpoint(directory=tmp_path)
+    with pytest.raises(Stopped):
+        wide_rounds(data, epsilon=8.0, rank=30, checkpoint=place, progress=stop)
+    resumed, rest, _ = wide_rounds(data, epsilon=8.0, rank=30, checkpoint=place)
+    assert len(infos) == 40 and len(rest) == 34
+    np.testing.assert_array_equal(resumed.params["w"], whole.params["w"])
 
 
 def test_rounds_that_are_given_are_kept_under_a_heavy_shift():
