@@ -286,7 +286,12 @@ def best_length(
       longest: public bound.
       tuned: (r + 1,) one, or zero where the parameters are held fixed.
     """
-    lengths = longest * jnp.geomspace(_SHORTEST, 1.0, _NUM_LENGTHS)
+    lengths = lengths_up_to(longest)
     costs = jax.vmap(lambda length: excess(length, signals, spectrum, noise_var, num_units, tuned))(lengths)
     best = jnp.argmin(costs)
     return lengths[best], costs[best]
+
+
+def lengths_up_to(longest: jax.Array | float) -> jax.Array:
+    """The logarithmic grid of lengths, from `longest` / 64."""
+    return longest * jnp.geomspace(_SHORTEST, 1.0, _NUM_LENGTHS)

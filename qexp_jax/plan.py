@@ -5,7 +5,8 @@ One rule, with nothing to tune on private data:
 * *Precision*: M = (H + lambda I)^{1/2}, scaled to a largest eigenvalue of 1, with the surveyed curvature H. The
   exponent 1/2 lies between clipping in the parameter norm (0) and in the curvature norm (1): with 1 noise swamps the
   low curvatures, with 0 the high ones.
-* *Clip norm*: the .9 quantile of the public norms |M^{-1/2} g|.
+* *Clip norm*: of the .9, .95 and .98 quantiles of the public norms |M^{-1/2} g|, the one of least expected excess
+  (`clip_norms`): the larger, the less noise the budget brings.
 * *Length*: at most four times what makes the noise of all rounds together, added to the anchor, raise the *public* loss
   by a fixed small fraction of its root mean square; within that, what the releases deserve (`flow`).
 * *Geometry*: a round tunes all parameters or, with an infinite precision of all others, the leading directions alone.
@@ -43,7 +44,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qexp_jax import flow
+from qexp_jax import clip_norms, flow
 from qexp_jax import precision as precisions
 from qexp_jax import survey as surveys
 from qexp_jax.accuracy import noise_cost
@@ -53,7 +54,7 @@ from qexp_jax.records import LossFn, Params, Record
 from qexp_jax.subspace import Subspace
 
 _DAMPING = 0.01
-_CLIP_QUANTILE = 0.9
+_CLIP_QUANTILES = (0.9, 0.95, 0.98)
 _SMALLEST_CLIP_NORM = 1e-18  # C, C z and sums of C stay within float32
 _NOISE_COST = 0.006
 _LONGEST = 4.0
@@ -153,19 +154,23 @@ def make_plan(
     curvature, dims, space = surveyed.curvature, surveyed.dims, surveyed.subspace
     eigenvalues = np.sqrt((curvature + damping) / (curvature.max() + damping))
     squares, dtype = surveyed.squares / eigenvalues, surveyed.directions.dtype
-    norms, clip_norm, moments = _clipping(squares, dims, l2_clip_norm)
     as_arrays = functools.partial(jax.tree.map, lambda x: jnp.asarray(x, dtype))
     precision = precision_of(surveyed.directions, as_arrays(eigenvalues))
     tolerance, cost = surveys.tolerated_noise(
         trial_key, loss_fn, params, space, precision, surveyed.tried, _NOISE_COST
     )  # fmt: skip
     curvature = _whitened_curvature(curvature / eigenvalues, dims, 2 * cost / tolerance**2)
-    spectrum = Spectrum(surveyed.directions, *as_arrays((curvature, moments, dims, *flow.shift_prior())))
-    per_unit, whole = noise_multiplier / num_units, np.ones_like(dims)
-    found = [(eigenvalues, whole, clip_norm, _LONGEST * tolerance / (clip_norm * per_unit))]
-    if dims[-1] > 0:
-        found.append(_leading(eigenvalues, squares, curvature, cost, per_unit, l2_clip_norm))
+    spectrum = Spectrum(surveyed.directions, *as_arrays((curvature, dims, dims, *flow.shift_prior())))
+    per_unit = noise_multiplier / num_units
+    quantile = _clip_quantile(squares, spectrum, num_units, per_unit, _LONGEST * tolerance / per_unit)
+    clip_norm_of = functools.partial(_clip_norm, squares, quantile=quantile, given=l2_clip_norm)
+    tolerances = tolerance, np.sqrt(2 * _PRIVATE_CURVATURE * cost / np.sum(curvature[:-1]))
+    found = _geometries(eigenvalues, dims, tolerances, per_unit, clip_norm_of)
     geometries = Geometry(*(as_arrays(np.stack(x)) for x in zip(*found, strict=True)))
+    clip_norm = clip_norm_of(dims)
+    clipped = clip_norms.clipped(squares, dims, clip_norm)
+    moments = np.maximum(clipped.moments, 1e-9 * clipped.moments.max())
+    spectrum = spectrum._replace(moments=as_arrays(moments))
     noise_std, largest_curvature = clip_norm * per_unit, float(curvature.max())
     expected = float(_expected_length(spectrum, noise_std**2, num_units, float(geometries.longest[0])))
     most_rounds = _HEAVY_ROUNDS if rounds is None else rounds
@@ -178,7 +183,7 @@ def make_plan(
         "longest_length": float(geometries.longest[0]),
         "expected_length": expected,
         "tuned_at_first": int(np.sum(dims * np.asarray(first.tuned))),
-        "public_fraction_clipped": float(np.mean(norms > clip_norm)),
+        "public_fraction_clipped": float(clipped.fraction),
     }
     return Plan(space, damping, rounds, most_rounds, spectrum, geometries, expected_cost, evidence)
 
@@ -219,13 +224,15 @@ def asks_for_rounds(belief: Belief, spectrum: Spectrum, length: jax.Array, num_u
     return heavy & (length * spectrum.curvature.max() > _FAR)
 
 
-def _leading(eigenvalues, squares, curvature, cost, per_unit, clip_norm):
-    """The numbers of a `Geometry` of the leading directions: an infinite precision holds all others."""
-    tuned = np.append(np.ones(len(eigenvalues) - 1), 0)
-    _, clip_norm, _ = _clipping(squares, tuned, clip_norm)
-    tolerance = np.sqrt(2 * _PRIVATE_CURVATURE * cost / np.sum(curvature[:-1]))
-    held = np.append(eigenvalues[:-1], _HELD)
-    return held, tuned, clip_norm, _LONGEST * tolerance / (clip_norm * per_unit)
+def _geometries(eigenvalues, dims, tolerances, per_unit, clip_norm_of):
+    """The numbers of each `Geometry`: of all parameters, and of the leading directions where there are others."""
+    whole = np.ones_like(dims)
+    found = []
+    for tuned, tolerance in zip((whole, np.append(whole[:-1], 0)), tolerances, strict=True):
+        clip_norm = clip_norm_of(dims * tuned)
+        held = np.where(tuned, eigenvalues, _HELD)
+        found.append((held, tuned, clip_norm, _LONGEST * tolerance / (clip_norm * per_unit)))
+    return found if dims[-1] > 0 else found[:1]
 
 
 def _first_round(spectrum, geometries, noise_multiplier, num_units, rounds):
@@ -244,15 +251,24 @@ def _rounds(length: float) -> int:
     return int(np.clip(np.ceil(length), _LEAST_ROUNDS, most))
 
 
-def _clipping(squares, dims, clip_norm):
-    """Public norms, the clip norm, and the second moments of clipped gradients (r + 1,); all whitened."""
-    norms = np.sqrt(squares @ dims)
-    clip_norm = float(np.quantile(norms, _CLIP_QUANTILE)) if clip_norm is None else clip_norm
+def _clip_quantile(squares, spectrum, num_units, per_unit, reach):
+    """Which quantile of the norms has the least expected excess where all is tuned; `reach` is C times longest."""
+    dims = np.asarray(spectrum.dims, np.float64)
+
+    def expected_excess(quantile):
+        clipped = clip_norms.clipped(squares, dims, clip_norms.at_quantile(squares, dims, quantile))
+        noise_var, longest = (clipped.l2_clip_norm * per_unit) ** 2, reach / clipped.l2_clip_norm
+        return float(clip_norms.least(_EXPECTED_SHIFT, clipped, spectrum, noise_var, num_units, longest))
+
+    return min(_CLIP_QUANTILES, key=expected_excess)
+
+
+def _clip_norm(squares, dims, quantile, given):
+    """C, a float32."""
+    clip_norm = clip_norms.at_quantile(squares, dims, quantile) if given is None else given
     if not _SMALLEST_CLIP_NORM <= clip_norm <= 1 / _SMALLEST_CLIP_NORM:
         raise ValueError(f"Expected a clip norm in [1e-18, 1e18], found {clip_norm}; give l2_clip_norm.")
-    kept = np.minimum(1, clip_norm / np.maximum(norms, np.finfo(np.float64).tiny))
-    moments = np.mean(squares * kept[:, None] ** 2, axis=0)
-    return norms, float(np.float32(clip_norm)), np.maximum(moments, 1e-9 * moments.max())
+    return float(np.float32(clip_norm))
 
 
 def _whitened_curvature(curvature, dims, trace):

@@ -72,6 +72,13 @@ def test_the_others_are_held_by_an_infinite_precision_with_a_clip_norm_of_its_ow
     assert jnp.linalg.norm(sums[1] - inside) > 0.1 * jnp.linalg.norm(inside)
 
 
+def test_the_clip_norm_is_a_quantile_of_public_norms_that_grows_with_the_budget():
+    fractions = [planned(z).evidence["public_fraction_clipped"] for z in (100.0, 0.3)]
+    np.testing.assert_allclose(fractions, [0.1, 0.02], atol=0.01)
+    for made in (planned(100.0, l2_clip_norm=2.5), planned(0.3, l2_clip_norm=2.5)):
+        np.testing.assert_array_equal(made.geometries.l2_clip_norm, 2.5)
+
+
 def test_a_space_of_leading_directions_alone_has_one_geometry():
     assert len(planned(100.0, subspace_dim=5).geometries.l2_clip_norm) == 1
     assert len(planned(100.0).geometries.l2_clip_norm) == 2
