@@ -40,8 +40,8 @@ class Clipped(NamedTuple):
       moments: (r + 1,) v, second moments of clipped gradients.
     """
 
-    l2_clip_norm: np.ndarray
-    fraction: np.ndarray
+    l2_clip_norm: float
+    fraction: float
     whole: np.ndarray
     mixed: np.ndarray
     moments: np.ndarray
@@ -62,13 +62,13 @@ def clipped(squares: np.ndarray, dims: np.ndarray, l2_clip_norm: float) -> Clipp
     """The moments that a clip norm leaves; arguments as in `at_quantile`.
 
     >>> found = clipped(np.array([[9.0], [1.0]]), np.ones(1), 1.5)
-    >>> float(found.whole[0]), float(found.mixed[0]), float(found.moments[0]), float(found.fraction)
+    >>> float(found.whole[0]), float(found.mixed[0]), float(found.moments[0]), found.fraction
     (5.0, 2.75, 1.625, 0.5)
     """
     norms = np.sqrt(squares @ dims)
     kept = np.minimum(1, l2_clip_norm / np.maximum(norms, np.finfo(np.float64).tiny))
     whole, mixed, moments = (np.mean(squares * kept[:, None] ** power, axis=0) for power in (0, 1, 2))
-    return Clipped(np.float64(l2_clip_norm), np.mean(norms > l2_clip_norm), whole, mixed, moments)
+    return Clipped(l2_clip_norm, float(np.mean(norms > l2_clip_norm)), whole, mixed, moments)
 
 
 def excess(
@@ -92,7 +92,8 @@ def excess(
     curvature = flow.signal_curvature(spectrum)
     followed = -jnp.expm1(-length * curvature)
     left = shift * (clipped.whole - 2 * followed * clipped.mixed + followed**2 * clipped.moments)
-    paid = flow.excess(length, 0.0, spectrum._replace(moments=clipped.moments), noise_var, num_units)
+    spectrum = spectrum._replace(moments=jnp.asarray(clipped.moments))
+    paid = flow.excess(length, jnp.zeros_like(curvature), spectrum, noise_var, num_units)
     return jnp.sum(spectrum.dims * left / (2 * curvature)) + paid
 
 

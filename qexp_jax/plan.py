@@ -183,7 +183,7 @@ def make_plan(
         "longest_length": float(geometries.longest[0]),
         "expected_length": expected,
         "tuned_at_first": int(np.sum(dims * np.asarray(first.tuned))),
-        "public_fraction_clipped": float(clipped.fraction),
+        "public_fraction_clipped": clipped.fraction,
     }
     return Plan(space, damping, rounds, most_rounds, spectrum, geometries, expected_cost, evidence)
 
