@@ -8,7 +8,8 @@ One rule, with nothing to tune on private data:
 * *Clip norm*: of the .9, .95 and .98 quantiles of the public norms |M^{-1/2} g|, the one of least expected excess
   (`clip_norms`): the larger, the less noise the budget brings.
 * *Length*: at most four times what makes the noise of all rounds together, added to the anchor, raise the *public* loss
-  by a fixed small fraction of its root mean square; within that, what the releases deserve (`flow`).
+  by a fixed small fraction of its root mean square; within that, what the releases deserve (`flow`). Where they show a
+  heavy shift, whose loss is far above that of the anchor, at most sixteen times.
 * *Geometry*: a round tunes all parameters or, with an infinite precision of all others, the leading directions alone.
   The others hold about half of a gradient's energy, and so of the clip norm, and most of the noise; without them a
   gradient's square over noise was found 1.6 to 3 times larger. Each round takes the geometry of least expected excess
@@ -16,10 +17,10 @@ One rule, with nothing to tune on private data:
   there is more to gain.
 * *Rounds*: as many as keep each step of the length expected before the first within one over the largest private
   curvature expected, 8 to 12; where that would take more than 24, as many as keep it within two, up to 24. What the
-  releases then deserve may be up to four times as long. Where they show a heavy shift and deserve a length of more than
-  30, what is left of the budget is split over so many rounds that there are 40 in all: far from the anchor the
-  curvature changes on the way. On MNIST turned by 40 degrees (shifts of .05 to .25 were found; at most .01 in the
-  arena) this gained .018 at epsilon 8, and nothing at epsilon 1, where lengths are short.
+  releases then deserve may be up to four times as long. Where they show a heavy shift, what is left of the budget is
+  split over so many rounds that there are 40 in all: far from the anchor the curvature changes on the way. On MNIST
+  turned by 40 degrees (shifts of .05 to .25 were found; at most .01 in the arena) length and rounds together gained .03
+  to .05 at epsilon 1 and .02 to .04 at epsilon 8.
 
 A round is then one exact draw with precision M, followed for a step of the flow.
 
@@ -57,9 +58,9 @@ _DAMPING = 0.01
 _CLIP_QUANTILES = (0.9, 0.95, 0.98)
 _SMALLEST_CLIP_NORM = 1e-18  # C, C z and sums of C stay within float32
 _NOISE_COST = 0.006
-_LONGEST = 4.0
+_LONGEST, _LONGER_UNDER_HEAVY_SHIFT = 4.0, 4.0
 _LEAST_ROUNDS, _COMMON_ROUNDS, _MOST_ROUNDS, _HEAVY_ROUNDS = 8, 12, 24, 40
-_HEAVY_SHIFT, _FAR = 0.02, 30.0
+_HEAVY_SHIFT = 0.02
 _PRIVATE_CURVATURE = 1.5  # private over public curvature: 1 to 2.4 was found under shift
 _EXPECTED_SHIFT = 1.5e-3
 _HELD = 1e30  # its root and its product with float32 gradients are finite
@@ -72,7 +73,7 @@ class Geometry(NamedTuple):
       eigenvalues: (r + 1,) of M, in the spectrum's directions and in all others.
       tuned: (r + 1,) one, or zero where M is so large that the parameters are held fixed.
       l2_clip_norm: C, in the norm whitened by M.
-      longest: most that the steps of all rounds may add up to.
+      longest: most that the steps of all rounds may add up to, unless the shift is heavy.
     """
 
     eigenvalues: jax.Array
@@ -207,6 +208,8 @@ def choose(
       num_units: N.
     """
     signals = flow.pooled_signal(belief, spectrum, num_units)
+    longer = jnp.where(is_heavy(belief, spectrum, num_units), _LONGER_UNDER_HEAVY_SHIFT, 1)
+    geometries = geometries._replace(longest=longer * geometries.longest)
 
     def best(geometry):
         noise_var = (geometry.l2_clip_norm * noise_multiplier / num_units) ** 2
@@ -218,10 +221,9 @@ def choose(
 
 
 @jax.jit
-def asks_for_rounds(belief: Belief, spectrum: Spectrum, length: jax.Array, num_units: int) -> jax.Array:
-    """Whether the releases show a heavy shift, and with the `length` of `choose` one that can be followed far (T5)."""
-    heavy = flow.pooled_shift(belief, spectrum, num_units) > _HEAVY_SHIFT
-    return heavy & (length * spectrum.curvature.max() > _FAR)
+def is_heavy(belief: Belief, spectrum: Spectrum, num_units: int) -> jax.Array:
+    """Whether the releases show a shift that asks for more rounds and longer ones: post-processing (T5)."""
+    return flow.pooled_shift(belief, spectrum, num_units) > _HEAVY_SHIFT
 
 
 def _geometries(eigenvalues, dims, tolerances, per_unit, clip_norm_of):

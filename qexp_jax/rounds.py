@@ -32,7 +32,7 @@ from qexp_jax.flow import Belief, Spectrum
 from qexp_jax.gradients import Mode
 from qexp_jax.mechanism import Quadratic
 from qexp_jax.passes import Target
-from qexp_jax.plan import Geometry, Plan, asks_for_rounds, choose, precision_of
+from qexp_jax.plan import Geometry, Plan, choose, is_heavy, precision_of
 from qexp_jax.records import LossFn, Params, Record
 from qexp_jax.subspace import Subspace
 
@@ -151,8 +151,8 @@ def run(
     keys, spectrum, whole = jax.random.split(key, plan.most_rounds), plan.spectrum, noise_multiplier / plan.rounds**0.5
     while True:
         # How a round goes, and how many there are, depends on releases alone.
-        geometry, length = choose(progress.walk.belief, spectrum, plan.geometries, whole, num_units)
-        progress = progress._replace(walk=_split(progress, plan, length, num_units))
+        geometry, _ = choose(progress.walk.belief, spectrum, plan.geometries, whole, num_units)
+        progress = progress._replace(walk=_split(progress, plan, num_units))
         num_rounds, of_rounds = schedule(plan.rounds, plan.most_rounds, int(progress.walk.split))
         if progress.round == num_rounds:
             break
@@ -180,13 +180,13 @@ def run(
     return progress.walk, infos
 
 
-def _split(progress, plan, length, num_units):
+def _split(progress, plan, num_units):
     """The walk, with the budget left split anew, once, where the releases show a heavy shift."""
     walk = progress.walk
     if not progress.round < plan.rounds < plan.most_rounds:
         return walk
-    asked = asks_for_rounds(walk.belief, plan.spectrum, length, num_units)
-    return walk._replace(split=jnp.where(asked & (walk.split == plan.rounds), progress.round, walk.split))
+    heavy = is_heavy(walk.belief, plan.spectrum, num_units)
+    return walk._replace(split=jnp.where(heavy & (walk.split == plan.rounds), progress.round, walk.split))
 
 
 _noisy_sum = jax.jit(mechanism.noisy_sum)

@@ -160,8 +160,6 @@ def test_under_a_heavy_shift_the_budget_left_is_split_over_more_rounds_and_spent
     scales = np.geomspace(1, 0.03, WIDE)  # much is left to follow in shallow directions
     calm, few, _ = wide_rounds(wide_data(0.0, scales), epsilon=8.0, rank=30)
     shifted, many, _ = wide_rounds(wide_data(3.0, scales), epsilon=8.0, rank=30)
-    _, short, _ = wide_rounds(wide_data(3.0, scales), epsilon=1.0, rank=30)
-    assert len(short) == 8  # a heavy shift too, but noise forbids to follow it far
     assert calm.certificate == shifted.certificate
     assert len(few) == calm.certificate["rounds"] < len(many) == calm.certificate["most_rounds"]
     for infos in (few, many):

@@ -94,3 +94,7 @@ def test_the_releases_choose_the_leading_directions_for_a_small_shift_and_all_fo
     belief = flow.observe(flow.before_release(spectrum), spectrum, g, noise_var, seen)
     geometry, _ = plan.choose(belief, spectrum, made.geometries, noise_multiplier, num_units)
     assert jnp.vdot(geometry.tuned, spectrum.dims) == tuned
+    heavy = tuned == D
+    assert plan.is_heavy(belief, spectrum, num_units) == heavy
+    longest = made.geometries.longest[0 if heavy else 1] * (4 if heavy else 1)
+    np.testing.assert_allclose(geometry.longest, longest, rtol=1e-6)
