@@ -28,9 +28,10 @@ sequence measure it (`steepness`), and a round follows its draw for
     (1 - exp(-l c K_j)) / (c K_j)
 
 with c the steepness and l the length of the round: gradient flow on a quadratic c times as steep as the public one,
-which never passes its minimum, however long. The steepest part of a signal is also the first to be consumed; the
-anchor's gradient is therefore remembered with weights exp(-L c K_j), those of least variance if c K_j is its decay.
-What remains decays at the rate K, which J takes.
+which never passes its minimum, however long. The leading directions have one c, all others another: where the means of
+features move, most of the curvature lies where the public records hardly vary, and c there was 100 and more. The
+steepest part of a signal is also the first to be consumed; the anchor's gradient is therefore remembered with weights
+exp(-L c K_j), those of least variance if c K_j is its decay. What remains decays at the rate K, which J takes.
 
 The derivation and the priors are ours. Empirical Bayes: Efron and Morris, J. Am. Stat. Assoc. 68 (1973). A step from
 two gradients: Barzilai and Borwein, IMA J. Numer. Anal. 8 (1988).
@@ -51,7 +52,7 @@ _NUM_LENGTHS = 49
 _SHORTEST = 1 / 64
 _LONGEST_ROUND = 4.0
 _STEEPNESS = 2.0  # prior mean and standard deviation
-_STEEPEST = 20.0
+_STEEPEST = 1000.0
 
 
 class Spectrum(NamedTuple):
@@ -81,10 +82,10 @@ class Belief(NamedTuple):
       gradients: (k,) released mean gradients, summed with the weights `left` over variance; 0 where never tuned.
       weights: (r + 1,) one over the variance of the anchor's gradient that they give; 0 where never tuned.
       left: (r + 1,) share of the anchor's gradient that is left after the flow so far.
-      last: (r,) leading coordinates of the latest released mean gradient.
-      last_var: variance of their noise.
-      followed: (r,) multiples of it that were followed.
-      slopes: (2,) sums over rounds of the regression of measured on public curvature, see `steepness`.
+      last: (k,) the latest released mean gradient.
+      last_var: variance of its noise in each coordinate.
+      followed: (r + 1,) multiples of it that were followed.
+      slopes: (2, 2) sums over rounds of the regression of measured on public curvature, see `steepness`.
     """
 
     gradients: jax.Array
@@ -109,10 +110,9 @@ def shift_prior() -> tuple[np.ndarray, np.ndarray]:
 
 def before_release(spectrum: Spectrum) -> Belief:
     """Nothing is known but the prior."""
-    rank, dim = spectrum.directions.shape
     zeros = jnp.zeros_like(spectrum.curvature)
-    gradients, slopes = jnp.zeros(dim, zeros.dtype), jnp.zeros(2, zeros.dtype)
-    return Belief(gradients, zeros, zeros + 1, zeros[:rank], zeros[0], zeros[:rank], slopes)
+    gradients, slopes = jnp.zeros(spectrum.directions.shape[1], zeros.dtype), jnp.zeros((2, 2), zeros.dtype)
+    return Belief(gradients, zeros, zeros + 1, gradients, zeros[0], zeros, slopes)
 
 
 def observe(
@@ -127,19 +127,18 @@ def observe(
       noise_var: variance of its noise in each coordinate.
       tuned: (r + 1,) one, or zero where the round holds the parameters fixed.
     """
-    leading = jnp.matmul(spectrum.directions, seen, precision=jax.lax.Precision.HIGHEST)
     left = tuned * belief.left
     return belief._replace(
         gradients=belief.gradients + scale(spectrum.directions, left / noise_var, seen),
         weights=belief.weights + left**2 / noise_var,
-        last=leading,
-        last_var=jnp.asarray(noise_var, leading.dtype),
-        slopes=belief.slopes + _slopes(belief, spectrum.curvature[:-1], leading, noise_var),
+        last=seen,
+        last_var=jnp.asarray(noise_var, seen.dtype),
+        slopes=belief.slopes + _slopes(belief, spectrum, seen, noise_var, tuned),
     )
 
 
 def advance(
-    belief: Belief, spectrum: Spectrum, length: jax.Array | float, tuned: jax.Array | float = 1.0
+    belief: Belief, spectrum: Spectrum, length: jax.Array | float, num_units: int, tuned: jax.Array | float = 1.0
 ) -> tuple[jax.Array, Belief]:
     """The multiples (r + 1,) of the latest mean gradient that a flow of `length` subtracts, and the belief after it.
 
@@ -148,45 +147,63 @@ def advance(
     A single flow is no longer than four over the largest curvature, on which nothing of a gradient is left.
     """
     length = jnp.minimum(length, _LONGEST_ROUND / spectrum.curvature.max())
-    rates = steepness(belief) * signal_curvature(spectrum)
+    rates = steepness(belief, spectrum, num_units) * signal_curvature(spectrum)
     multiples, left = -tuned * jnp.expm1(-length * rates) / rates, jnp.exp(-tuned * length * rates)
-    return multiples, belief._replace(left=belief.left * left, followed=multiples[:-1])
+    return multiples, belief._replace(left=belief.left * left, followed=multiples)
 
 
-def steepness(belief: Belief) -> jax.Array:
-    """c, posterior mean of the private curvature along the released gradients, in units of K, from 1 to 20.
+def steepness(belief: Belief, spectrum: Spectrum, num_units: int) -> jax.Array:
+    """c (r + 1,), posterior mean of the private curvature along the released gradients, in units of K, from 1 to 1000.
 
-    With y = g + xi seen in one round, F y followed and y' seen in the next, all in leading coordinates,
+    With y = g + xi seen in one round, F y followed and y' seen in the next,
 
         A = (F y)^T (y - y') - s^2 tr(F + F K F),     B = (F y)^T K (F y) - s^2 tr(F K F)
 
     have expectations g^T F H F g and g^T F K F g, where H is the private curvature and noise meets K. So A = c B with
-    an error of variance 2 s^2 |F y|^2 + s^4 tr F^2, about; c has a normal prior of mean and standard deviation 2.
+    an error of variance 2 s^2 |F y|^2 + s^4 tr F^2, about. The leading coordinates together have one c, all others
+    another. The prior is normal with mean and standard deviation 2; or, in the leading ones, 1 + sum_j E[g_j^2] / v_j
+    if that is larger: second moments V + g g^T, as records have whose mean is g, are at most that many times V.
     """
-    precision = 1 / _STEEPNESS**2
-    mean = (belief.slopes[0] + _STEEPNESS * precision) / (belief.slopes[1] + precision)
-    return jnp.clip(mean, 1.0, _STEEPEST)
+    large = 1 + jnp.sum(pooled_signal(belief, spectrum, num_units)[:-1] / spectrum.moments[:-1])
+    prior = jnp.stack([jnp.maximum(_STEEPNESS, large), jnp.full_like(large, _STEEPNESS)])
+    mean = (belief.slopes[0] + 1 / prior) / (belief.slopes[1] + 1 / prior**2)
+    leading, others = jnp.clip(mean, 1.0, _STEEPEST)
+    return jnp.append(jnp.full_like(spectrum.curvature[:-1], leading), others)
 
 
-def secant(belief: Belief, curvature: jax.Array, seen: jax.Array) -> jax.Array:
-    """A and B of `steepness`, for leading coordinates `seen` (r,) of a round and leading `curvature` (r,)."""
-    moved, noise_var = belief.followed * belief.last, belief.last_var
-    met = noise_var * jnp.sum(curvature * belief.followed**2)
-    measured = jnp.vdot(moved, belief.last - seen) - noise_var * jnp.sum(belief.followed) - met
-    return jnp.stack([measured, jnp.vdot(moved, curvature * moved) - met])
+def secant(belief: Belief, spectrum: Spectrum, seen: jax.Array) -> jax.Array:
+    """A and B of `steepness`, each of the leading coordinates and of all others (2, 2), for a `seen` gradient (k,)."""
+    followed, noise = belief.followed, belief.last_var * spectrum.dims
+    energy, product = (_products(spectrum.directions, belief.last, x) for x in (belief.last, seen))
+    measured = followed * (energy - product) - noise * (followed + spectrum.curvature * followed**2)
+    public = signal_curvature(spectrum) * followed**2 * (energy - noise)
+    return jnp.stack([_in_two(measured), _in_two(public)])
 
 
-def _slopes(belief, curvature, seen, noise_var):
+def _slopes(belief, spectrum, seen, noise_var, tuned):
     """A W / V and B W / V of one round, V the error's variance; zero for the first, which follows nothing.
 
     W is how far B exceeds two standard deviations of its noise, at least 0: what looks like noise has no say.
     """
-    pair, moved = secant(belief, curvature, seen), belief.followed * belief.last
-    spread = belief.last_var * jnp.sqrt(2 * jnp.sum((curvature * belief.followed**2) ** 2))
+    followed, dims, last_var = belief.followed**2, spectrum.dims, belief.last_var
+    pair = secant(belief, spectrum, seen)
+    spread = last_var * jnp.sqrt(2 * _in_two(dims * (signal_curvature(spectrum) * followed) ** 2))
     sure = jnp.maximum(pair[1] - 2 * spread, 0)
-    variance = (belief.last_var + noise_var) * jnp.vdot(moved, moved)
-    variance += belief.last_var * noise_var * jnp.sum(belief.followed**2)
-    return pair * sure / jnp.where(variance > 0, variance, jnp.inf)
+    moved = followed * _products(spectrum.directions, belief.last, belief.last)
+    variance = _in_two((last_var + noise_var) * moved + last_var * noise_var * followed * dims)
+    is_seen = _in_two(tuned * jnp.ones_like(dims)) > 0
+    return jnp.where(is_seen, pair * sure / jnp.where(variance > 0, variance, jnp.inf), 0)
+
+
+def _products(directions, x, y):
+    """x_j y_j of the leading coordinates, and their sum over all others (r + 1,)."""
+    a, b = (jnp.matmul(directions, v, precision=jax.lax.Precision.HIGHEST) for v in (x, y))
+    return jnp.append(a * b, jnp.vdot(x, y) - jnp.vdot(a, b))
+
+
+def _in_two(x):
+    """Summed over the leading entries, and the last."""
+    return jnp.stack([jnp.sum(x[:-1]), x[-1]])
 
 
 def signal_curvature(spectrum: Spectrum) -> jax.Array:

@@ -9,7 +9,7 @@ One rule, with nothing to tune on private data:
   (`clip_norms`): the larger, the less noise the budget brings.
 * *Length*: at most four times what makes the noise of all rounds together, added to the anchor, raise the *public* loss
   by a fixed small fraction of its root mean square; within that, what the releases deserve (`flow`). Where they show a
-  heavy shift, whose loss is far above that of the anchor, at most sixteen times.
+  heavy shift, whose loss is far above that of the anchor, at most eight times.
 * *Geometry*: a round tunes all parameters or, with an infinite precision of all others, the leading directions alone.
   The others hold about half of a gradient's energy, and so of the clip norm, and most of the noise; without them a
   gradient's square over noise was found 1.6 to 3 times larger. Each round takes the geometry of least expected excess
@@ -58,7 +58,7 @@ _DAMPING = 0.01
 _CLIP_QUANTILES = (0.9, 0.95, 0.98)
 _SMALLEST_CLIP_NORM = 1e-18  # C, C z and sums of C stay within float32
 _NOISE_COST = 0.006
-_LONGEST, _LONGER_UNDER_HEAVY_SHIFT = 4.0, 4.0
+_LONGEST, _LONGER_UNDER_HEAVY_SHIFT = 4.0, 2.0
 _LEAST_ROUNDS, _COMMON_ROUNDS, _MOST_ROUNDS, _HEAVY_ROUNDS = 8, 12, 24, 40
 _HEAVY_SHIFT = 0.02
 _PRIVATE_CURVATURE = 1.5  # private over public curvature: 1 to 2.4 was found under shift
@@ -241,7 +241,7 @@ def _first_round(spectrum, geometries, noise_multiplier, num_units, rounds):
     """The geometry before any release, and what the noise of a round is expected to cost in it."""
     belief = flow.before_release(spectrum)
     geometry, length = choose(belief, spectrum, geometries, noise_multiplier, num_units)
-    multiples, _ = flow.advance(belief, spectrum, length / rounds, geometry.tuned)
+    multiples, _ = flow.advance(belief, spectrum, length / rounds, num_units, geometry.tuned)
     noise_std = float(geometry.l2_clip_norm) * noise_multiplier * rounds**0.5
     cost, _ = noise_cost(spectrum.curvature, multiples, spectrum.dims, noise_std=noise_std, num_units=num_units)
     return geometry, cost

@@ -219,7 +219,7 @@ def follow(
     wanted, _ = flow.best_length(
         signal, spectrum, noise_var / rounds, num_units, geometry.longest, geometry.tuned
     )  # fmt: skip
-    multiples, belief = flow.advance(belief, spectrum, wanted / rounds, geometry.tuned)
+    multiples, belief = flow.advance(belief, spectrum, wanted / rounds, num_units, geometry.tuned)
     # The precision has the spectrum's directions, so that scaling before or after colouring is the same.
     params = subspaces.displace(subspace, walk.params, flow.scale(spectrum.directions, multiples, w))
     noise = (noisy - quadratic.whitened_sum) / num_units

@@ -96,5 +96,5 @@ def test_the_releases_choose_the_leading_directions_for_a_small_shift_and_all_fo
     assert jnp.vdot(geometry.tuned, spectrum.dims) == tuned
     heavy = tuned == D
     assert plan.is_heavy(belief, spectrum, num_units) == heavy
-    longest = made.geometries.longest[0 if heavy else 1] * (4 if heavy else 1)
+    longest = made.geometries.longest[0 if heavy else 1] * (2 if heavy else 1)
     np.testing.assert_allclose(geometry.longest, longest, rtol=1e-6)
