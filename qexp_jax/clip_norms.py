@@ -66,7 +66,7 @@ def clipped(squares: np.ndarray, dims: np.ndarray, l2_clip_norm: float) -> Clipp
     (5.0, 2.75, 1.625, 0.5)
     """
     norms = np.sqrt(squares @ dims)
-    kept = np.minimum(1, l2_clip_norm / np.maximum(norms, np.finfo(np.float64).tiny))
+    kept = np.minimum(norms, l2_clip_norm) / np.maximum(norms, np.finfo(np.float64).tiny)
     whole, mixed, moments = (np.mean(squares * kept[:, None] ** power, axis=0) for power in (0, 1, 2))
     return Clipped(l2_clip_norm, float(np.mean(norms > l2_clip_norm)), whole, mixed, moments)
 
