@@ -192,7 +192,7 @@ def logistic_data(seed, moved):
 def test_steps_do_not_overshoot_where_the_means_of_features_moved(rank):
     """There the private curvature is a hundred times the public one, in directions that public records hardly show.
 
-    Rounds that measure their steepness in the leading directions alone end at .34 and .47.
+    Rounds that measure their steepness in the leading directions alone end at .31 and .40.
     """
 
     def mean_loss(params, data):
@@ -207,7 +207,7 @@ def test_steps_do_not_overshoot_where_the_means_of_features_moved(rank):
         KEY, logistic_loss, params, public=public, private=private, epsilon=8.0, delta=1e-5, precision_rank=rank
     )
     assert mean_loss(params, test) > 1
-    assert mean_loss(release.params, test) < 0.3
+    assert mean_loss(release.params, test) < 0.28
 
 
 class Stopped(Exception):
