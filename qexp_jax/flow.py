@@ -29,7 +29,7 @@ sequence measure it (`steepness`), and a round follows its draw for
 
 with c the steepness and l the length of the round: gradient flow on a quadratic c times as steep as the public one,
 which never passes its minimum, however long. The leading directions have one c, all others another: where the means of
-features move, most of the curvature lies where the public records hardly vary, and c there was 100 and more. The
+features move, most of the curvature lies where the public records hardly vary, and c there was 40 to 60. The
 steepest part of a signal is also the first to be consumed; the anchor's gradient is therefore remembered with weights
 exp(-L c K_j), those of least variance if c K_j is its decay. What remains decays at the rate K, which J takes.
 
