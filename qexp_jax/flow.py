@@ -185,12 +185,12 @@ def _slopes(belief, spectrum, seen, noise_var, tuned):
 
     W is how far B exceeds two standard deviations of its noise, at least 0: what looks like noise has no say.
     """
-    followed, dims, last_var = belief.followed**2, spectrum.dims, belief.last_var
+    squares, dims, last_var = belief.followed**2, spectrum.dims, belief.last_var
     pair = secant(belief, spectrum, seen)
-    spread = last_var * jnp.sqrt(2 * _in_two(dims * (signal_curvature(spectrum) * followed) ** 2))
+    spread = last_var * jnp.sqrt(2 * _in_two(dims * (signal_curvature(spectrum) * squares) ** 2))
     sure = jnp.maximum(pair[1] - 2 * spread, 0)
-    moved = followed * _products(spectrum.directions, belief.last, belief.last)
-    variance = _in_two((last_var + noise_var) * moved + last_var * noise_var * followed * dims)
+    moved = squares * _products(spectrum.directions, belief.last, belief.last)
+    variance = _in_two((last_var + noise_var) * moved + last_var * noise_var * squares * dims)
     is_seen = _in_two(tuned * jnp.ones_like(dims)) > 0
     return jnp.where(is_seen, pair * sure / jnp.where(variance > 0, variance, jnp.inf), 0)
 
@@ -213,9 +213,8 @@ def signal_curvature(spectrum: Spectrum) -> jax.Array:
 
 def energies(directions: jax.Array, x: jax.Array) -> jax.Array:
     """x_j^2 of the leading coordinates, and the mean square of the others, (k,) -> (r + 1,)."""
-    leading = jnp.matmul(directions, x, precision=jax.lax.Precision.HIGHEST)
-    rest = jnp.maximum(jnp.vdot(x, x) - jnp.vdot(leading, leading), 0) / max(1, len(x) - len(directions))
-    return jnp.append(leading**2, rest)
+    squares = _products(directions, x, x)
+    return squares.at[-1].set(jnp.maximum(squares[-1], 0) / max(1, len(x) - len(directions)))
 
 
 def scale(directions: jax.Array, factors: jax.Array, x: jax.Array) -> jax.Array:
