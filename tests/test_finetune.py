@@ -227,7 +227,7 @@ def test_a_release_that_is_preempted_after_the_split_goes_on_with_the_same_bits(
     with pytest.raises(Stopped):
         wide_rounds(data, epsilon=8.0, rank=30, checkpoint=place, progress=stop)
     resumed, rest, _ = wide_rounds(data, epsilon=8.0, rank=30, checkpoint=place)
-    assert len(infos) == 40 and len(rest) == 34
+    assert len(infos) == whole.certificate["most_rounds"] == len(rest) + 6
     np.testing.assert_array_equal(resumed.params["w"], whole.params["w"])
 
 
@@ -237,7 +237,7 @@ def test_rounds_that_are_given_are_kept_under_a_heavy_shift():
     assert len(infos) == release.certificate["most_rounds"] == 4
 
 
-@pytest.mark.parametrize(("rounds_planned", "most"), [(8, 40), (24, 40), (12, 13), (40, 40)])
+@pytest.mark.parametrize(("rounds_planned", "most"), [(8, 80), (24, 80), (12, 13), (40, 40)])
 def test_every_schedule_spends_the_budget_exactly(rounds_planned, most):
     assert rounds.schedule(rounds_planned, most, rounds_planned) == (rounds_planned, rounds_planned)
     for split in range(1, rounds_planned):
