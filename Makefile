@@ -48,7 +48,7 @@ endif
 
 # A shift so heavy that public curvature says little: MNIST turned by 40 degrees.
 shift: .venv/ready
-	$(ARENA) --tasks mnist_rotated --models mlp cnn --sizes 4000 --epsilons 1 8 --seeds 3 \
+	$(ARENA) --tasks mnist_rotated --models mlp cnn --sizes 4000 --epsilons 1 8 --seeds 10 \
 	  --methods qexp zero_shot non_private dp_gd dp_sgd_all --out $(OUT)/shift $(ARGS)
 	$(REPORT) --results $(OUT)/shift
 
