@@ -91,7 +91,7 @@ def figure(rows, floors, path):
             axis.errorbar(dims, [v.mean() for v in values], errors, marker=marker, capsize=2, label=kind)
         axis.axhline(floors[panel], color="k", ls="--", lw=1, label="pretrained")
         axis.set(xscale="log", xlabel="k", ylabel=mine[0]["metric_name"], title=f"{panel[0]}, {panel[1]}")
-    axes[0][0].legend(fontsize="small")
+    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize="small")
     fig.suptitle(f"n = {rows[0]['n']}, ε = {rows[0]['epsilon']:g}")
     fig.savefig(path, dpi=120)
     plt.close(fig)
