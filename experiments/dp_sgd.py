@@ -8,6 +8,7 @@ noiseless parameters can travel (per coordinate for Adam, about): the setting th
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -15,15 +16,16 @@ import jax.numpy as jnp
 import joblib
 import numpy as np
 import optax
-from jax_privacy import batch_selection, clipped_grad, noise_addition
+from jax_privacy import clipped_grad, noise_addition
 from jax_privacy.experimental.execution_plan import BandMFExecutionPlanConfig
 
 from experiments import tasks
 from experiments.adapters import ADAPTERS
 from experiments.data import Records
+from qexp_jax.convolutions import as_products
 
 OPTIMIZERS = {"sgd": optax.identity(), "adam": optax.scale_by_adam()}
-_BLOCK = 64  # the gradients of one block stay in cache
+_BLOCK = 32
 
 
 class Settings(NamedTuple):
@@ -40,6 +42,15 @@ class Settings(NamedTuple):
     steps: int
     length: float
     l2_clip_norm: float
+
+
+class _Scales(NamedTuple):
+    """Numbers of a step: clip norm, noise on the sum of unit-norm gradients, expected batch, rate."""
+
+    l2_clip_norm: float
+    sigma: float
+    expected: float
+    learning_rate: float
 
 
 @joblib.Memory(tasks.cache_dir() / "calibration", verbose=0).cache
@@ -84,30 +95,40 @@ def train(
         OPTIMIZERS[optimizer].init(trainable),
         noise_addition.gaussian_privatizer(stddev=sigma, prng_key=noise_key).init(trainable),
     )
-    records = jax.tree.map(jnp.asarray, private)
+    step = functools.partial(
+        _noisy_step,
+        records=jax.tree.map(jnp.asarray, private),
+        frozen=frozen,
+        scales=_Scales(settings.l2_clip_norm, sigma, expected, settings.length / settings.steps),
+        loss_fn=loss_fn,
+        merge=merge,
+        optimizer=optimizer,
+    )
     for index in plan.batch_selection_strategy.batch_iterator(count, rng=np.random.default_rng(seed)):
-        total = _clipped_sum(trainable, frozen, records, index, settings.l2_clip_norm, loss_fn, merge, expected)
-        rate = settings.length / settings.steps
-        trainable, state = _noisy_step(trainable, state, total, sigma, expected, rate, optimizer)
+        trainable, state = step(trainable, state, _padded(index, expected), len(index))
     return jax.block_until_ready(merge(trainable, frozen))
 
 
-def _clipped_sum(trainable, frozen, records, index, l2_clip_norm, loss_fn, merge, expected):
-    """Sum over one Poisson batch, in blocks of one size so that nothing is compiled twice."""
-    block = min(_BLOCK, int(2 ** np.ceil(np.log2(max(1.2 * expected, 16)))))
-    blocks = batch_selection.split_and_pad_global_batch(np.asarray(index), block)
-    sums = [_block_sum(trainable, frozen, records, part, l2_clip_norm, loss_fn, merge) for part in blocks]
-    return functools.reduce(_add, sums)
+def _padded(index, expected):
+    """A Poisson batch in room for almost any, so that one size is compiled; -1 is no record."""
+    room = max(len(index), expected + 6 * math.sqrt(expected))
+    return np.pad(index, (0, _BLOCK * math.ceil(room / _BLOCK) - len(index)), constant_values=-1)
 
 
-@jax.jit
-def _add(a, b):
-    return jax.tree.map(jnp.add, a, b)
+@functools.partial(jax.jit, static_argnames=("loss_fn", "merge", "optimizer"))
+def _noisy_step(trainable, state, index, count, records, frozen, scales, loss_fn, merge, optimizer):
+    optimizer_state, noise_state = state
+    total = _clipped_sum(trainable, frozen, records, index, count, scales.l2_clip_norm, loss_fn, merge)
+    noisy, noise_state = noise_addition.gaussian_privatizer(stddev=scales.sigma).update(total, noise_state)
+    gradient = jax.tree.map(lambda g: g / scales.expected, noisy)
+    updates, optimizer_state = OPTIMIZERS[optimizer].update(gradient, optimizer_state, trainable)
+    trainable = jax.tree.map(lambda p, u: p - scales.learning_rate * u, trainable, updates)
+    return trainable, (optimizer_state, noise_state)
 
 
-@functools.partial(jax.jit, static_argnames=("loss_fn", "merge"))
-def _block_sum(trainable, frozen, records, index, l2_clip_norm, loss_fn, merge):
-    batch = jax.tree.map(lambda x: x[jnp.maximum(index, 0)], records)
+def _clipped_sum(trainable, frozen, records, index, count, l2_clip_norm, loss_fn, merge):
+    """Sum over the first `count` of `index`, in blocks whose gradients stay in cache."""
+    loss_fn = as_products(loss_fn)  # in a loop, as ours, XLA's convolutions on CPUs are slow
     clipped = clipped_grad(
         lambda trainable, record: loss_fn(merge(trainable, frozen), record),
         batch_argnums=1,
@@ -115,15 +136,11 @@ def _block_sum(trainable, frozen, records, index, l2_clip_norm, loss_fn, merge):
         l2_clip_norm=l2_clip_norm,
         rescale_to_unit_norm=True,
     )
-    return clipped(trainable, batch, is_padding_example=index < 0)
 
+    def add_block(i, total):
+        part = jax.lax.dynamic_slice_in_dim(index, i * _BLOCK, _BLOCK)
+        batch = jax.tree.map(lambda x: x[jnp.maximum(part, 0)], records)
+        return jax.tree.map(jnp.add, total, clipped(trainable, batch, is_padding_example=part < 0))
 
-@functools.partial(jax.jit, static_argnames="optimizer")
-def _noisy_step(trainable, state, total, sigma, expected, learning_rate, optimizer):
-    optimizer_state, noise_state = state
-    privatizer = noise_addition.gaussian_privatizer(stddev=sigma)
-    noisy, noise_state = privatizer.update(total, noise_state)
-    gradient = jax.tree.map(lambda g: g / expected, noisy)
-    updates, optimizer_state = OPTIMIZERS[optimizer].update(gradient, optimizer_state, trainable)
-    trainable = jax.tree.map(lambda p, u: p - learning_rate * u, trainable, updates)
-    return trainable, (optimizer_state, noise_state)
+    blocks = (count + _BLOCK - 1) // _BLOCK
+    return jax.lax.fori_loop(0, blocks, add_block, jax.tree.map(jnp.zeros_like, trainable))

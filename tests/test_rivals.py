@@ -99,7 +99,8 @@ def test_blocks_leave_the_clipped_sum_as_it_is(monkeypatch):
     sums = []
     for block in (16, 64):
         monkeypatch.setattr(dp_sgd, "_BLOCK", block)
-        sums.append(dp_sgd._clipped_sum(trainable, frozen, data, index, 0.1, model.loss_fn, merge, 50.0))
+        padded = jnp.asarray(dp_sgd._padded(index, 50.0))
+        sums.append(dp_sgd._clipped_sum(trainable, frozen, data, padded, 50, 0.1, model.loss_fn, merge))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *sums)
     assert math.sqrt(sum(float(jnp.sum(x**2)) for x in jax.tree.leaves(sums[0]))) <= 50
 
