@@ -193,6 +193,7 @@ def make_plan(
     return Plan(space, damping, rounds, most_rounds, spectrum, geometries, expected_cost, evidence)
 
 
+@jax.jit
 def precision_of(directions: jax.Array, eigenvalues: jax.Array) -> Precision:
     """M of a geometry."""
     return precisions.spectral(eigenvalues[-1], directions, eigenvalues[:-1])
@@ -243,12 +244,18 @@ def _geometries(eigenvalues, dims, tolerances, per_unit, clip_norm_of):
 
 def _first_round(spectrum, geometries, noise_multiplier, num_units, rounds):
     """The geometry before any release, and what the noise of a round is expected to cost in it."""
-    belief = flow.before_release(spectrum)
-    geometry, length = choose(belief, spectrum, geometries, noise_multiplier, num_units)
-    multiples, _ = flow.advance(belief, spectrum, length / rounds, num_units, geometry.tuned)
+    geometry, multiples = _first_step(spectrum, geometries, noise_multiplier, num_units, rounds)
     noise_std = float(geometry.l2_clip_norm) * noise_multiplier * rounds**0.5
     cost, _ = noise_cost(spectrum.curvature, multiples, spectrum.dims, noise_std=noise_std, num_units=num_units)
     return geometry, cost
+
+
+@jax.jit
+def _first_step(spectrum, geometries, noise_multiplier, num_units, rounds):
+    belief = flow.before_release(spectrum)
+    geometry, length = choose(belief, spectrum, geometries, noise_multiplier, num_units)
+    multiples, _ = flow.advance(belief, spectrum, length / rounds, num_units, geometry.tuned)
+    return geometry, multiples
 
 
 def _rounds(length: float) -> int:

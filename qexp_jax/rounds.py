@@ -183,10 +183,10 @@ def run(
 def _split(progress, plan, num_units):
     """The walk, with the budget left split anew, once, where the releases show a heavy shift."""
     walk = progress.walk
-    if not progress.round < plan.rounds < plan.most_rounds:
-        return walk
-    heavy = is_heavy(walk.belief, plan.spectrum, num_units)
-    return walk._replace(split=jnp.where(heavy & (walk.split == plan.rounds), progress.round, walk.split))
+    may_split = progress.round < plan.rounds < plan.most_rounds and int(walk.split) == plan.rounds
+    if may_split and is_heavy(walk.belief, plan.spectrum, num_units):
+        return walk._replace(split=jnp.asarray(progress.round))
+    return walk
 
 
 _noisy_sum = jax.jit(mechanism.noisy_sum)

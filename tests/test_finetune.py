@@ -268,10 +268,10 @@ def test_repeated_calls_trace_the_loss_once_and_take_milliseconds():
     data, params = regression(), {"w": jnp.ones(3)}
     qexp_jax.fine_tune(KEY, loss, params, **data, **BUDGET)
     before, start = len(traces), time.perf_counter()
-    for seed in range(100):
+    for seed in range(30):
         qexp_jax.fine_tune(jax.random.key(seed), loss, params, **data, **BUDGET)
     assert len(traces) == before
-    assert time.perf_counter() - start < 30  # 3 s on an idle core
+    assert time.perf_counter() - start < 9  # 3 s on an idle core: 80 rounds each
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
