@@ -66,7 +66,7 @@ membership: .venv/ready
 
 # Other libraries, torch among them, go into the same environment; about half an hour on one core.
 benchmarks: .venv/ready
-	$(BIN)/pip install --quiet '.[benchmarks]'
+	$(BIN)/pip install --quiet --editable '.[benchmarks]'
 	$(BIN)/python -m experiments.benchmarks $(ARGS)
 
 # Two processes on this machine; LAUNCH="srun --ntasks-per-node=1" ARGS= under SLURM, see experiments/cluster.py.
