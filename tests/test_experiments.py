@@ -83,7 +83,7 @@ def test_a_known_file_with_a_wrong_checksum_is_refused(tmp_path):
 
 @pytest.mark.parametrize("tune", ["count_sketch", "lora"])
 def test_the_large_model_runs_small(tmp_path, tune):
-    sizes = "--layers 2 --width 64 --vocabulary 300 --private 4 --public 4 --tokens 8 --dim 64"
+    sizes = "--layers 1 --width 64 --vocabulary 300 --private 4 --public 4 --tokens 8 --dim 64"
     large.main([*sizes.split(), "--tune", tune, "--out", str(tmp_path)])
     rows = (tmp_path / f"large_{tune}.csv").read_text().splitlines()
     assert rows[0].startswith("tune,num_params,k") and sum("private pass" in row for row in rows) == 1 + (
