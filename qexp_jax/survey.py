@@ -29,6 +29,7 @@ from qexp_jax.subspace import Subspace
 _CURVED, _HELD_OUT, _TRIED = 1024, 2048, 512
 _SCALED_DIRECTIONS, SCALING_RECORDS = 8, 256
 _NOISE_DRAWS = 3
+_IN_CACHE = 32  # records at a time, more take a CPU up to three times as long
 _GRADIENT_BYTES = 2**30
 _SKETCH_DIM = 4096
 
@@ -86,7 +87,7 @@ def survey(
     curved, held_out = _samples(record_key, public)
     space = _tuned_space(sketch_key, loss_fn, params, curved, public, subspace, subspace_dim)
     rank = min(precision_rank, space.dim, num_records(curved))
-    directions = leading_directions(loss_fn, params, curved, rank, space)[0].arrays[1].T
+    directions = leading_directions(loss_fn, params, curved, rank, space).arrays[1].T
     squares = _squares(loss_fn, params, space, directions, held_out)
     curvature = _curvature(loss_fn, params, space, directions, squares, held_out)
     if clip_loss_fn is not loss_fn:
@@ -135,7 +136,7 @@ def _tuned_space(key, loss_fn, params, curved, public, subspace, dim):
             f"subspace_dim={dim} needs as many public records, found {num_records(records)}; or give a subspace, "
             "such as count_sketch."
         )
-    return leading_directions(loss_fn, params, take(records, slice(0, max(dim, num_records(curved)))), dim, whole)[0]
+    return leading_directions(loss_fn, params, take(records, slice(0, max(dim, num_records(curved)))), dim, whole)
 
 
 def at_a_time(space: Subspace, most: int) -> int:
@@ -144,17 +145,15 @@ def at_a_time(space: Subspace, most: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def leading_directions(
-    loss_fn: LossFn, params: Params, records: Record, dim: int, within: Subspace
-) -> tuple[Subspace, jax.Array]:
-    """`curvature.top_eigenspace`, with microbatches that fit."""
-    return top_eigenspace(loss_fn, params, records, dim, within=within, microbatch_size=at_a_time(within, 64))
+def leading_directions(loss_fn: LossFn, params: Params, records: Record, dim: int, within: Subspace) -> Subspace:
+    """That of `curvature.top_eigenspace`, with microbatches that fit."""
+    return top_eigenspace(loss_fn, params, records, dim, within=within, microbatch_size=at_a_time(within, 64))[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def product_along(loss_fn: LossFn, params: Params, space: Subspace, direction: jax.Array, records: Record) -> jax.Array:
     """`curvature.hessian_product`, with microbatches that fit."""
-    size = at_a_time(space, SCALING_RECORDS)
+    size = at_a_time(space, _IN_CACHE)
     return hessian_product(loss_fn, params, space, direction, records, microbatch_size=size)
 
 
@@ -236,4 +235,4 @@ def _losses(loss_fn, params, records, size):
 @functools.partial(jax.jit, static_argnums=0)
 def _moved_loss(loss_fn, params, space, move, records):
     moved = subspaces.displace(space, params, move)
-    return mean_loss(loss_fn, moved, records, microbatch_size=at_a_time(space, _TRIED))
+    return mean_loss(loss_fn, moved, records, microbatch_size=at_a_time(space, _IN_CACHE))

@@ -15,6 +15,7 @@ from experiments.benchmarks import peers
 from experiments.benchmarks.cases import Case
 from experiments.benchmarks.timing import Contestants, Row, race, row
 from qexp_jax import clipping, precision, subspace
+from qexp_jax.convolutions import as_products
 from qexp_jax.precision import Precision
 from qexp_jax.records import microbatches, num_records
 from qexp_jax.subspace import Subspace, tuned_leaves, with_tuned_leaves
@@ -121,10 +122,10 @@ def ours(case: Case, setup: Setup) -> Contestants:
 
 def record_gradients(case: Case, setup: Setup) -> Callable[[Any, Any], list[jax.Array]]:
     """`(params, records) -> ` gradients of the tuned leaves, a leading record axis on each."""
-    layout = setup.subspace.layout
+    layout, loss_fn = setup.subspace.layout, as_products(case.loss_fn)
 
     def gradient(params, record):
-        loss = lambda leaves: case.loss_fn(with_tuned_leaves(layout, params, leaves), record)
+        loss = lambda leaves: loss_fn(with_tuned_leaves(layout, params, leaves), record)
         return jax.grad(loss)(tuned_leaves(layout, params))
 
     return jax.vmap(gradient, in_axes=(None, 0))
