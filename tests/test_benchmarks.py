@@ -48,6 +48,7 @@ def _only(missing, name):
     return _IMPORT(name)
 
 
+@pytest.mark.filterwarnings("ignore")  # peers, where they are installed, give their own
 def test_the_command_writes_table_and_provenance(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["benchmarks"])
     benchmarks.main(["--tiny", "--seconds", "0.01", "--paths", "draws", "--out", str(tmp_path)])
