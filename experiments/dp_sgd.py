@@ -25,7 +25,7 @@ from experiments.data import Records
 from qexp_jax.convolutions import as_products
 
 OPTIMIZERS = {"sgd": optax.identity(), "adam": optax.scale_by_adam()}
-_BLOCK = 32
+_BLOCK = 32  # more gradients at a time leave the cache, so that seeds or settings side by side would gain nothing
 
 
 class Settings(NamedTuple):
