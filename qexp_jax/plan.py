@@ -36,8 +36,8 @@ much at 10,000 records; a length of its own for the block of all other direction
 once, from public numbers, lost .03 to .2 under a heavy shift, which needs all parameters and only releases can show. 8
 or 32 leading directions beside 128 were never chosen, and biases or a last layer alone gained at most .0005. Means of
 the last iterates, and moves 15 % longer or shorter, changed tasks of small shift by at most .002, some for better and
-others for worse. Block James-Stein shrinkage of the released sum over-shrinks; a private diagonal
-curvature (T7) cost more budget than it returned.
+others for worse. Block James-Stein shrinkage of the released sum over-shrinks; a private diagonal curvature (T7) cost
+more budget than it returned.
 
 The rule is ours. It reads N and the budget, which are public, and is deterministic given its key.
 """

@@ -177,7 +177,7 @@ def _curvature(loss_fn, params, space, directions, squares, records):
     """Curvature (r + 1,): second moments of the gradients, scaled to the Hessian along the steepest directions.
 
     For the likelihood of a model that fits, the two agree (Fisher); for other losses only their shape does. A host
-    loop: XLA's CPU convolutions are ten times slower in its loops or batched.
+    loop: batched over directions, convolutions that are no products (`convolutions`) are ten times slower on CPUs.
     """
     moments = squares.mean(axis=0)
     steepest = np.argsort(-moments[:-1])[:_SCALED_DIRECTIONS]

@@ -22,7 +22,7 @@ from qexp_jax.subspace import Subspace, tuned_leaves, with_tuned_leaves
 
 PATH = "private pass"
 CLIP_NORM = 1.0
-MICROBATCHES = (16, 32)  # for all sides; the fastest counts
+MICROBATCHES = (16, 32)  # of ours and of its parts; the fastest counts, as of the peers
 # No goal: what Opacus's ghost clipping saves, per-record gradients, a projection needs; and jax_privacy's users do not
 # have our convolutions.
 RIVALS = {
