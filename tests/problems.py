@@ -1,4 +1,9 @@
-"""Small problems that the tests share, and the oracle's law of a draw."""
+"""Small problems that the tests share, and the oracle's law of a draw.
+
+Compiled as wholes: op by op, each operation is a program of its own, and compilation is most of the tests' time.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +37,7 @@ def linear_loss(params, record):
     return jnp.vdot(params["w"], record["g"])
 
 
+@jax.jit
 def subspaces(key, params):
     return {
         "full": subspace.full(params),
@@ -51,6 +57,7 @@ def random_like(key, params):
     return jax.tree.unflatten(treedef, [jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def damped_precision(loss_fn, params, space, records, damping=0.1):
     matrix = curvature.psd_part(curvature.hessian(loss_fn, params, space, records))
     return precision.dense(matrix + damping * subspace.gram(space))

@@ -13,8 +13,8 @@ KEY = jax.random.key(13)
 def test_measured_excess_follows_the_predicted_law_and_not_one_of_half_the_noise():
     k, n, noise_std = 5, 40, 3.0
     quadratic = quadratic_from(spd(KEY, k), jnp.arange(5.0), n)
-    draws = jax.vmap(lambda key: mechanism.draw(key, quadratic, noise_std))(jax.random.split(KEY, 5000))
-    excess = np.asarray(jax.vmap(lambda w: mechanism.excess_utility(quadratic, w))(draws), float) / n
+    draws = jax.jit(jax.vmap(lambda key: mechanism.draw(key, quadratic, noise_std)))(jax.random.split(KEY, 5000))
+    excess = np.asarray(jax.jit(jax.vmap(lambda w: mechanism.excess_utility(quadratic, w)))(draws), float) / n
     np.testing.assert_allclose(excess.mean(), accuracy.expected_excess(k, noise_std, n), rtol=0.05)
     scale = noise_std**2 / (2 * n**2)
     assert stats.kstest(excess / scale, stats.chi2(k).cdf).pvalue > 1e-3

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,11 +12,13 @@ KEY = jax.random.key(4)
 PARAMS, RECORDS = network(KEY)
 
 
+@jax.jit
 def dense_columns(space):
     full = subspace.full(PARAMS)
     return jax.vmap(lambda e: subspace.project(full, subspace.lift(space, e)))(jnp.eye(space.dim)).T
 
 
+@jax.jit
 def dense_hessian():
     full = subspace.full(PARAMS)
 
@@ -31,9 +35,10 @@ def test_projected_hessian_is_that_of_the_dense_oracle(name):
     columns = dense_columns(space)
     expected = columns.T @ dense_hessian() @ columns
     for options in ({"columns_per_batch": 1}, {"columns_per_batch": 4, "microbatch_size": 8}):
-        found = curvature.projected_hessian(network_loss, PARAMS, space, RECORDS, **options)
-        np.testing.assert_allclose(found, expected, atol=3e-5)
-    np.testing.assert_allclose(curvature.hessian(network_loss, PARAMS, space, RECORDS), expected, atol=3e-5)
+        found = jax.jit(functools.partial(curvature.projected_hessian, network_loss, **options))
+        np.testing.assert_allclose(found(PARAMS, space, RECORDS), expected, atol=3e-5)
+    whole = jax.jit(functools.partial(curvature.hessian, network_loss))
+    np.testing.assert_allclose(whole(PARAMS, space, RECORDS), expected, atol=3e-5)
 
 
 def model(params, record):
@@ -54,8 +59,10 @@ def test_ggn_is_the_jacobian_sandwich_and_the_fisher_of_drawn_labels():
         p = jax.nn.softmax(model(PARAMS, record))
         return jacobian.T @ (jnp.diag(p) - jnp.outer(p, p)) @ jacobian
 
-    expected = columns.T @ jnp.mean(jax.vmap(sandwich)(records), axis=0) @ columns
-    ggn = curvature.projected_ggn(model, softmax_loss, PARAMS, space, records, microbatch_size=8)
+    expected = columns.T @ jnp.mean(jax.jit(jax.vmap(sandwich))(records), axis=0) @ columns
+    ggn = jax.jit(functools.partial(curvature.projected_ggn, model, softmax_loss, microbatch_size=8))(
+        PARAMS, space, records
+    )
     np.testing.assert_allclose(ggn, expected, atol=2e-6)
 
     # Labels drawn from the model, many a record: the Fisher information.
@@ -89,5 +96,5 @@ def test_psd_part_takes_absolute_eigenvalues():
 def test_functions_are_usable_under_vmap_over_anchors():
     space = subspace.full(PARAMS, where="head")
     anchors = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), PARAMS)
-    both = jax.vmap(lambda p: curvature.projected_hessian(network_loss, p, space, RECORDS))(anchors)
+    both = jax.jit(jax.vmap(lambda p: curvature.projected_hessian(network_loss, p, space, RECORDS)))(anchors)
     np.testing.assert_allclose(both[0], curvature.projected_hessian(network_loss, PARAMS, space, RECORDS), atol=1e-5)

@@ -101,7 +101,7 @@ def test_the_prior_of_the_steepness_is_kept_under_noise():
         found, _ = rounds_of(spectrum, 4 * dense_curvature(spectrum), 1e3, 4, 0.1, key)
         return flow.steepness(found, spectrum, 10**6)
 
-    np.testing.assert_allclose(jnp.median(jax.vmap(hidden)(jax.random.split(KEY, 100)), axis=0), 2.0, rtol=0.1)
+    np.testing.assert_allclose(jnp.median(jax.jit(jax.vmap(hidden))(jax.random.split(KEY, 100)), axis=0), 2.0, rtol=0.1)
     np.testing.assert_allclose(flow.steepness(flow.before_release(spectrum), spectrum, 10**6), 2.0)
 
 
@@ -130,7 +130,7 @@ def test_the_measured_and_the_public_curvature_have_no_bias_under_noise():
         naive = jnp.vdot(steps[:3] * y[:3], (y - later)[:3])
         return flow.secant(belief, spectrum, later), naive
 
-    pairs, naive = jax.vmap(one)(jax.random.split(KEY, 200_000))
+    pairs, naive = jax.jit(jax.vmap(one))(jax.random.split(KEY, 200_000))
     moved = (steps * g) ** 2
     by_block = [jnp.vdot(curvature[:3], moved[:3]), jnp.sum(moved[3:])]
     expected = [[by_block[0], spectrum.curvature[3] * by_block[1]], [by_block[0], curvature[3] * by_block[1]]]
@@ -161,7 +161,7 @@ def test_the_anchors_gradient_is_remembered_through_the_flow_with_the_stated_var
         found, _ = rounds_of(spectrum, 0 * private, 1.0, 4, 1e-9, key)
         return jnp.sum((flow.scale(spectrum.directions, 1 / found.weights, found.gradients) - gradient) ** 2)
 
-    mean = jnp.mean(jax.vmap(energy)(jax.random.split(KEY, 2000)))
+    mean = jnp.mean(jax.jit(jax.vmap(energy))(jax.random.split(KEY, 2000)))
     np.testing.assert_allclose(mean, 10 / 4, rtol=0.05)
 
 
@@ -268,7 +268,7 @@ def test_releases_of_unequal_noise_are_weighed_by_it():
         found = flow.scale(spectrum.directions, 1 / belief.weights, belief.gradients)
         return jnp.append(jnp.mean((found - g) ** 2), 1 / belief.weights[0])
 
-    mean, stated = jnp.mean(jax.vmap(error)(jax.random.split(KEY, 4000)), axis=0)
+    mean, stated = jnp.mean(jax.jit(jax.vmap(error))(jax.random.split(KEY, 4000)), axis=0)
     np.testing.assert_allclose([mean, stated], 0.8, rtol=0.03)
 
 

@@ -29,7 +29,7 @@ def gaussian_pvalue(draws, mean, covariance):
 
 
 def draw_many(quadratic, noise_std=NOISE_STD):
-    return jax.vmap(lambda key: mechanism.draw(key, quadratic, noise_std))(jax.random.split(KEY, DRAWS))
+    return jax.jit(jax.vmap(lambda key: mechanism.draw(key, quadratic, noise_std)))(jax.random.split(KEY, DRAWS))
 
 
 def test_draws_follow_the_closed_form_and_broken_twins_are_rejected():
@@ -114,6 +114,6 @@ def test_whole_space_draw_runs_under_jit(form):
         total, _ = clipping.clipped_sum(linear_loss, params, subspace.full(params), factored, records, l2_clip_norm=2.0)
         return mechanism.draw(key, mechanism.Quadratic(factored, total, 20), 0.0)
 
-    whitened = jax.vmap(lambda g: precision.whiten(factored, g))(records["g"])
-    clipped = jax.vmap(lambda v: clipping.clip(v, jnp.linalg.norm(v), 2.0)[0])(whitened).sum(0)
+    whitened = jax.jit(jax.vmap(lambda g: precision.whiten(factored, g)))(records["g"])
+    clipped = jax.jit(jax.vmap(lambda v: clipping.clip(v, jnp.linalg.norm(v), 2.0)[0]))(whitened).sum(0)
     np.testing.assert_allclose(release(KEY), -precision.color(factored, clipped) / 20, atol=1e-5)

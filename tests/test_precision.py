@@ -22,15 +22,15 @@ EXAMPLES = {"dense": lambda: (precision.dense(spd(KEY, 7)), spd(KEY, 7)), "low_r
 def test_operators_are_roots_of_the_dense_matrix(form):
     operator, matrix = EXAMPLES[form]()
     eye = jnp.eye(operator.dim)
-    whitening = jax.vmap(lambda e: precision.whiten(operator, e))(eye).T
-    coloring = jax.vmap(lambda e: precision.color(operator, e))(eye).T
-    uncoloring = jax.vmap(lambda e: precision.uncolor(operator, e))(eye).T
+    whitening = jax.jit(jax.vmap(lambda e: precision.whiten(operator, e)))(eye).T
+    coloring = jax.jit(jax.vmap(lambda e: precision.color(operator, e)))(eye).T
+    uncoloring = jax.jit(jax.vmap(lambda e: precision.uncolor(operator, e)))(eye).T
     np.testing.assert_allclose(whitening @ matrix @ whitening.T, eye, atol=2e-5)
     np.testing.assert_allclose(coloring, whitening.T, atol=1e-6)
     np.testing.assert_allclose(uncoloring @ coloring, eye, atol=2e-5)
     np.testing.assert_allclose(uncoloring.T @ uncoloring, matrix, atol=2e-4)
     x = jax.random.normal(KEY, (5, operator.dim))
-    norms = jax.vmap(lambda g: precision.whitened_norm(operator, g))(x)
+    norms = jax.jit(jax.vmap(lambda g: precision.whitened_norm(operator, g)))(x)
     np.testing.assert_allclose(norms, jnp.linalg.norm(x @ whitening.T, axis=1), rtol=1e-4)
     np.testing.assert_allclose(operator.log_det, np.linalg.slogdet(np.asarray(matrix, float))[1], rtol=1e-5)
 
@@ -38,7 +38,7 @@ def test_operators_are_roots_of_the_dense_matrix(form):
 @pytest.mark.parametrize("form", EXAMPLES)
 def test_draws_have_covariance_the_inverse_precision(form):
     operator, matrix = EXAMPLES[form]()
-    draws = jax.vmap(lambda k: precision.draw(k, operator))(jax.random.split(KEY, 40_000))
+    draws = jax.jit(jax.vmap(lambda k: precision.draw(k, operator)))(jax.random.split(KEY, 40_000))
     root = np.linalg.cholesky(np.asarray(matrix, float))
     whitened = np.asarray(draws, float) @ root
     np.testing.assert_allclose(np.cov(whitened.T), np.eye(operator.dim), atol=0.035)
@@ -64,7 +64,7 @@ def test_a_whitened_norm_is_never_too_small_even_where_it_cancels():
     leading = np.asarray(inside, np.float64) @ exact.T
     rest = np.asarray(inside, np.float64) - leading @ np.linalg.inv(exact @ exact.T) @ exact
     true = np.sqrt((rest**2).sum(1) / 1e-4 + (leading**2).sum(1) / (1 + 1e-4))
-    assert np.all(jax.vmap(lambda g: precision.whitened_norm(operator, g))(inside) >= true * (1 - 1e-6))
+    assert np.all(jax.jit(jax.vmap(lambda g: precision.whitened_norm(operator, g)))(inside) >= true * (1 - 1e-6))
 
 
 @pytest.mark.parametrize("form", EXAMPLES)

@@ -204,7 +204,7 @@ def ball_draws(total):
 def test_ball_draws_follow_the_law_in_the_models_coordinates():
     total = jnp.array([30.0, -10.0, 5.0, 12.0])
     w = ball_draws(total)
-    x = np.asarray(jax.vmap(lambda v: precision.uncolor(FACTORED, v))(w), float)
+    x = np.asarray(jax.jit(jax.vmap(lambda v: precision.uncolor(FACTORED, v)))(w), float)
     assert np.linalg.norm(x, axis=1).max() <= 2.0001
     norm = float(jnp.linalg.norm(total))
     concentration, centre = BALL.inverse_temperature * 40 * 4, norm / 80
@@ -297,5 +297,5 @@ def test_knorm_log_ratio_touches_epsilon_and_never_exceeds_it():
         a, b = (pure.knorm_log_density(q, w, 1.5, 0.7, ZERO_OUT) for q in (quadratic, other))
         return jnp.abs(a - b)
 
-    ratios = jax.vmap(ratio)(jnp.stack(points))
+    ratios = jax.jit(jax.vmap(ratio))(jnp.stack(points))
     np.testing.assert_allclose(jnp.max(ratios), 0.7, rtol=1e-4)

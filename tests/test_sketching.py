@@ -38,7 +38,7 @@ def test_the_count_sketch_does_not_depend_on_the_panels(monkeypatch):
 
 def test_the_stored_gaussian_is_the_regenerated_one(monkeypatch):
     monkeypatch.setattr(sketching, "_PANEL", 40)
-    stored = jax.vmap(lambda *c: flat(c))(*sketching.gaussian_columns(SHAPES, KEY, 6, jnp.float32))
+    stored = jax.jit(jax.vmap(lambda *c: flat(c)))(*sketching.gaussian_columns(SHAPES, KEY, 6, jnp.float32))
     np.testing.assert_allclose(columns(SHAPES, "gaussian", 6), stored, rtol=1e-6)
     np.testing.assert_allclose(
         sketching.gaussian_gram(SHAPES, KEY, 6, jnp.float32), stored @ stored.T, rtol=1e-5, atol=1e-6

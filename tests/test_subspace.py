@@ -15,25 +15,31 @@ NAMES = list(subspaces(KEY, PARAMS))
 def test_project_is_the_exact_adjoint_of_lift(name):
     space = subspaces(KEY, PARAMS)[name]
     w, g = jax.random.normal(KEY, (space.dim,)), random_like(jax.random.key(8), PARAMS)
-    lifted = sum(jnp.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, (subspace.lift(space, w), g)), strict=True))
-    np.testing.assert_allclose(lifted, jnp.vdot(w, subspace.project(space, g)), rtol=2e-5)
-    transposed = jax.linear_transpose(lambda w: subspace.lift(space, w), w)(g)[0]
-    np.testing.assert_allclose(transposed, subspace.project(space, g), rtol=2e-5, atol=1e-6)
+    projected = jax.jit(subspace.project)(space, g)
+    lifted = jax.tree.leaves(jax.jit(subspace.lift)(space, w))
+    inner = sum(jnp.vdot(a, b) for a, b in zip(lifted, jax.tree.leaves(g), strict=True))
+    np.testing.assert_allclose(inner, jnp.vdot(w, projected), rtol=2e-5)
+    transposed = jax.jit(jax.linear_transpose(lambda w: subspace.lift(space, w), w))(g)[0]
+    np.testing.assert_allclose(transposed, projected, rtol=2e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gram_is_that_of_the_columns(name):
     space = subspaces(KEY, PARAMS)[name]
-    columns = jax.vmap(lambda e: jnp.concatenate([x.ravel() for x in jax.tree.leaves(subspace.lift(space, e))]))(
-        jnp.eye(space.dim)
-    )
-    np.testing.assert_allclose(columns @ columns.T, subspace.gram(space), atol=2e-6)
+
+    @jax.jit
+    @jax.vmap
+    def column(e):
+        return jnp.concatenate([x.ravel() for x in jax.tree.leaves(subspace.lift(space, e))])
+
+    columns = column(jnp.eye(space.dim))
+    np.testing.assert_allclose(columns @ columns.T, jax.jit(subspace.gram)(space), atol=2e-6)
 
 
 @pytest.mark.parametrize("dim", [1, 2, 5, 7, 22, 24])
 def test_count_sketch_columns_are_orthonormal_at_any_dimension(dim):
     space = subspace.count_sketch(KEY, PARAMS, dim)
-    columns = jax.vmap(lambda e: subspace.project(space, subspace.lift(space, e)))(jnp.eye(dim))
+    columns = jax.jit(jax.vmap(lambda e: subspace.project(space, subspace.lift(space, e))))(jnp.eye(dim))
     np.testing.assert_allclose(columns, np.eye(dim), atol=1e-6)
     assert jax.tree.leaves(space.arrays)[0].shape == ()  # a key: nothing of size d is stored
 
