@@ -56,6 +56,7 @@ def parse_args(argv=None):
     parser.add_argument("--delta", type=float, default=1e-5)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--search-from", type=int, metavar="N", help="start searches where those at N records ended")
     parser.add_argument("--part", default="0/1", help="i/m: the i-th of m processes that share the grid")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder of arena.csv")
     return parser.parse_args(argv)
@@ -108,11 +109,11 @@ def metric_of(cell: Cell, params: Any) -> float:
     return models.evaluate(anchor.model, params, anchor.split.test, anchor.task.metric)
 
 
-def group_rows(anchor, model_name, n, name, epsilon, args, warm: Point | None) -> list[dict[str, Any]]:
+def group_rows(anchor, model_name, n, name, epsilon, args, warm: list[Point]) -> list[dict[str, Any]]:
     """All seeds of one method in one cell, its hyperparameters chosen first."""
     method = METHODS[name]
     cells = [Cell(anchor, subsample(anchor, n, seed), epsilon, args.delta) for seed in range(args.seeds)]
-    starts = [warm] if warm else method.starts(n)
+    starts = warm or method.starts(n)
     point = choose(method, cells[:SELECTION_SEEDS], starts) if starts else ()
     settings = method.settings(point)
     return [
@@ -211,7 +212,7 @@ def run(args) -> None:
     anchor, anchored = None, None
     progress = tqdm(total=sum(len(_epsilons(column[3], args)) for column in work), unit="group")
     for task, model_name, n, name in work:
-        warm = None
+        previous = None
         for epsilon in _epsilons(name, args):
             progress.set_description(f"{task} {model_name} n={n} {name} epsilon={epsilon:g}")
             group = (task, model_name, n, epsilon, name)
@@ -219,12 +220,18 @@ def run(args) -> None:
                 if anchored != (task, model_name):
                     anchor = tasks.make_anchor(tasks.TASKS[task], model_name, args.data_dir, args.cache_dir)
                     anchored = (task, model_name)
+                near = [(task, model_name, *at, name) for at in ((n, previous), (args.search_from, epsilon))]
+                warm = [_point(done[other]) for other in near if other in done and _point(done[other])]
                 rows = group_rows(anchor, model_name, n, name, epsilon, args, warm)
                 append_rows(path, rows)
                 done[group] = {key: str(value) for key, value in rows[-1].items()}
-            warm = tuple(map(int, done[group]["lattice_point"].split())) or None
+            previous = epsilon
             progress.update()
     progress.close()
+
+
+def _point(row: dict[str, str]) -> Point:
+    return tuple(map(int, row["lattice_point"].split()))
 
 
 def _epsilons(name, args):

@@ -70,6 +70,20 @@ def test_a_second_run_computes_nothing(tmp_path, monkeypatch):
     assert run(tmp_path, "--methods", "qexp", "zero_shot") == first
 
 
+def test_searches_start_at_the_epsilon_before_and_where_those_of_another_size_ended(tmp_path, monkeypatch):
+    starts = {}
+
+    def fake(anchor, model_name, n, name, epsilon, args, warm):
+        starts[n, epsilon] = warm
+        row = dict.fromkeys(arena.COLUMNS, "") | {"task": "tiny", "model": model_name, "n": n, "epsilon": epsilon}
+        return [row | {"method": name, "lattice_point": f"{n} {epsilon:g}"}]
+
+    monkeypatch.setattr(arena, "group_rows", fake)
+    run(tmp_path, "--methods", "dp_gd")
+    run(tmp_path, "--methods", "dp_gd", "--sizes", "80", "--search-from", "60")
+    assert starts == {(60, 8.0): [], (60, 1.0): [(60, 8)], (80, 8.0): [(60, 8)], (80, 1.0): [(80, 8), (60, 1)]}
+
+
 def test_two_processes_share_the_work_without_overlap(tmp_path):
     options = ["--methods", "zero_shot", "adassp", "--data-dir", str(tmp_path), "--cache-dir", str(tmp_path)]
     parts = [
