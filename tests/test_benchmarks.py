@@ -1,4 +1,6 @@
+import collections
 import csv
+import itertools
 import json
 import time
 
@@ -13,6 +15,14 @@ def test_a_race_tells_the_slower_contestant():
     waits = {"fast": 0.002, "slow": 0.006}
     times = timing.race({name: lambda s=s: time.sleep(s) for name, s in waits.items()}, seconds=0.1)
     assert 1.5 < times["slow"] / times["fast"] < 4.5
+
+
+def test_in_a_race_nobody_mostly_runs_after_the_same_other():
+    names, order = "abcd", []
+    timing.race({name: lambda n=name: (order.append(n), time.sleep(0.006)) for name in names}, seconds=0.8)
+    turns = order[2 * len(names) :]
+    followed = collections.Counter(itertools.pairwise(turns))
+    assert len(turns) > 80 and max(followed.values()) < 0.6 * len(turns) / len(names)
 
 
 def test_a_ratio_is_the_peers_time_over_ours_and_a_missed_goal_shows():
