@@ -28,8 +28,8 @@ compare: .venv/ready
 	  $(FEW_RIVALS) --out $(OUT)/compare $(ARGS)
 	$(REPORT) --results $(OUT)/compare
 
-# The whole grid, by two processes, overnight; started again, it goes on where it stopped. The CNN at 10,000 records comes
-# last: its searches start where those at 4000 ended.
+# The whole grid, by two processes, overnight; started again, it goes on where it stopped. The CNN at 10,000 records
+# comes last: its searches start where those at 4000 ended.
 compare-full: .venv/ready
 	$(ARENA) --part 0/2 $(ARGS) & $(ARENA) --part 1/2 $(ARGS); wait
 	$(ARENA) $(LARGEST_CNN) --part 0/2 $(ARGS) & $(ARENA) $(LARGEST_CNN) --part 1/2 $(ARGS); wait

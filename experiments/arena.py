@@ -97,14 +97,21 @@ def reordered(cell: Cell, seed: int) -> Cell:
     return cell._replace(anchor=cell.anchor._replace(split=split._replace(public=select(split.public, order))))
 
 
-def choose(method: Method, cells: list[Cell], starts: list[Point]) -> Point:
-    """The lattice point of best mean test metric over the first seeds."""
+def choose(method: Method, cells: list[Cell], near: list[Point]) -> Point:
+    """The lattice point of best mean test metric over the first seeds; () where nothing is chosen.
+
+    The search starts at those points of `near` that are allowed, or where the method's searches do.
+    """
 
     def score(point):
         settings = method.settings(point)
         return float(np.mean([metric_of(c, method.run(c, s, settings).params) for s, c in enumerate(cells)]))
 
-    return climb(score, starts, lambda point: method.allowed(cells[0], method.settings(point)))
+    def allowed(point):
+        return method.allowed(cells[0], method.settings(point))
+
+    starts = [point for point in near if allowed(point)] or method.starts(cells[0].num_private)
+    return climb(score, starts, allowed) if starts else ()
 
 
 def metric_of(cell: Cell, params: Any) -> float:
@@ -112,12 +119,11 @@ def metric_of(cell: Cell, params: Any) -> float:
     return models.evaluate(anchor.model, params, anchor.split.test, anchor.task.metric)
 
 
-def group_rows(anchor, model_name, n, name, epsilon, args, warm: list[Point]) -> list[dict[str, Any]]:
+def group_rows(anchor, model_name, n, name, epsilon, args, near: list[Point]) -> list[dict[str, Any]]:
     """All seeds of one method in one cell, its hyperparameters chosen first."""
     method = METHODS[name]
     cells = [Cell(anchor, subsample(anchor, n, seed), epsilon, args.delta) for seed in range(args.seeds)]
-    starts = warm or method.starts(n)
-    point = choose(method, cells[:SELECTION_SEEDS], starts) if starts else ()
+    point = choose(method, cells[:SELECTION_SEEDS], near)
     settings = method.settings(point)
     return [
         _row(anchor, model_name, cell, name, seed, settings, point, args.delta) for seed, cell in enumerate(cells)
@@ -223,9 +229,8 @@ def run(args) -> None:
                 if anchored != (task, model_name):
                     anchor = tasks.make_anchor(tasks.TASKS[task], model_name, args.data_dir, args.cache_dir)
                     anchored = (task, model_name)
-                near = [(task, model_name, *at, name) for at in ((n, previous), (args.search_from, epsilon))]
-                warm = [_point(done[other]) for other in near if other in done and _point(done[other])]
-                rows = group_rows(anchor, model_name, n, name, epsilon, args, warm)
+                near = _chosen(done, group, previous, args.search_from)
+                rows = group_rows(anchor, model_name, n, name, epsilon, args, near)
                 append_rows(path, rows)
                 done[group] = {key: str(value) for key, value in rows[-1].items()}
             previous = epsilon
@@ -233,8 +238,12 @@ def run(args) -> None:
     progress.close()
 
 
-def _point(row: dict[str, str]) -> Point:
-    return tuple(map(int, row["lattice_point"].split()))
+def _chosen(done, group, previous, size):
+    """What was chosen beside a group: at the epsilon `previous`, and at `size` records."""
+    task, model_name, n, epsilon, name = group
+    beside = (task, model_name, n, previous, name), (task, model_name, size, epsilon, name)
+    points = [tuple(map(int, done[other]["lattice_point"].split())) for other in beside if other in done]
+    return [point for point in points if point]
 
 
 def _epsilons(name, args):

@@ -73,8 +73,8 @@ def test_a_second_run_computes_nothing(tmp_path, monkeypatch):
 def test_searches_start_at_the_epsilon_before_and_where_those_of_another_size_ended(tmp_path, monkeypatch):
     starts = {}
 
-    def fake(anchor, model_name, n, name, epsilon, args, warm):
-        starts[n, epsilon] = warm
+    def fake(anchor, model_name, n, name, epsilon, args, near):
+        starts[n, epsilon] = near
         row = dict.fromkeys(arena.COLUMNS, "") | {"task": "tiny", "model": model_name, "n": n, "epsilon": epsilon}
         return [row | {"method": name, "lattice_point": f"{n} {epsilon:g}"}]
 
@@ -82,6 +82,18 @@ def test_searches_start_at_the_epsilon_before_and_where_those_of_another_size_en
     run(tmp_path, "--methods", "dp_gd")
     run(tmp_path, "--methods", "dp_gd", "--sizes", "80", "--search-from", "60")
     assert starts == {(60, 8.0): [], (60, 1.0): [(60, 8)], (80, 8.0): [(60, 8)], (80, 1.0): [(80, 8), (60, 1)]}
+
+
+def test_a_search_starts_where_it_may(monkeypatch):
+    method = methods.METHODS["dp_gd"]._replace(run=lambda cell, seed, settings: methods.Outcome(None, 0, 0))
+    anchor = tasks.make_anchor(tasks.TASKS["tiny"], "linear", None, None)
+    cells = [methods.Cell(anchor, arena.subsample(anchor, 60, 0), 1.0, 1e-5)]
+    seen = []
+    monkeypatch.setattr(arena, "climb", lambda score, starts, allowed: seen.append(starts) or starts[0])
+    monkeypatch.setattr(arena, "metric_of", lambda cell, params: 0.0)
+    assert arena.choose(method, cells, [(0, 2, 1), (9, 2, 1)]) == (0, 2, 1)  # 5 * 3^9 steps are too many
+    assert arena.choose(method, cells, [(9, 2, 1)]) == (0, 1, 0)
+    assert seen == [[(0, 2, 1)], [(0, 1, 0)]]
 
 
 def test_two_processes_share_the_work_without_overlap(tmp_path):

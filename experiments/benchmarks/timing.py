@@ -17,7 +17,7 @@ _SHORTEST = 5e-3  # a sample shorter than this is made of several calls
 
 
 def race(contestants: Contestants, *, seconds: float, least: int = 3, most: int = 60) -> dict[str, float]:
-    """Median wall seconds of a call of each contestant, in turns, so that a busy machine slows all of them.
+    """Median wall seconds of a call of each contestant, in turns of random order: a busy machine slows all of them.
 
     Args:
       contestants: calls without arguments; what they return is waited for. The first call compiles and is not timed.
