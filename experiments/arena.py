@@ -186,10 +186,20 @@ def record_run(path: pathlib.Path, module: str) -> None:
         "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
         "machine": {"cpu": cpu, "devices": [str(device) for device in jax.devices()], "system": platform.system()},
     }
+    add_entry(path, entry)
+
+
+def add_entry(path: pathlib.Path, entry: dict[str, Any]) -> None:
+    """Adds to a JSON list unless it is there, under a lock: processes that share a grid start at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    runs = json.loads(path.read_text()) if path.is_file() else []
-    if entry not in runs:
-        path.write_text(json.dumps([*runs, entry], indent=1) + "\n")
+    with path.open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        entries = json.loads(file.read() or "[]")
+        if entry not in entries:
+            text = json.dumps([*entries, entry], indent=1) + "\n"
+            file.truncate(0)
+            file.write(text)
 
 
 def write_table(

@@ -1,3 +1,4 @@
+import concurrent.futures
 import csv
 import json
 import math
@@ -105,6 +106,13 @@ def test_two_processes_share_the_work_without_overlap(tmp_path):
         for part in ("0/2", "1/2")
     ]
     assert len(parts[0] + parts[1]) == len(set(parts[0] + parts[1])) == 4
+
+
+def test_processes_that_start_together_all_leave_their_command(tmp_path):
+    path = tmp_path / "arena_runs.json"
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: arena.add_entry(path, {"command": i}), [*range(40), *range(40)]))
+    assert sorted(entry["command"] for entry in json.loads(path.read_text())) == list(range(40))
 
 
 def test_every_network_rival_runs(tmp_path):
