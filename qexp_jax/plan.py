@@ -14,7 +14,9 @@ One rule, with nothing to tune on private data:
   The others hold about half of a gradient's energy, and so of the clip norm, and most of the noise; without them a
   gradient's square over noise was found 1.6 to 3 times larger. Each round takes the geometry of least expected excess
   given the releases before it (`choose`): the leading directions where the shift seems small for the noise, all where
-  there is more to gain.
+  there is more to gain. Under a heavy shift it is all, whatever is expected: the public records' leading directions are
+  not the private ones' there. With 700 of scikit-learn's digits, transposed, that took an MLP at epsilon 1 from .47 to
+  .69, and with 500 of MNIST turned by 40 degrees from .44 to .49.
 * *Rounds*: as many as keep each step of the length expected before the first within one over the largest private
   curvature expected, 8 to 12; where that would take more than 24, as many as keep it within two, up to 24. What the
   releases then deserve may be up to four times as long. Where they show a heavy shift, what is left of the budget is
@@ -95,7 +97,7 @@ class Plan(NamedTuple):
       rounds: T.
       most_rounds: what T becomes under a heavy shift.
       spectrum: curvature and moments in coordinates whitened by the first geometry, for `flow`.
-      geometries: among which a round chooses: all parameters, and the leading directions.
+      geometries: among which a round chooses: first all parameters, then the leading directions.
       expected_cost: loss per record that the noise of one round is expected to cost, where the private gradient is as
         far from the public one as is common.
       evidence: the public numbers that decided, for the certificate.
@@ -205,6 +207,8 @@ def choose(
 ) -> tuple[Geometry, jax.Array]:
     """The geometry of least expected excess given all releases, and its length: post-processing (T5).
 
+    Under a heavy shift the first, of all parameters.
+
     Args:
       belief: what the releases say.
       spectrum: public.
@@ -213,7 +217,8 @@ def choose(
       num_units: N.
     """
     signals = flow.pooled_signal(belief, spectrum, num_units)
-    longer = jnp.where(is_heavy(belief, spectrum, num_units), _LONGER_UNDER_HEAVY_SHIFT, 1)
+    heavy = is_heavy(belief, spectrum, num_units)
+    longer = jnp.where(heavy, _LONGER_UNDER_HEAVY_SHIFT, 1)
     geometries = geometries._replace(longest=longer * geometries.longest)
 
     def best(geometry):
@@ -221,8 +226,8 @@ def choose(
         return flow.best_length(signals, spectrum, noise_var, num_units, geometry.longest, geometry.tuned)
 
     lengths, costs = jax.vmap(best)(geometries)
-    least = jnp.argmin(costs)
-    return jax.tree.map(lambda x: x[least], geometries), lengths[least]
+    chosen = jnp.where(heavy, 0, jnp.argmin(costs))
+    return jax.tree.map(lambda x: x[chosen], geometries), lengths[chosen]
 
 
 @jax.jit

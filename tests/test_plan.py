@@ -84,9 +84,15 @@ def test_a_space_of_leading_directions_alone_has_one_geometry():
     assert len(planned(100.0).geometries.l2_clip_norm) == 2
 
 
-@pytest.mark.parametrize(("shift", "tuned"), [(0.0, 8), (1e-3, 8), (0.5, D)])
-def test_the_releases_choose_the_leading_directions_for_a_small_shift_and_all_for_a_heavy_one(shift, tuned):
-    made, noise_multiplier, num_units = planned(10.0), 10.0, 1000
+@pytest.mark.parametrize(
+    ("shift", "tuned", "noise_multiplier"),
+    [(0.0, 8, 10.0), (1e-3, 8, 10.0), (0.5, D, 10.0), (0.2, D, 10.0), (2.0, D, 30.0)],
+)
+def test_the_releases_choose_the_leading_directions_for_a_small_shift_and_all_for_a_heavy_one(
+    shift, tuned, noise_multiplier
+):
+    """In the last two of a heavy shift the leading directions have the least expected excess."""
+    made, num_units = planned(noise_multiplier), 1000
     spectrum, seen = made.spectrum, made.geometries.tuned[1]
     assert made.evidence["tuned_at_first"] == 8
     noise_var = (made.geometries.l2_clip_norm[1] * noise_multiplier / num_units) ** 2
