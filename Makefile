@@ -8,6 +8,8 @@ REPORT := $(BIN)/python -m experiments.report
 OUT := experiments/out
 ONE_TASK := --sizes 1000 --epsilons 0.5 1 8 --seeds 3
 LARGEST_CNN := --models cnn --sizes 10000 --search-from 4000
+# Two processes; fails if either does.
+BOTH_PARTS = $(ARENA) --part 0/2 $(1) & other=$$!; $(ARENA) --part 1/2 $(1); ended=$$?; wait $$other && exit $$ended
 FEW_RIVALS := --methods qexp zero_shot non_private dp_gd dp_sgd_all dp_adam_last objective_perturbation
 MIMIC_TASKS ?= mimic_mortality_by_care_unit mimic_long_stay_by_care_unit
 
@@ -31,8 +33,8 @@ compare: .venv/ready
 # The whole grid, by two processes, overnight; started again, it goes on where it stopped. The CNN at 10,000 records
 # comes last: its searches start where those at 4000 ended.
 compare-full: .venv/ready
-	$(ARENA) --part 0/2 $(ARGS) & $(ARENA) --part 1/2 $(ARGS); wait
-	$(ARENA) $(LARGEST_CNN) --part 0/2 $(ARGS) & $(ARENA) $(LARGEST_CNN) --part 1/2 $(ARGS); wait
+	$(call BOTH_PARTS,$(ARGS))
+	$(call BOTH_PARTS,$(LARGEST_CNN) $(ARGS))
 	$(REPORT)
 
 mnist: .venv/ready
