@@ -12,18 +12,20 @@ where that at the epsilon before ended and, with --search-from, where that at an
 """
 
 import argparse
+import contextlib
 import csv
 import fcntl
 import json
 import math
+import os
 import pathlib
 import platform
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import numpy as np
@@ -164,11 +166,19 @@ def read_rows(path: pathlib.Path) -> list[dict[str, str]]:
     return rows
 
 
+@contextlib.contextmanager
+def _locked(path: pathlib.Path) -> Iterator[TextIO]:
+    """A file to read and append to, at the end that it has once no other process holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", newline="") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0, os.SEEK_END)
+        yield file
+
+
 def append_rows(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
     """Appends a group's rows at once under a lock, so that processes share the file and none is left half written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with _locked(path) as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if file.tell() == 0:
             writer.writeheader()
@@ -191,9 +201,7 @@ def record_run(path: pathlib.Path, module: str) -> None:
 
 def add_entry(path: pathlib.Path, entry: dict[str, Any]) -> None:
     """Adds to a JSON list unless it is there, under a lock: processes that share a grid start at the same time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with _locked(path) as file:
         file.seek(0)
         entries = json.loads(file.read() or "[]")
         if entry not in entries:

@@ -1,7 +1,9 @@
 import concurrent.futures
 import csv
+import fcntl
 import json
 import math
+import time
 
 import numpy as np
 import pytest
@@ -113,6 +115,19 @@ def test_processes_that_start_together_all_leave_their_command(tmp_path):
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda i: arena.add_entry(path, {"command": i}), [*range(40), *range(40)]))
     assert sorted(entry["command"] for entry in json.loads(path.read_text())) == list(range(40))
+
+
+def test_processes_that_start_together_write_one_header(tmp_path):
+    path = tmp_path / "arena.csv"
+    rows = [dict.fromkeys(arena.COLUMNS, str(i)) for i in range(16)]
+    first = path.open("a")  # what the others wait for
+    fcntl.flock(first, fcntl.LOCK_EX)
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        written = [pool.submit(arena.append_rows, path, [row]) for row in rows]
+        time.sleep(0.2)
+        first.close()
+    assert all(x.exception() is None for x in written)
+    assert sorted(row["seed"] for row in arena.read_rows(path)) == sorted(row["seed"] for row in rows)
 
 
 def test_every_network_rival_runs(tmp_path):
