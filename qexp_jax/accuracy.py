@@ -25,6 +25,8 @@ from qexp_jax.curvature import mean_loss
 from qexp_jax.records import LossFn, Params, Record
 from qexp_jax.subspace import Subspace, displace
 
+_HIGHEST = jax.lax.Precision.HIGHEST
+
 _BISECTIONS, _CLOSE = 24, 1.1
 
 
@@ -85,11 +87,10 @@ def subspace_bias(gradient: jax.Array, full_precision: jax.Array, basis: jax.Arr
       full_precision: Hf (d, d), damped.
       basis: P (d, k); the precision in the subspace is H = P^T Hf P, so that the same damping enters both.
     """
-    highest = jax.lax.Precision.HIGHEST
-    inside = jnp.matmul(basis.T, jnp.matmul(full_precision, basis, precision=highest), precision=highest)
-    reduced = jnp.matmul(basis.T, gradient, precision=highest)
-    gain = jnp.vdot(gradient, jnp.linalg.solve(full_precision, gradient))
-    return (gain - jnp.vdot(reduced, jnp.linalg.solve(inside, reduced))) / 2
+    inside = jnp.matmul(basis.T, jnp.matmul(full_precision, basis, precision=_HIGHEST), precision=_HIGHEST)
+    reduced = jnp.matmul(basis.T, gradient, precision=_HIGHEST)
+    gain = jnp.vdot(gradient, jnp.linalg.solve(full_precision, gradient), precision=_HIGHEST)
+    return (gain - jnp.vdot(reduced, jnp.linalg.solve(inside, reduced), precision=_HIGHEST)) / 2
 
 
 def clipping_bias(whitened: np.ndarray, l2_clip_norm: float) -> float:
@@ -127,7 +128,8 @@ def taylor_ratio(
     start = mean_loss(loss_fn, params, records, **batching)
 
     def change(w):
-        return mean_loss(loss_fn, displace(subspace, params, w), records, **batching) - start - jnp.vdot(gradient, w)
+        moved = mean_loss(loss_fn, displace(subspace, params, w), records, **batching)
+        return moved - start - jnp.vdot(gradient, w, precision=_HIGHEST)
 
     return jax.lax.map(change, steps) / quadratic
 

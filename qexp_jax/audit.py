@@ -121,7 +121,7 @@ def _ascend(objective, record, steps):
 
 
 def _norm(leaves):
-    return jnp.sqrt(sum(jnp.vdot(x, x) for x in leaves))
+    return jnp.sqrt(sum(jnp.vdot(x, x, precision=jax.lax.Precision.HIGHEST) for x in leaves))
 
 
 # --- Black box ---

@@ -43,6 +43,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+_HIGHEST = jax.lax.Precision.HIGHEST
 _SAMPLING = 1.5
 _COMMON_SHIFT, _LARGEST_SHIFT = 5e-3, 0.5
 _SMALLEST_SHIFT = 5e-4
@@ -197,8 +198,8 @@ def _slopes(belief, spectrum, seen, noise_var, tuned):
 
 def _products(directions, x, y):
     """x_j y_j of the leading coordinates, and their sum over all others (r + 1,)."""
-    a, b = (jnp.matmul(directions, v, precision=jax.lax.Precision.HIGHEST) for v in (x, y))
-    return jnp.append(a * b, jnp.vdot(x, y) - jnp.vdot(a, b))
+    a, b = (jnp.matmul(directions, v, precision=_HIGHEST) for v in (x, y))
+    return jnp.append(a * b, jnp.vdot(x, y, precision=_HIGHEST) - jnp.vdot(a, b, precision=_HIGHEST))
 
 
 def _in_two(x):
@@ -219,9 +220,9 @@ def energies(directions: jax.Array, x: jax.Array) -> jax.Array:
 
 def scale(directions: jax.Array, factors: jax.Array, x: jax.Array) -> jax.Array:
     """x (k,) with its leading coordinates and all others multiplied by `factors` (r + 1,)."""
-    highest, rest = jax.lax.Precision.HIGHEST, factors[-1]
-    leading = jnp.matmul(directions, x, precision=highest) * (factors[:-1] - rest)
-    return jnp.matmul(directions.T, leading, precision=highest) + rest * x
+    rest = factors[-1]
+    leading = jnp.matmul(directions, x, precision=_HIGHEST) * (factors[:-1] - rest)
+    return jnp.matmul(directions.T, leading, precision=_HIGHEST) + rest * x
 
 
 def pooled_signal(belief: Belief, spectrum: Spectrum, num_units: int) -> jax.Array:
@@ -233,7 +234,8 @@ def pooled_signal(belief: Belief, spectrum: Spectrum, num_units: int) -> jax.Arr
 def pooled_shift(belief: Belief, spectrum: Spectrum, num_units: int) -> jax.Array:
     """E[tau], given all releases."""
     energy, noise_var = _pooled(belief, spectrum)
-    return _posterior(energy, spectrum, noise_var, num_units)[0] @ spectrum.shifts
+    weights, _, _ = _posterior(energy, spectrum, noise_var, num_units)
+    return jnp.matmul(weights, spectrum.shifts, precision=_HIGHEST)
 
 
 def _pooled(belief, spectrum):
@@ -254,7 +256,7 @@ def signal(energy: jax.Array, spectrum: Spectrum, noise_var: jax.Array | float, 
         public ones.
     """
     weights, prior, shrunk = _posterior(energy, spectrum, noise_var, num_units)
-    return weights @ (shrunk**2 * energy + prior * (1 - shrunk))
+    return jnp.matmul(weights, shrunk**2 * energy + prior * (1 - shrunk), precision=_HIGHEST)
 
 
 def _posterior(energy, spectrum, noise_var, num_units):
@@ -264,8 +266,8 @@ def _posterior(energy, spectrum, noise_var, num_units):
     # Against tau = 0, so that large blocks do not cancel in float32.
     ratio = prior / error
     shrunk = ratio / (1 + ratio)
-    log_evidence = spectrum.log_prior + (energy / error * shrunk - jnp.log1p(ratio)) @ spectrum.dims / 2
-    return jax.nn.softmax(log_evidence), prior, shrunk
+    found = jnp.matmul(energy / error * shrunk - jnp.log1p(ratio), spectrum.dims, precision=_HIGHEST)
+    return jax.nn.softmax(spectrum.log_prior + found / 2), prior, shrunk
 
 
 def excess(

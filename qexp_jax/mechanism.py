@@ -29,6 +29,8 @@ import numpy as np
 
 from qexp_jax.precision import Precision, color, uncolor
 
+_HIGHEST = jax.lax.Precision.HIGHEST
+
 
 class Quadratic(NamedTuple):
     """The utility, **not private**.
@@ -57,13 +59,14 @@ def minimiser(quadratic: Quadratic) -> jax.Array:
 def utility(quadratic: Quadratic, w: jax.Array) -> jax.Array:
     """U(w), in units of the summed loss; not private."""
     x = uncolor(quadratic.precision, w)
-    return -(quadratic.num_units / 2 * jnp.vdot(x, x) + jnp.vdot(x, quadratic.whitened_sum))
+    square, linear = (jnp.vdot(x, y, precision=_HIGHEST) for y in (x, quadratic.whitened_sum))
+    return -(quadratic.num_units / 2 * square + linear)
 
 
 def excess_utility(quadratic: Quadratic, w: jax.Array) -> jax.Array:
     """max U - U(w) >= 0; not private."""
     x = uncolor(quadratic.precision, w) + quadratic.whitened_sum / quadratic.num_units
-    return quadratic.num_units / 2 * jnp.vdot(x, x)
+    return quadratic.num_units / 2 * jnp.vdot(x, x, precision=_HIGHEST)
 
 
 def log_density(quadratic: Quadratic, w: jax.Array, noise_std: jax.Array | float) -> jax.Array:

@@ -80,7 +80,7 @@ class Engine(NamedTuple):
 
     Attributes:
       loss_fn: loss of one unit.
-      microbatch_size: units held at a time.
+      microbatch_size: units held at a time; None leaves it to `clipping.clipped_sum`.
       mode: see `gradients.projected_gradients`.
       mesh: devices that share the units, if several; over several processes, each has units of its own.
       hardened: whether the noise is discrete.
@@ -89,7 +89,7 @@ class Engine(NamedTuple):
     """
 
     loss_fn: LossFn
-    microbatch_size: int
+    microbatch_size: int | None
     mode: Mode
     mesh: jax.sharding.Mesh | None
     hardened: bool
@@ -223,7 +223,8 @@ def follow(
     # The precision has the spectrum's directions, so that scaling before or after colouring is the same.
     params = subspaces.displace(subspace, walk.params, flow.scale(spectrum.directions, multiples, w))
     noise = (noisy - quadratic.whitened_sum) / num_units
-    cost = jnp.vdot(noise, flow.scale(spectrum.directions, spectrum.curvature * multiples**2, noise)) / 2
+    stretched = flow.scale(spectrum.directions, spectrum.curvature * multiples**2, noise)
+    cost = jnp.vdot(noise, stretched, precision=jax.lax.Precision.HIGHEST) / 2
     return w, multiples, cost, Walk(params, belief, walk.split)
 
 

@@ -97,7 +97,8 @@ def draw(key: jax.Array, mean: jax.Array, concentration: float, num_cells: int) 
     rho, chord = _across(gumbels[0], shares[0], centre, len(mean), concentration)
     t = _along(gumbels[1], shares[1], centre, chord, concentration)
     spread = jax.random.normal(direction_key, mean.shape, mean.dtype)
-    return t * axis + rho * _norm_and_direction(spread - jnp.vdot(spread, axis) * axis)[1]
+    along = jnp.vdot(spread, axis, precision=jax.lax.Precision.HIGHEST)
+    return t * axis + rho * _norm_and_direction(spread - along * axis)[1]
 
 
 def _norm_and_direction(x):

@@ -7,6 +7,8 @@ import pytest
 # Eight virtual CPU devices, before jax is imported.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if os.environ["JAX_PLATFORMS"] != "cpu":  # there the tests' own oracles need to be told
+    os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 
 # Most of the tests' time is compilation: what one worker or subprocess compiled, the others load.
 if "PYTEST_XDIST_WORKER" not in os.environ:
