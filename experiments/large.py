@@ -112,7 +112,8 @@ class Stages:
     """Seconds and memory of each stage; called with a stage's name as it begins.
 
     Memory is what JAX's arrays hold as the stage begins and what the process grows by at most until it ends: without
-    interpreter and compiler, and of a stage that compiles, with its compilation.
+    interpreter and compiler, and of a stage that compiles, with its compilation. On an accelerator, whose count does
+    not begin anew, it is the most that was allocated up to the end of the stage.
     """
 
     def __init__(self) -> None:
@@ -123,7 +124,8 @@ class Stages:
     def __call__(self, name: str) -> None:
         """Ends the stage before, and begins `name`."""
         if self.name:
-            self.rows.append((self.name, time.perf_counter() - self.began, self.live + max(0, peak() - self.resident)))
+            most = self.live + max(0, peak() - self.resident) if jax.default_backend() == "cpu" else peak()
+            self.rows.append((self.name, time.perf_counter() - self.began, most))
             print(f"{self.name:>20}  {self.rows[-1][1]:8.1f} s  {self.rows[-1][2] / 2**20:8.0f} MiB", flush=True)
         self.live, self.resident = live_bytes(), resident()
         reset_peak()

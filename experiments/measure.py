@@ -29,7 +29,8 @@ class Cost:
     Attributes:
       seconds: wall time without compilation.
       compile_seconds: tracing, lowering and compilation.
-      peak_bytes: most memory that the process held (resident, or on the accelerator), data and runtime included.
+      peak_bytes: most memory that the process held, data and runtime included; on an accelerator, what its arrays and
+        programs held since the process began.
     """
 
     seconds = compile_seconds = 0.0
@@ -73,6 +74,7 @@ def reset_peak() -> None:
 
 
 def peak() -> int:
+    """Most bytes resident since `reset_peak`; on an accelerator, most bytes allocated there since the process began."""
     stats = jax.devices()[0].memory_stats()
     if stats:
         return stats["peak_bytes_in_use"]

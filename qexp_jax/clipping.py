@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from dp_accounting import NeighboringRelation
 
-from qexp_jax.gradients import Mode, projected_gradients
+from qexp_jax.gradients import Mode, at_a_time, projected_gradients
 from qexp_jax.precision import Precision, whiten, whitened_norm
 from qexp_jax.records import LossFn, Params, Record, microbatches, num_records, vary
 from qexp_jax.subspace import Subspace
@@ -64,7 +64,7 @@ def clipped_sum(
     *,
     l2_clip_norm: jax.Array | float,
     mask: jax.Array | None = None,
-    microbatch_size: int = 32,
+    microbatch_size: int | None = None,
     mode: Mode = "auto",
     axis_name: str | None = None,
 ) -> tuple[jax.Array, ClipInfo]:
@@ -79,7 +79,8 @@ def clipped_sum(
       units: pytree with leading axis n.
       l2_clip_norm: C > 0, public, in the whitened norm.
       mask: bool (n,); False contributes zero.
-      microbatch_size: units per step of the scan; memory is that of one microbatch, whatever n is.
+      microbatch_size: at most so many units per step of the scan; memory is that of one microbatch, whatever n is. By
+        default `gradients.at_a_time`.
       mode: see `gradients.projected_gradients`.
       axis_name: with it, `units` are one device's, and the sum is over all devices.
 
@@ -90,7 +91,8 @@ def clipped_sum(
     up to floating-point rounding. A unit whose gradient is not finite contributes zero; nothing raises or branches on a
     private value.
     """
-    size = min(microbatch_size, max(1, num_records(units)))
+    size = microbatch_size or at_a_time(loss_fn, params, subspace.layout, units)
+    size = min(size, max(1, num_records(units)))
     batches, masks = microbatches(units, size, mask)
 
     def step(carry, batch):

@@ -59,7 +59,7 @@ def fine_tune(
     subspace_dim: int | None = None,
     damping: float | None = None,
     l2_clip_norm: float | None = None,
-    microbatch_size: int = 32,
+    microbatch_size: int | None = None,
     mode: Mode = "auto",
     mesh: jax.sharding.Mesh | None = None,
     checkpoint: Checkpoint | None = None,
@@ -94,7 +94,7 @@ def fine_tune(
       subspace_dim: tune in the leading public eigenspace of this dimension.
       damping: lambda > 0 in units of curvature, public.
       l2_clip_norm: C > 0 in the norm |M^{-1/2} g|, where M has largest eigenvalue 1, public.
-      microbatch_size: private units held at a time.
+      microbatch_size: at most so many private units held at a time; by default as many as suit the device, 32 on a CPU.
       mode: `"auto"`, `"reverse"` or `"forward"`, see `gradients.projected_gradients`.
       mesh: devices that share the private units along the mesh's axis `"data"`, each clipping its own. Parameters may
         be sharded over other axes, of type Auto. With devices of several processes, `private` holds the units of this

@@ -162,7 +162,7 @@ def integer_sum(
     units: Record,
     *,
     l2_clip_norm: float,
-    microbatch_size: int = 32,
+    microbatch_size: int | None = None,
     mode: Mode = "reverse",
 ) -> tuple[np.ndarray, ClipInfo]:
     """The exact sum over units of their clipped gradients in steps of the grid.
@@ -174,7 +174,7 @@ def integer_sum(
       precision: public.
       units: pytree with leading axis n < 2^40.
       l2_clip_norm: C > 0, public, in the whitened norm; 2^20 steps.
-      microbatch_size: units whose integers are held at a time.
+      microbatch_size: units whose integers are held at a time, by default 32.
       mode: see `gradients.projected_gradients`.
 
     Returns:
@@ -190,8 +190,9 @@ def integer_sum(
         raise ValueError(f"Expected at most {_MOST_UNITS} units, found {n}.")
     units = jax.tree.map(_on_host, units)
     total, counts = np.zeros(subspace.dim, np.int64), np.zeros(2, np.int64)
-    for start in range(0, n, microbatch_size):
-        members = [jax.tree.map(operator.itemgetter(i), units) for i in range(start, min(n, start + microbatch_size))]
+    size = microbatch_size or 32
+    for start in range(0, n, size):
+        members = [jax.tree.map(operator.itemgetter(i), units) for i in range(start, min(n, start + size))]
         launched = [unit_steps(loss_fn, params, subspace, precision, unit, l2_clip_norm, mode) for unit in members]
         steps, clipped, finite = (np.stack([np.asarray(x) for x in part]) for part in zip(*launched, strict=True))
         total += np.sum(within_norm(steps), axis=0)

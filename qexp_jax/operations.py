@@ -1,4 +1,4 @@
-"""Floating-point operations of a trace: shapes decide, nothing is computed.
+"""Floating-point operations and bytes of a trace: shapes decide, nothing is computed.
 
 XLA's own count leaves out how often a loop turns.
 """
@@ -29,18 +29,47 @@ def count_flops(function: Any, *args: Any, products_only: bool = False) -> float
     >>> count_flops(lambda a, b: jnp.tanh(a @ b), jnp.zeros((2, 3)), jnp.zeros((3, 5)))
     70
     """
-    return _flops(jax.make_jaxpr(function)(*args).jaxpr, products_only)
+    flops = _product_flops if products_only else _flops
+    return _total(jax.make_jaxpr(function)(*args).jaxpr, flops)
 
 
-def _flops(jaxpr, products_only):
-    return sum(_flops_of(equation, products_only) for equation in jaxpr.eqns)
+def count_bytes(function: Any, *args: Any) -> float:
+    """Bytes of all that `function` forms on arguments of these shapes; its backward pass keeps at most twice that.
+
+    Loops and branches count as in `count_flops`.
+
+    >>> count_bytes(lambda a, b: jnp.tanh(a @ b), jnp.zeros((2, 3)), jnp.zeros((3, 5)))
+    80
+    """
+    return _total(jax.make_jaxpr(function)(*args).jaxpr, _bytes)
 
 
-def _flops_of(equation, products_only):
+def _total(jaxpr, count):
+    return sum(_count(equation, count) for equation in jaxpr.eqns)
+
+
+def _count(equation, count):
     name, params = equation.primitive.name, equation.params
-    inner = [_flops(jaxpr, products_only) for jaxpr in jaxprs_in_params(params)]
+    inner = [_total(jaxpr, count) for jaxpr in jaxprs_in_params(params)]
     if inner:
         return params["length"] * sum(inner) if name == "scan" else max(inner) if name == "cond" else sum(inner)
+    return count(equation)
+
+
+def _bytes(equation):
+    shaped = [v.aval for v in equation.outvars if hasattr(v.aval, "shape") and hasattr(v.aval.dtype, "itemsize")]
+    return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in shaped)
+
+
+def _flops(equation):
+    out = equation.outvars[0].aval if equation.outvars else None
+    if out is None or equation.primitive.name in _MOVES or not jnp.issubdtype(out.dtype, jnp.floating):
+        return 0
+    return _product_flops(equation) or math.prod(out.shape)
+
+
+def _product_flops(equation):
+    name, params = equation.primitive.name, equation.params
     out = equation.outvars[0].aval if equation.outvars else None
     size = math.prod(getattr(out, "shape", ()))
     if name == "dot_general":
@@ -49,5 +78,4 @@ def _flops_of(equation, products_only):
     if name == "conv_general_dilated":
         kernel = equation.invars[1].aval.shape
         return 2 * size * math.prod(kernel) // kernel[params["dimension_numbers"].rhs_spec[0]]
-    counts = not products_only and out is not None and name not in _MOVES and jnp.issubdtype(out.dtype, jnp.floating)
-    return size if counts else 0
+    return 0

@@ -94,7 +94,7 @@ def device_sum(
     units: Record,
     mask: jax.Array | None,
     *,
-    microbatch_size: int,
+    microbatch_size: int | None,
     mode: Mode,
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, ClipInfo]:
@@ -126,7 +126,7 @@ def device_sum(
 
 
 def exact_sum(
-    loss_fn: LossFn, target: Target, units: Record, mask: Any, *, microbatch_size: int, mode: Mode
+    loss_fn: LossFn, target: Target, units: Record, mask: Any, *, microbatch_size: int | None, mode: Mode
 ) -> tuple[np.ndarray, ClipInfo]:
     """`hardened.integer_sum` of the units that the mask keeps; one unit after the other, on one device."""
     if mask is not None:

@@ -63,7 +63,7 @@ def estimate(
     num_public: int,
     subspace: Subspace | None = None,
     precision_rank: int = 128,
-    microbatch_size: int = 32,
+    microbatch_size: int | None = None,
     mode: Mode = "auto",
     rounds: int = 1,
     num_devices: int = 1,

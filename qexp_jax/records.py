@@ -57,7 +57,12 @@ def pad(records: Record, multiple: int, mask: jax.Array | None = None) -> tuple[
 
 
 def microbatches(records: Record, size: int, mask: jax.Array | None = None) -> tuple[Record, jax.Array]:
-    """Reshapes records (n, ...) to (batches, size, ...) for `lax.scan`, padded, with the mask (batches, size)."""
+    """Reshapes records (n, ...) to (batches, m, ...) for `lax.scan`, padded, with the mask (batches, m).
+
+    There are as few batches as m <= size allows, and m is as small as they allow: little is padding.
+    """
+    n = num_records(records)
+    size = -(-n // -(-n // size)) if n else size
     records, mask = pad(records, size, mask)
     return jax.tree.map(lambda x: jnp.reshape(x, (-1, size, *jnp.shape(x)[1:])), (records, mask))
 

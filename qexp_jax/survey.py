@@ -21,7 +21,7 @@ from qexp_jax import precision as precisions
 from qexp_jax import subspace as subspaces
 from qexp_jax.accuracy import noise_tolerance
 from qexp_jax.curvature import hessian_product, mean_loss, top_eigenspace
-from qexp_jax.gradients import projected_gradients
+from qexp_jax.gradients import at_a_time, projected_gradients
 from qexp_jax.precision import Precision
 from qexp_jax.records import LossFn, Params, Record, microbatches, num_records, take
 from qexp_jax.subspace import Subspace
@@ -29,7 +29,6 @@ from qexp_jax.subspace import Subspace
 _CURVED, _HELD_OUT, _TRIED = 1024, 2048, 512
 _SCALED_DIRECTIONS, SCALING_RECORDS = 8, 256
 _NOISE_DRAWS = 3
-_IN_CACHE = 32  # records at a time, more take a CPU up to three times as long
 _GRADIENT_BYTES = 2**30
 _SKETCH_DIM = 4096
 
@@ -139,27 +138,24 @@ def _tuned_space(key, loss_fn, params, curved, public, subspace, dim):
     return leading_directions(loss_fn, params, take(records, slice(0, max(dim, num_records(curved)))), dim, whole)
 
 
-def at_a_time(space: Subspace, most: int) -> int:
-    """Records whose gradients are held together: a few for a large model."""
-    return int(np.clip(_GRADIENT_BYTES // (16 * space.layout.num_params), 1, most))
-
-
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def leading_directions(loss_fn: LossFn, params: Params, records: Record, dim: int, within: Subspace) -> Subspace:
     """That of `curvature.top_eigenspace`, with microbatches that fit."""
-    return top_eigenspace(loss_fn, params, records, dim, within=within, microbatch_size=at_a_time(within, 64))[0]
+    size = at_a_time(loss_fn, params, within.layout, records, on_cpu=64)
+    return top_eigenspace(loss_fn, params, records, dim, within=within, microbatch_size=size)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def product_along(loss_fn: LossFn, params: Params, space: Subspace, direction: jax.Array, records: Record) -> jax.Array:
     """`curvature.hessian_product`, with microbatches that fit."""
-    size = at_a_time(space, _IN_CACHE)
+    size = at_a_time(loss_fn, params, space.layout, records)
     return hessian_product(loss_fn, params, space, direction, records, microbatch_size=size)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _gradient_squares(loss_fn, params, space, directions, records):
-    batches, _ = microbatches(records, min(at_a_time(space, 64), num_records(records)))
+    size = at_a_time(loss_fn, params, space.layout, records, on_cpu=64)
+    batches, _ = microbatches(records, min(size, num_records(records)))
 
     def squares(batch):
         return jax.vmap(lambda g: flow.energies(directions, g))(projected_gradients(loss_fn, params, space, batch))
@@ -182,8 +178,9 @@ def _curvature(loss_fn, params, space, directions, squares, records):
     moments = squares.mean(axis=0)
     steepest = np.argsort(-moments[:-1])[:_SCALED_DIRECTIONS]
     few = take(records, slice(0, SCALING_RECORDS))
-    products = (product_along(loss_fn, params, space, v, few) for v in directions[steepest])
-    curved = [float(jnp.vdot(v, product)) for v, product in zip(directions[steepest], products, strict=True)]
+    along = directions[steepest]
+    products = (product_along(loss_fn, params, space, v, few) for v in along)
+    curved = [float(jnp.vdot(v, p, precision=jax.lax.Precision.HIGHEST)) for v, p in zip(along, products, strict=True)]
     if not (np.all(np.isfinite(curved)) and np.all(np.isfinite(moments))):
         raise ValueError(f"The public curvature is not finite at the anchor, {moments.shape=}.")
     with np.errstate(over="ignore"):  # refused below
@@ -209,7 +206,8 @@ def tolerated_noise(
       records: public.
       share: of the root mean square of the records' losses.
     """
-    losses = np.asarray(_losses(loss_fn, params, records, at_a_time(space, _TRIED)), np.float64)
+    size = at_a_time(loss_fn, params, space.layout, records, on_cpu=_TRIED)
+    losses = np.asarray(_losses(loss_fn, params, records, size), np.float64)
     limit = share * float(np.sqrt(np.mean(losses**2)))
     moves = [_noise_move(k, shape, space) for k in jax.random.split(key, _NOISE_DRAWS)]
 
@@ -235,4 +233,5 @@ def _losses(loss_fn, params, records, size):
 @functools.partial(jax.jit, static_argnums=0)
 def _moved_loss(loss_fn, params, space, move, records):
     moved = subspaces.displace(space, params, move)
-    return mean_loss(loss_fn, moved, records, microbatch_size=at_a_time(space, _IN_CACHE))
+    size = at_a_time(loss_fn, params, space.layout, records)
+    return mean_loss(loss_fn, moved, records, microbatch_size=size)

@@ -124,3 +124,19 @@ def test_the_automatic_mode_is_forward_for_few_directions_of_a_loss_that_uses_ea
             gradients.projected_gradients(often, params, space[1], rows, mode=mode),
             rtol=1e-4,
         )
+
+
+def test_records_at_a_time_suit_the_device_and_the_memory(monkeypatch):
+    params, data = network(KEY)
+    layout = subspace.full(params).layout
+    at_a_time = lambda *args: gradients.at_a_time(*args, on_cpu=32)
+    wide = {"w": jax.ShapeDtypeStruct((4096, 4096), jnp.float32)}
+    one = {"x": jax.ShapeDtypeStruct((9, 4096), jnp.float32)}
+    deep = lambda p, r: jax.lax.scan(lambda x, _: (jnp.tanh(x), None), r["x"], None, length=100)[0].sum()
+    assert at_a_time(network_loss, params, layout, data) == 32
+    assert at_a_time(deep, wide, subspace.full(wide).layout, one) == 2**30 // (16 * 2**24 + 2 * 4 * (100 * 4096 + 1))
+    monkeypatch.setattr(gradients.jax, "default_backend", lambda: "gpu")
+    assert at_a_time(network_loss, params, layout, data) == 4096
+    small = {"w": jnp.zeros(3)}
+    many = at_a_time(deep, small, subspace.full(small).layout, one)
+    assert many == pytest.approx(2**30 / (2 * 4 * 100 * 4096), abs=1)

@@ -77,6 +77,17 @@ def test_operations_are_those_of_xla_where_it_counts_them_and_loops_count_in_ful
     assert convolved == 2 * 8 * 8 * 5 * 27
 
 
+def test_twice_the_bytes_bound_what_a_backward_pass_keeps():
+    params, data = network(KEY)
+    record = jax.tree.map(lambda x: x[0], data)
+    turn = lambda carry, _: (jnp.tanh(carry), None)
+    looped = lambda p, r: jax.lax.scan(turn, network_loss(p, r) * r["x"], None, length=99)[0]
+    given = sum(x.nbytes for x in jax.tree.leaves((params, record)))
+    for loss in (network_loss, lambda p, r: jnp.sum(looped(p, r))):
+        kept = sum(x.nbytes for x in jax.tree.leaves(jax.vjp(lambda p, loss=loss: loss(p, record), params)[1]))
+        assert kept - given <= 2 * operations.count_bytes(loss, params, record) <= 8 * kept
+
+
 def test_operations_grow_with_units_and_rounds_and_not_with_devices():
     params, data = network(KEY)
     record = jax.tree.map(lambda x: x[0], data)

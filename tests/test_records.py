@@ -42,3 +42,10 @@ def test_equal_losses_share_one_unit_loss():
 def test_records_without_one_leading_axis_are_refused(bad):
     with pytest.raises(ValueError, match="one common leading axis"):
         records.num_records(bad)
+
+
+@pytest.mark.parametrize(("n", "most", "shape"), [(9, 8, (2, 5)), (64, 32, (2, 32)), (33, 32, (2, 17)), (5, 8, (1, 5))])
+def test_microbatches_are_few_and_of_even_size(n, most, shape):
+    batches, mask = records.microbatches({"x": jnp.arange(n)}, most)
+    assert batches["x"].shape == mask.shape == shape
+    np.testing.assert_array_equal(batches["x"][mask], jnp.arange(n))

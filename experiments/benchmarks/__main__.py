@@ -20,6 +20,7 @@ if __name__ == "__main__" and shutil.which("nvidia-smi") is None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
+import jax
 from tqdm import tqdm
 
 from experiments import tasks
@@ -35,10 +36,16 @@ WHOLE = [
 NO_GOAL = "—"
 
 
+def _default_records():
+    """A CPU's caches decide, not the number; an accelerator must be filled."""
+    return 512 if jax.default_backend() == "cpu" else 8192
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--paths", nargs="+", default=list(PATHS), choices=PATHS)
     parser.add_argument("--seconds", type=float, default=8.0, help="about how long a race takes")
+    parser.add_argument("--records", type=int, default=_default_records(), help="of the linear model; others fewer")
     parser.add_argument("--dims", nargs="+", type=int, default=[256, 2048, 8192], help="k of the draws")
     parser.add_argument("--tiny", action="store_true", help="sizes that finish at once, and mean nothing")
     parser.add_argument("--data-dir", type=pathlib.Path, default=tasks.data_dir(), help="default: $QEXP_DATA")
@@ -51,7 +58,7 @@ def parse_args(argv=None):
 def races(args):
     """(label, iterator of rows) of all that is asked for."""
     tiny, seconds = args.tiny, args.seconds
-    n, tokens = (8, 8) if tiny else (512, 64)
+    n, tokens = (8, 8) if tiny else (args.records, 64)
     dim = 8 if tiny else 256
     if "private" in args.paths:
         for case in (cases.linear(n), cases.cnn(n // 2), cases.transformer(max(4, n // 8), tokens)):
@@ -96,6 +103,7 @@ def record_peers(path):
     runs = json.loads(path.read_text())
     installed = [name for module, name in peers.DISTRIBUTIONS.items() if peers.find(module) is not None]
     runs[-1]["versions"] |= {name: version(name) for name in installed}
+    runs[-1]["xla_flags"] = os.environ.get("XLA_FLAGS", "").split()
     path.write_text(json.dumps(runs, indent=1) + "\n")
 
 
@@ -111,7 +119,7 @@ def main(argv=None):
                     f"{line['case']}; {line['peer']}: ratio {line['ratio']:.2f}, goal {line['goal'] or NO_GOAL}"
                 )
                 progress.update()
-    ceilings = timing.ceilings(256 if args.tiny else 4096, 2**16 if args.tiny else 2**28, args.seconds)
+    ceilings = timing.ceilings(args.tiny, args.seconds)
     write_table(args.out, "benchmarks", timing.COLUMNS, rows)
     record_peers(args.out / "benchmarks_runs.json")
     (args.out / "benchmarks.md").write_text(table(rows, ceilings))

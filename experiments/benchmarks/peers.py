@@ -53,9 +53,9 @@ def torch_device() -> Any:
     return torch.device("cuda")
 
 
-def l2_clips(case: Case, space: Subspace, clip_norm: float) -> Contestants:
+def l2_clips(case: Case, space: Subspace, clip_norm: float, sizes: tuple[int, ...]) -> Contestants:
     """The sum of L2-clipped gradients of the tuned leaves, by all who can."""
-    found = _jax_privacy(case, space, clip_norm)
+    found = _jax_privacy(case, space, clip_norm, sizes)
     if find("opacus") is not None and torch_device() is not None:
         from experiments.benchmarks import torch_models
 
@@ -63,7 +63,7 @@ def l2_clips(case: Case, space: Subspace, clip_norm: float) -> Contestants:
     return found
 
 
-def _jax_privacy(case, space, clip_norm):
+def _jax_privacy(case, space, clip_norm, sizes):
     """At once and in microbatches, each also with a mask, with which XLA compiles convolutions to something faster.
 
     And, where there are convolutions, as the products that ours are, in small microbatches that stay in cache.
@@ -73,7 +73,8 @@ def _jax_privacy(case, space, clip_norm):
         return {}
     layout, leaves = space.layout, tuned_leaves(space.layout, case.params)
     loss = lambda leaves, params, record: case.loss_fn(with_tuned_leaves(layout, params, leaves), record)
-    nobody = jnp.zeros(num_records(case.records), bool)
+    n = num_records(case.records)
+    nobody = jnp.zeros(n, bool)
 
     def contestant(loss, size, **mask):
         clip = jax.jit(
@@ -84,12 +85,12 @@ def _jax_privacy(case, space, clip_norm):
         return functools.partial(clip, leaves, case.params, case.records, **mask)
 
     found = {}
-    for size in (None, 16, 32, 64):
-        if size is not None and num_records(case.records) % size:
+    for size in (None, *sizes, 2 * sizes[-1]):
+        if size is not None and (size >= n or n % size):
             continue
         found[f"jax_privacy {size}"] = contestant(loss, size)
         found[f"jax_privacy {size}, masked"] = contestant(loss, size, is_padding_example=nobody)
-        if case.name == "cnn" and size in (16, 32):
+        if case.name == "cnn" and size in sizes and jax.default_backend() == "cpu":
             found[f"products {size}"] = contestant(as_products(loss), size, is_padding_example=nobody)
     return found
 

@@ -22,7 +22,8 @@ from qexp_jax.subspace import Subspace, tuned_leaves, with_tuned_leaves
 
 PATH = "private pass"
 CLIP_NORM = 1.0
-MICROBATCHES = (16, 32)  # of ours and of its parts; the fastest counts, as of the peers
+# Of ours, of its parts and of the peers, who are also given all records at once; the fastest counts.
+ON_CPU, ON_ACCELERATOR = (16, 32), (4096,)
 # No goal: what Opacus's ghost clipping saves, per-record gradients, a projection needs; and jax_privacy's users do not
 # have our convolutions.
 RIVALS = {
@@ -109,6 +110,11 @@ def _sketch(sketch, rows):
     return jax.vmap(project)(rows)
 
 
+def microbatch_sizes() -> tuple[int, ...]:
+    """Those worth trying on this device."""
+    return ON_CPU if jax.default_backend() == "cpu" else ON_ACCELERATOR
+
+
 def ours(case: Case, setup: Setup) -> Contestants:
     """`clipping.clipped_sum`."""
     arguments = case.params, setup.subspace, setup.precision, case.records
@@ -117,7 +123,7 @@ def ours(case: Case, setup: Setup) -> Contestants:
         run = jax.jit(functools.partial(clipping.clipped_sum, case.loss_fn, microbatch_size=size))
         return lambda: run(*arguments, l2_clip_norm=CLIP_NORM)
 
-    return {f"ours {size}": contestant(size) for size in MICROBATCHES}
+    return {f"ours {size}": contestant(size) for size in microbatch_sizes()}
 
 
 def record_gradients(case: Case, setup: Setup) -> Callable[[Any, Any], list[jax.Array]]:
@@ -146,7 +152,8 @@ def gradients_alone(case: Case, setup: Setup) -> Contestants:
         return jax.lax.scan(step, zeros, batches)[0]
 
     whole, scanned = jax.jit(total), jax.jit(in_microbatches, static_argnames="size")
-    sizes = {size: functools.partial(scanned, case.params, case.records, size) for size in MICROBATCHES}
+    several = [size for size in microbatch_sizes() if size < num_records(case.records)]
+    sizes = {size: functools.partial(scanned, case.params, case.records, size) for size in several}
     found = {f"vmap(grad) sum, {size} at a time": run for size, run in sizes.items()}
     return found | {"vmap(grad) sum, at once": lambda: whole(case.params, case.records)}
 
@@ -168,7 +175,7 @@ def rows(case: Case, *, dim: int, rank: int, seconds: float) -> Iterator[Row]:
     """All setups of one model; of a rival's variants the fastest counts."""
     for setup in setups(case, dim, rank):
         contestants = ours(case, setup) | gradients_alone(case, setup) | linear_algebra_alone(case, setup)
-        contestants |= peers.l2_clips(case, setup.subspace, CLIP_NORM)
+        contestants |= peers.l2_clips(case, setup.subspace, CLIP_NORM, microbatch_sizes())
         times = race(contestants, seconds=seconds)
         passed, plain = fastest(times, "ours"), fastest(times, "vmap(grad) sum")
         label = f"{case.name}, n={num_records(case.records)}, {setup.name}"

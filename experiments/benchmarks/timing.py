@@ -82,10 +82,12 @@ def device() -> str:
     return next((line.split(":")[1].strip() for line in lines), first.device_kind)
 
 
-def ceilings(size: int = 4096, bytes_moved: int = 2**28, seconds: float = 5.0) -> dict[str, float]:
+def ceilings(tiny: bool, seconds: float) -> dict[str, float]:
     """What the device can do at best: GB/s of a copy (read and written), TFLOP/s of a float32 matrix product."""
-    vector = jnp.ones(bytes_moved // 8, jnp.float32)
-    matrix = jnp.ones((size, size), jnp.float32)
+    on_cpu = jax.default_backend() == "cpu"
+    size, bytes_moved = (256, 2**16) if tiny else (4096, 2**28) if on_cpu else (8192, 2**33)
+    vector = jax.random.normal(jax.random.key(9), (bytes_moved // 8,))
+    matrix = jax.random.normal(jax.random.key(10), (size, size))
     copy = jax.jit(lambda x: x + 1)
     product = jax.jit(lambda a: jnp.matmul(a, a, precision=jax.lax.Precision.HIGHEST))
     times = race({"copy": lambda: copy(vector), "product": lambda: product(matrix)}, seconds=seconds)
