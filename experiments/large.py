@@ -135,7 +135,7 @@ class Stages:
 def sketched(args, loss_fn, params, public, private, stages):
     """The one call in a count-sketch of all parameters, two rounds: the second pass compiles nothing."""
     space = subspace.count_sketch(jax.random.key(1), params, args.dim)
-    settings = {"subspace": space, "precision_rank": 8, "microbatch_size": 1}
+    settings = {"subspace": space, "precision_rank": 8}
     release = qexp_jax.fine_tune(
         qexp_jax.fresh_key(), loss_fn, params, public=public, private=private, rounds=2,
         epsilon=args.epsilon, delta=args.delta, progress=stages, **settings,
