@@ -91,8 +91,8 @@ def clipped_sum(
     up to floating-point rounding. A unit whose gradient is not finite contributes zero; nothing raises or branches on a
     private value.
     """
-    size = microbatch_size or at_a_time(loss_fn, params, subspace.layout, units)
-    size = min(size, max(1, num_records(units)))
+    n = num_records(units)
+    size = min(microbatch_size or at_a_time(loss_fn, params, subspace.layout, units), max(1, n))
     batches, masks = microbatches(units, size, mask)
 
     def step(carry, batch):
