@@ -16,7 +16,9 @@ import pandas as pd
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 COLUMNS = [
@@ -345,12 +347,21 @@ def time_figure(df: pd.DataFrame, path: pathlib.Path) -> None:
             style = {"s": 70, "edgecolors": "k", "zorder": 4} if method == OURS else {"s": 28, "edgecolors": "w"}
             ax.scatter(seconds, gain, color=FAMILIES[family(method)], marker=shapes[n], linewidths=0.6, **style)
         ax.axhline(0, color="k", lw=1, ls=":")
-        ax.set_xscale("log")
+        label_times(ax)
         ax.set_title(f"{task}, {model}, ε = {epsilon:g}", fontsize=9)
         ax.set_ylabel(f"{group['metric_name'].iloc[0]} − zero-shot")
     handles = [Line2D([], [], color=c, marker="o", ls="", label=name) for name, c in FAMILIES.items()]
     handles += [Line2D([], [], color="0.3", marker=shapes[n], ls="", label=f"n = {n:,}") for n in sizes]
     _finish(fig, axes, handles, path, xlabel="wall seconds of one run, without compilation")
+
+
+def label_times(ax: Axes) -> None:
+    """A log axis of seconds whose labels do not overlap, be it a third of a decade long or five."""
+    ax.set_xscale("log")
+    low, high = ax.get_xlim()
+    ax.xaxis.set_major_locator(LogLocator(subs=(1,) if high > 30 * low else (1, 2, 5)))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _gains(group, epsilon):

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -139,3 +140,26 @@ def test_malformed_files_are_refused(tmp_path, content, message):
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
         report.read(path)
+
+
+def overlaps(label, seconds):
+    """Whether labels of times touch each other, and how many there are."""
+    fig, ax = report.plt.subplots(figsize=(3.4, 2.8), dpi=100)
+    ax.scatter(seconds, np.zeros(len(seconds)))
+    label(ax)
+    fig.canvas.draw()
+    texts = [t for t in (*ax.get_xticklabels(), *ax.get_xticklabels(minor=True)) if t.get_text() and t.get_visible()]
+    low, high = ax.get_xlim()
+    boxes = sorted((t.get_window_extent() for t in texts if low <= t.get_position()[0] <= high), key=lambda b: b.x0)
+    report.plt.close(fig)
+    return any(a.x1 > b.x0 for a, b in itertools.pairwise(boxes)), len(boxes)
+
+
+@pytest.mark.parametrize("seconds", [(0.6, 0.9), (0.6, 7.0), (0.02, 2.0), (0.07, 0.8), (0.002, 300.0), (1e-4, 90.0)])
+def test_labels_of_times_do_not_overlap(seconds):
+    touching, count = overlaps(report.label_times, seconds)
+    assert not touching and count >= 1
+
+
+def test_the_default_labels_of_a_short_log_axis_overlap():
+    assert overlaps(lambda ax: ax.set_xscale("log"), (0.6, 7.0))[0]
