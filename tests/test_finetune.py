@@ -267,11 +267,11 @@ def test_repeated_calls_trace_the_loss_once_and_take_milliseconds():
 
     data, params = regression(), {"w": jnp.ones(3)}
     qexp_jax.fine_tune(KEY, loss, params, **data, **BUDGET)
-    before, start = len(traces), time.perf_counter()
+    before, start = len(traces), time.process_time()
     for seed in range(30):
         qexp_jax.fine_tune(jax.random.key(seed), loss, params, **data, **BUDGET)
     assert len(traces) == before
-    assert time.perf_counter() - start < 9  # 3 s on an idle core: 80 rounds each
+    assert time.process_time() - start < 9  # 6 s, whatever runs beside it: 80 rounds each
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
