@@ -26,7 +26,6 @@ from qexp_jax.records import LossFn, Params, Record
 from qexp_jax.subspace import Subspace, displace
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-
 _BISECTIONS, _CLOSE = 24, 1.1
 
 

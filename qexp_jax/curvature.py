@@ -282,7 +282,7 @@ def top_eigenspace(
     n = num_records(records)
     if not 1 <= dim <= min(n, within.dim):
         raise ValueError(f"Expected 1 <= dim <= min({n} records, {within.dim} dimensions), found {dim=}.")
-    batches, _ = microbatches(records, min(microbatch_size, n))
+    batches, _ = microbatches(records, microbatch_size)
     rows = jax.lax.map(lambda batch: projected_gradients(loss_fn, params, within, batch), batches)
     rows = rows.reshape(-1, within.dim)[:n] / np.sqrt(n)
     _, vectors = jnp.linalg.eigh(jnp.matmul(rows, rows.T, precision=_HIGHEST))

@@ -155,7 +155,7 @@ def product_along(loss_fn: LossFn, params: Params, space: Subspace, direction: j
 @functools.partial(jax.jit, static_argnums=0)
 def _gradient_squares(loss_fn, params, space, directions, records):
     size = at_a_time(loss_fn, params, space.layout, records, on_cpu=64)
-    batches, _ = microbatches(records, min(size, num_records(records)))
+    batches, _ = microbatches(records, size)
 
     def squares(batch):
         return jax.vmap(lambda g: flow.energies(directions, g))(projected_gradients(loss_fn, params, space, batch))
@@ -206,8 +206,7 @@ def tolerated_noise(
       records: public.
       share: of the root mean square of the records' losses.
     """
-    size = at_a_time(loss_fn, params, space.layout, records, on_cpu=_TRIED)
-    losses = np.asarray(_losses(loss_fn, params, records, size), np.float64)
+    losses = np.asarray(_losses(loss_fn, params, space, records), np.float64)
     limit = share * float(np.sqrt(np.mean(losses**2)))
     moves = [_noise_move(k, shape, space) for k in jax.random.split(key, _NOISE_DRAWS)]
 
@@ -223,8 +222,9 @@ def _noise_move(key, shape, space):
     return precisions.color(shape, jax.random.normal(key, (space.dim,), space.layout.dtype))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def _losses(loss_fn, params, records, size):
+@functools.partial(jax.jit, static_argnums=0)
+def _losses(loss_fn, params, space, records):
+    size = at_a_time(loss_fn, params, space.layout, records, on_cpu=_TRIED)
     if size >= num_records(records):
         return jax.vmap(loss_fn, in_axes=(None, 0))(params, records)
     return jax.lax.map(lambda record: loss_fn(params, record), records, batch_size=size)

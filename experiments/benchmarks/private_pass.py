@@ -146,7 +146,7 @@ def gradients_alone(case: Case, setup: Setup) -> Contestants:
         return [jnp.sum(g, axis=0) for g in formed]
 
     def in_microbatches(params, records, size):
-        batches, _ = microbatches(records, min(size, num_records(records)))
+        batches, _ = microbatches(records, size)
         zeros = [jnp.zeros(s) for s in setup.subspace.layout.tuned_shapes]
         step = lambda sums, batch: (jax.tree.map(jnp.add, sums, total(params, batch)), None)
         return jax.lax.scan(step, zeros, batches)[0]
