@@ -263,9 +263,10 @@ def top_eigenspace(
     within: Subspace | None = None,
     microbatch_size: int = 64,
 ) -> tuple[Subspace, jax.Array]:
-    """The leading eigenvectors of the second moment of public gradients, by the Gram trick.
+    """The leading eigenvectors of the second moment of public gradients.
 
-    Costs one gradient per record and stores (n, d) numbers, plus the (k, d) basis that it returns.
+    Costs one gradient per record, stores (n, d) numbers, plus the (k, d) basis that it returns, and factors one matrix
+    of min(n, d) rows.
 
     Args:
       loss_fn: loss of one record.
@@ -285,11 +286,22 @@ def top_eigenspace(
     batches, _ = microbatches(records, microbatch_size)
     rows = jax.lax.map(lambda batch: projected_gradients(loss_fn, params, within, batch), batches)
     rows = rows.reshape(-1, within.dim)[:n] / np.sqrt(n)
-    _, vectors = jnp.linalg.eigh(jnp.matmul(rows, rows.T, precision=_HIGHEST))
-    # The QR restores the orthogonality that float32 loses on small eigenvalues.
-    basis, _ = jnp.linalg.qr(jnp.matmul(rows.T, vectors[:, : -dim - 1 : -1], precision=_HIGHEST))
+    basis = _leading_rows(rows, dim) if n < within.dim else _leading_columns(rows, dim)
     values = jnp.sum(jnp.matmul(rows, basis, precision=_HIGHEST) ** 2, axis=0)
     return subspaces.compose(within, basis, orthonormal=True, name=f"top eigenspace in {within.name}"), values
+
+
+def _leading_columns(rows, dim):
+    """Eigenvectors of rows^T rows, itself small."""
+    _, vectors = jnp.linalg.eigh(jnp.matmul(rows.T, rows, precision=_HIGHEST))
+    return vectors[:, : -dim - 1 : -1]
+
+
+def _leading_rows(rows, dim):
+    """The same from rows rows^T, the Gram trick."""
+    _, vectors = jnp.linalg.eigh(jnp.matmul(rows, rows.T, precision=_HIGHEST))
+    # The QR restores the orthogonality that float32 loses on small eigenvalues.
+    return jnp.linalg.qr(jnp.matmul(rows.T, vectors[:, : -dim - 1 : -1], precision=_HIGHEST))[0]
 
 
 def psd_part(matrix: jax.Array) -> jax.Array:

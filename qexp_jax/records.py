@@ -123,12 +123,17 @@ def absorb(digest: Any, tree: Any) -> None:
         is_key = isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         array = np.asarray(jax.random.key_data(leaf) if is_key else leaf)
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))  # the bytes, not a copy of them
 
 
 def take(records: Record, index: Any) -> Record:
-    """The records at `index`, an integer array or a slice."""
-    return jax.tree.map(lambda x: jnp.asarray(x)[index], records)
+    """The records at `index`, an integer array or a slice; of NumPy arrays they alone go to the device."""
+
+    def rows(x):
+        on_host = isinstance(x, np.ndarray) and not isinstance(index, jax.core.Tracer)
+        return jnp.asarray(x[index]) if on_host else jnp.asarray(x)[index]
+
+    return jax.tree.map(rows, records)
 
 
 def vary(tree: Any, axis_name: str | None) -> Any:

@@ -247,9 +247,11 @@ def announce(progress: Callable[[str], None] | None, stage: str, finished: Any =
 
 
 def _placed(mesh, units):
-    """Units in memory with their mask, on their devices once for all rounds; a stream as it is."""
-    if mesh is None or stream.is_stream(units):
+    """Units in memory, with their mask on a mesh, on their devices once for all rounds; a stream as it is."""
+    if stream.is_stream(units):
         return units
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, units)
     return passes.place(mesh, *records.pad(units, passes.num_shares(mesh)))
 
 

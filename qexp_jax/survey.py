@@ -100,13 +100,15 @@ def num_curved(num_public: int) -> int:
     return max(1, min(_CURVED, num_public // 2))
 
 
-@jax.jit
-def _samples(key: jax.Array, records: Record) -> tuple[Record, Record]:
+def _samples(key, records):
     """Two disjoint random samples, for directions and for what is measured; a single record serves as both."""
     n = num_records(records)
-    order = jax.random.permutation(key, n)
+    order = np.asarray(_permutation(key, n))
     curved = num_curved(n)
     return take(records, order[:curved]), take(records, order[curved : curved + _HELD_OUT] if n > 1 else order)
+
+
+_permutation = jax.jit(jax.random.permutation, static_argnums=1)
 
 
 def tuned_space(key: jax.Array, params: Params, num_records: int, subspace: Subspace | None, dim: int = 0) -> Subspace:

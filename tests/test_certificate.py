@@ -1,6 +1,7 @@
 """A certificate verifies as issued and after JSON; each corrupted one is refused with the field's name."""
 
 import copy
+import hashlib
 import json
 
 import jax
@@ -188,5 +189,7 @@ def test_provenance_knows_values_names_shapes_and_dtypes():
     assert len(digests) == 1 + len(others)
     assert certificates.sha256_of({"w": jnp.asarray(base["w"])}) == certificates.sha256_of(base)
     assert certificates.sha256_of({"w": np.asfortranarray(base["w"])}) == certificates.sha256_of(base)
+    spelled = b"['w'] float32 (2, 3)\n" + base["w"].tobytes() + b"['z'] bfloat16 ()\n" + b"\x80\x3f"
+    assert certificates.sha256_of(base | {"z": jnp.bfloat16(1)}) == hashlib.sha256(spelled).hexdigest()
     record = certificates.make_provenance(base, base, qexp_jax.subspace.count_sketch(jax.random.key(0), base, 2))
     assert len(record["subspace_sha256"]) == 64

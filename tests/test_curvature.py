@@ -85,6 +85,16 @@ def test_top_eigenspace_is_that_of_the_dense_second_moment():
     np.testing.assert_allclose(dense_columns(space).T @ dense_columns(space), np.eye(5), atol=1e-5)
 
 
+def test_top_eigenspace_is_the_same_from_more_records_than_dimensions():
+    head = subspace.full(PARAMS, where="head")
+    assert head.dim < len(RECORDS["x"])
+    expected, vectors = jnp.linalg.eigh(curvature.projected_fisher(network_loss, PARAMS, head, RECORDS))
+    space, values = curvature.top_eigenspace(network_loss, PARAMS, RECORDS, head.dim, within=head)
+    np.testing.assert_allclose(values, expected[::-1], rtol=1e-4)
+    found = jax.vmap(lambda e: subspace.project(head, subspace.lift(space, e)))(jnp.eye(head.dim))
+    np.testing.assert_allclose(jnp.abs(found @ vectors[:, ::-1]), np.eye(head.dim), atol=1e-3)
+
+
 def test_psd_part_takes_absolute_eigenvalues():
     basis, _ = jnp.linalg.qr(jax.random.normal(KEY, (4, 4)))
     values = jnp.array([-3.0, -0.5, 0.0, 2.0])

@@ -253,6 +253,20 @@ def test_progress_names_the_stages_and_changes_nothing():
     np.testing.assert_array_equal(watched.params["w"], tune(rounds=2).params["w"])
 
 
+def test_private_records_go_to_the_device_once(monkeypatch):
+    seen, read = [], qexp_jax.passes.device_sum
+
+    def watched(loss_fn, target, units, *args, **settings):
+        seen.append(units["x"])
+        return read(loss_fn, target, units, *args, **settings)
+
+    monkeypatch.setattr(qexp_jax.passes, "device_sum", watched)
+    on_host = jax.tree.map(np.asarray, regression()["private"])
+    released = tune(private=on_host, rounds=3)
+    assert isinstance(seen[0], jax.Array) and all(x is seen[0] for x in seen) and len(seen) == 3
+    np.testing.assert_array_equal(released.params["w"], tune(rounds=3).params["w"])
+
+
 def test_a_release_repeats_with_its_key_and_changes_with_another():
     np.testing.assert_array_equal(tune().params["w"], tune().params["w"])
     assert not np.array_equal(tune().params["w"], tune(key=jax.random.key(18)).params["w"])

@@ -31,6 +31,17 @@ def test_a_cap_keeps_the_first_records_of_a_unit():
     np.testing.assert_array_equal(mask, [[True, False], [True, True]])
 
 
+@pytest.mark.parametrize("index", [slice(1, 3), np.array([2, 0]), jnp.array([2, 0])])
+def test_of_numpy_records_only_those_taken_go_to_the_device(index, monkeypatch):
+    data = {"x": np.arange(12.0, dtype=np.float32).reshape(4, 3)}
+    expected, moved = data["x"][np.arange(4)[index]], []
+    as_array = jnp.asarray
+    monkeypatch.setattr(jnp, "asarray", lambda x, *args: moved.append(np.shape(x)) or as_array(x, *args))
+    np.testing.assert_array_equal(records.take(data, index)["x"], expected)
+    assert moved == [(2, 3)]
+    np.testing.assert_array_equal(jax.jit(records.take)(data, np.arange(4)[index])["x"], expected)
+
+
 def test_equal_losses_share_one_unit_loss():
     def loss(params, record):
         return params
