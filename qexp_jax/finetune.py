@@ -94,7 +94,7 @@ def fine_tune(
       subspace_dim: tune in the leading public eigenspace of this dimension.
       damping: lambda > 0 in units of curvature, public.
       l2_clip_norm: C > 0 in the norm |M^{-1/2} g|, where M has largest eigenvalue 1, public.
-      microbatch_size: at most so many private units held at a time; by default as many as suit the device, 32 on a CPU.
+      microbatch_size: at most so many private units held at a time; by default as many as suit the device, at most 32 on a CPU.
       mode: `"auto"`, `"reverse"` or `"forward"`, see `gradients.projected_gradients`.
       mesh: devices that share the private units along the mesh's axis `"data"`, each clipping its own. Parameters may
         be sharded over other axes, of type Auto. With devices of several processes, `private` holds the units of this
@@ -156,36 +156,18 @@ def fine_tune(
     if memory_budget is not None:
         record, batch_size = _one_unit(units, public_units)
         found = preflight.estimate(
-            unit_fn,
-            params,
-            record,
-            num_units=num_units,
-            num_public=num_records(public),
-            subspace=subspace,
-            precision_rank=max(precision_rank, subspace_dim or 0),
-            microbatch_size=microbatch_size,
-            mode=mode,
-            num_devices=passes.num_shares(local),
-            batch_size=batch_size,
-        )
+            unit_fn, params, record, num_units=num_units, num_public=num_records(public), subspace=subspace,
+            precision_rank=max(precision_rank, subspace_dim or 0), microbatch_size=microbatch_size, mode=mode,
+            num_devices=passes.num_shares(local), batch_size=batch_size,
+        )  # fmt: skip
         preflight.check(found, memory_budget)
     walks.announce(progress, "public curvature")
     plan = make_plan(
-        jax.random.key(_PLAN_SEED),
-        loss_fn,
-        subspaces.working(layout, params),
-        public,
-        public_fn,
-        public_units,
-        num_units=num_units,
-        noise_multiplier=privacy.noise_multiplier(mu, neighboring_relation),
-        rounds=rounds,
-        precision_rank=precision_rank,
-        subspace=subspace,
-        subspace_dim=subspace_dim,
-        damping=damping,
+        jax.random.key(_PLAN_SEED), loss_fn, subspaces.working(layout, params), public, public_fn, public_units,
+        num_units=num_units, noise_multiplier=privacy.noise_multiplier(mu, neighboring_relation), rounds=rounds,
+        precision_rank=precision_rank, subspace=subspace, subspace_dim=subspace_dim, damping=damping,
         l2_clip_norm=l2_clip_norm,
-    )
+    )  # fmt: skip
     noise_multiplier = privacy.noise_multiplier(mu / plan.rounds**0.5, neighboring_relation)
     discrete_noise = None
     if hardened:
@@ -216,18 +198,11 @@ def fine_tune(
         key, walk, plan, units, engine, num_units=num_units, noise_multiplier=noise_multiplier
     )  # fmt: skip
     certificate = make_certificate(
-        epsilon=epsilon,
-        delta=delta,
-        relation=neighboring_relation,
-        num_units=num_units,
-        num_units_from="slots" if public_count is None else "public_count",
-        unit=unit,
-        noise_multiplier=noise_multiplier,
-        plan=plan,
-        provenance=make_provenance(params, public, subspace),
-        prng_impl=str(jax.random.key_impl(key)),
-        discrete_noise=discrete_noise,
-    )
+        epsilon=epsilon, delta=delta, relation=neighboring_relation, num_units=num_units,
+        num_units_from="slots" if public_count is None else "public_count", unit=unit,
+        noise_multiplier=noise_multiplier, plan=plan, provenance=make_provenance(params, public, subspace),
+        prng_impl=str(jax.random.key_impl(key)), discrete_noise=discrete_noise,
+    )  # fmt: skip
     release = Release(_cast(layout, walk.params), certificate)
     return (release, infos) if diagnostics else release
 

@@ -59,12 +59,19 @@ def pad(records: Record, multiple: int, mask: jax.Array | None = None) -> tuple[
 def microbatches(records: Record, size: int, mask: jax.Array | None = None) -> tuple[Record, jax.Array]:
     """Reshapes records (n, ...) to (batches, m, ...) for `lax.scan`, padded, with the mask (batches, m).
 
-    There are as few batches as m <= size allows, and m is as small as they allow: little is padding.
+    There are as few batches as m <= min(size, n) allows, and m is as small as they allow, rounded up to a multiple of
+    8: little is padding, and no product has the odd shapes that take a CPU half as long again.
     """
     n = num_records(records)
-    size = -(-n // -(-n // size)) if n else size
-    records, mask = pad(records, size, mask)
-    return jax.tree.map(lambda x: jnp.reshape(x, (-1, size, *jnp.shape(x)[1:])), (records, mask))
+    size = min(size, n) if n else size
+    even = _ceil(n, _ceil(n, size)) if n else size
+    m = min(size, 8 * _ceil(even, 8))
+    records, mask = pad(records, m, mask)
+    return jax.tree.map(lambda x: jnp.reshape(x, (-1, m, *jnp.shape(x)[1:])), (records, mask))
+
+
+def _ceil(a, b):
+    return -(-a // b)
 
 
 def group_by_unit(

@@ -147,7 +147,7 @@ def run(
     layout, mesh = plan.subspace.layout, passes.local_mesh(engine.mesh)
     plan, walk = passes.replicate(mesh, (plan, walk))
     progress = _resumed(engine, layout, walk, plan)
-    units, count, infos = _placed(mesh, units), None, []
+    units, count, infos = _placed(engine, mesh, units), None, []
     keys, spectrum, whole = jax.random.split(key, plan.most_rounds), plan.spectrum, noise_multiplier / plan.rounds**0.5
     while True:
         # How a round goes, and how many there are, depends on releases alone.
@@ -246,12 +246,12 @@ def announce(progress: Callable[[str], None] | None, stage: str, finished: Any =
 # --- one pass ---
 
 
-def _placed(mesh, units):
-    """Units in memory, with their mask on a mesh, on their devices once for all rounds; a stream as it is."""
+def _placed(engine, mesh, units):
+    """Units in memory, with their mask on a mesh, where they are read, once for all rounds; a stream as it is."""
     if stream.is_stream(units):
         return units
     if mesh is None:
-        return jax.tree.map(jnp.asarray, units)
+        return units if engine.hardened else jax.tree.map(jnp.asarray, units)
     return passes.place(mesh, *records.pad(units, passes.num_shares(mesh)))
 
 

@@ -55,8 +55,11 @@ def test_records_without_one_leading_axis_are_refused(bad):
         records.num_records(bad)
 
 
-@pytest.mark.parametrize(("n", "most", "shape"), [(9, 8, (2, 5)), (64, 32, (2, 32)), (33, 32, (2, 17)), (5, 8, (1, 5))])
-def test_microbatches_are_few_and_of_even_size(n, most, shape):
+@pytest.mark.parametrize(
+    ("n", "most", "shape"),
+    [(9, 8, (2, 8)), (64, 32, (2, 32)), (33, 32, (2, 24)), (5, 8, (1, 5)), (400, 32, (13, 32)), (9, 5, (2, 5))],
+)
+def test_microbatches_are_few_and_of_even_size_in_eights(n, most, shape):
     batches, mask = records.microbatches({"x": jnp.arange(n)}, most)
     assert batches["x"].shape == mask.shape == shape
     np.testing.assert_array_equal(batches["x"][mask], jnp.arange(n))
