@@ -94,7 +94,8 @@ def fine_tune(
       subspace_dim: tune in the leading public eigenspace of this dimension.
       damping: lambda > 0 in units of curvature, public.
       l2_clip_norm: C > 0 in the norm |M^{-1/2} g|, where M has largest eigenvalue 1, public.
-      microbatch_size: at most so many private units held at a time; by default as many as suit the device, at most 32 on a CPU.
+      microbatch_size: at most so many private units held at a time; by default as many as suit the device, on a CPU 32
+        or fewer.
       mode: `"auto"`, `"reverse"` or `"forward"`, see `gradients.projected_gradients`.
       mesh: devices that share the private units along the mesh's axis `"data"`, each clipping its own. Parameters may
         be sharded over other axes, of type Auto. With devices of several processes, `private` holds the units of this

@@ -13,8 +13,8 @@ one record's clipped gradient and tau, the *shift*, is common to all coordinates
 re-weighting of records does to a mean gradient: over three decades of curvature g_j^2 / v_j was found within a factor
 of about three of .003 on PhysioNet 2012 by ICU and on MNIST by writers, and ten times less without a shift. Across
 directions the ratio is spread as a normal g's is, its mean square 2.3 to 3.6 times its squared mean where that says 3:
-a tau for each direction would learn nothing. tau has a public prior, so that where noise hides the signal the step is what the prior expects, and where it does not the data
-decides.
+a tau for each direction would learn nothing. tau has a public prior, so that where noise hides the signal the step is
+what the prior expects, and where it does not the data decides.
 
 The leading r directions are coordinates of their own; all others are one block, whose signal is expected to be half as
 large for its moments, unless the releases say otherwise. A round may leave the others where they are (`tuned`): then it
@@ -88,6 +88,7 @@ class Belief(NamedTuple):
       last_var: variance of its noise in each coordinate.
       followed: (r + 1,) multiples of it that were followed.
       slopes: (2, 2) sums over rounds of the regression of measured on public curvature, see `steepness`.
+      steepest: (2,) the largest steepness that a passed minimum has shown; 0 where none was passed.
     """
 
     gradients: jax.Array
@@ -97,6 +98,7 @@ class Belief(NamedTuple):
     last_var: jax.Array
     followed: jax.Array
     slopes: jax.Array
+    steepest: jax.Array
 
 
 def shift_prior() -> tuple[np.ndarray, np.ndarray]:
@@ -114,7 +116,7 @@ def before_release(spectrum: Spectrum) -> Belief:
     """Nothing is known but the prior."""
     zeros = jnp.zeros_like(spectrum.curvature)
     gradients, slopes = jnp.zeros(spectrum.directions.shape[1], zeros.dtype), jnp.zeros((2, 2), zeros.dtype)
-    return Belief(gradients, zeros, zeros + 1, gradients, zeros[0], zeros, slopes)
+    return Belief(gradients, zeros, zeros + 1, gradients, zeros[0], zeros, slopes, slopes[0])
 
 
 def observe(
@@ -130,12 +132,14 @@ def observe(
       tuned: (r + 1,) one, or zero where the round holds the parameters fixed.
     """
     left = tuned * belief.left
+    slopes, steepest = _measured(belief, spectrum, seen, noise_var, tuned)
     return belief._replace(
         gradients=belief.gradients + scale(spectrum.directions, left / noise_var, seen),
         weights=belief.weights + left**2 / noise_var,
         last=seen,
         last_var=jnp.asarray(noise_var, seen.dtype),
-        slopes=belief.slopes + _slopes(belief, spectrum, seen, noise_var, tuned),
+        slopes=belief.slopes + slopes,
+        steepest=jnp.maximum(belief.steepest, steepest),
     )
 
 
@@ -165,11 +169,16 @@ def steepness(belief: Belief, spectrum: Spectrum, num_units: int) -> jax.Array:
     an error of variance 2 s^2 |F y|^2 + s^4 tr F^2, about. The leading coordinates together have one c, all others
     another. The prior is normal with mean and standard deviation 2; or, in the leading ones, 1 + sum_j E[g_j^2] / v_j
     if that is larger: second moments V + g g^T, as records have whose mean is g, are at most that many times V.
+
+    Where y' points back over F y, by more than two standard deviations of its error, the step has passed the minimum of
+    its line, and c is at least A / B of that step less two standard deviations. Of a quadratic the mean soon says the
+    same; a loss that is nearly linear on both sides of a narrow valley, as logistic ones far from their minimum, is
+    jumped over and over by steps that suit the mean of its curvatures.
     """
     large = 1 + jnp.sum(pooled_signal(belief, spectrum, num_units)[:-1] / spectrum.moments[:-1])
     prior = jnp.stack([jnp.maximum(_STEEPNESS, large), jnp.full_like(large, _STEEPNESS)])
     mean = (belief.slopes[0] + 1 / prior) / (belief.slopes[1] + 1 / prior**2)
-    leading, others = jnp.clip(mean, 1.0, _STEEPEST)
+    leading, others = jnp.clip(jnp.maximum(mean, belief.steepest), 1.0, _STEEPEST)
     return jnp.append(jnp.full_like(spectrum.curvature[:-1], leading), others)
 
 
@@ -182,19 +191,23 @@ def secant(belief: Belief, spectrum: Spectrum, seen: jax.Array) -> jax.Array:
     return jnp.stack([_in_two(measured), _in_two(public)])
 
 
-def _slopes(belief, spectrum, seen, noise_var, tuned):
-    """A W / V and B W / V of one round, V the error's variance; zero for the first, which follows nothing.
+def _measured(belief, spectrum, seen, noise_var, tuned):
+    """What a round tells of c: A W / V and B W / V (2, 2), and c where the last step passed a minimum (2,).
 
-    W is how far B exceeds two standard deviations of its noise, at least 0: what looks like noise has no say.
+    V is the error's variance. W is how far B exceeds two standard deviations of its noise, at least 0: what looks like
+    noise has no say. All are zero for the first round, which follows nothing.
     """
     squares, dims, last_var = belief.followed**2, spectrum.dims, belief.last_var
     pair = secant(belief, spectrum, seen)
     spread = last_var * jnp.sqrt(2 * _in_two(dims * (signal_curvature(spectrum) * squares) ** 2))
     sure = jnp.maximum(pair[1] - 2 * spread, 0)
-    moved = squares * _products(spectrum.directions, belief.last, belief.last)
-    variance = _in_two((last_var + noise_var) * moved + last_var * noise_var * squares * dims)
+    energy, product = (_products(spectrum.directions, belief.last, x) for x in (belief.last, seen))
+    variance = _in_two((last_var + noise_var) * squares * energy + last_var * noise_var * squares * dims)
     is_seen = _in_two(tuned * jnp.ones_like(dims)) > 0
-    return jnp.where(is_seen, pair * sure / jnp.where(variance > 0, variance, jnp.inf), 0)
+    slopes = jnp.where(is_seen, pair * sure / jnp.where(variance > 0, variance, jnp.inf), 0)
+    error, back = 2 * jnp.sqrt(variance), -_in_two(belief.followed * product)
+    passed = is_seen & (back > error) & (pair[1] > 0)
+    return slopes, jnp.where(passed, (pair[0] - error) / jnp.where(passed, pair[1], 1), 0)
 
 
 def _products(directions, x, y):

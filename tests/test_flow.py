@@ -149,6 +149,38 @@ def test_no_flow_passes_the_minimum_of_a_quadratic_as_steep_as_measured():
     np.testing.assert_allclose(short, 1e-6, rtol=1e-4)
 
 
+def valley(width, remember, rounds=40):
+    """Positions, from 1 on, along the first direction, where the slope is nearly constant outside a valley at 0."""
+    spectrum = example()._replace(directions=jnp.eye(10)[:3])
+
+    def one(carried, _):
+        belief, x = carried
+        seen = jnp.zeros(10).at[0].set(3 * (jax.nn.sigmoid(x / width) - 0.5))
+        belief = flow.observe(belief, spectrum, seen, 1e-6)
+        belief = belief if remember else belief._replace(steepest=jnp.zeros(2))
+        multiples, belief = flow.advance(belief, spectrum, 1.0, 10**6)
+        return (belief, x - multiples[0] * seen[0]), x
+
+    return jax.lax.scan(one, (flow.before_release(spectrum), 1.0), length=rounds)[1]
+
+
+@pytest.mark.parametrize("width", [0.01, 0.001])
+def test_a_narrow_valley_is_not_jumped_over_forever(width):
+    assert jnp.abs(valley(width, remember=True)[-1]) < width / 100
+    assert jnp.abs(valley(width, remember=False)[-10:]).max() > 5 * width
+
+
+@pytest.mark.parametrize("noise_std", [0.01, 0.3, 10.0])
+def test_noise_does_not_pass_for_a_minimum_that_was_passed(noise_std):
+    spectrum = example()._replace(directions=jnp.eye(10)[:3])
+
+    def steepest(key):
+        return rounds_of(spectrum, 4 * dense_curvature(spectrum), noise_std, 24, 0.3, key)[0].steepest
+
+    found = jax.jit(jax.vmap(steepest))(jax.random.split(KEY, 300))
+    assert jnp.mean(found[:, 0] > 8) < 0.06 and jnp.mean(found[:, 1] > 0) < 0.06
+
+
 def test_the_anchors_gradient_is_remembered_through_the_flow_with_the_stated_variance():
     spectrum = example()._replace(curvature=jnp.array([2.0, 1.0, 0.1, 0.1]))
     private = 2.0 * dense_curvature(spectrum)  # the steepness expected
