@@ -67,6 +67,7 @@ class Spectrum(NamedTuple):
       dims: (r + 1,) how many coordinates each entry stands for: 1, ..., 1, k - r.
       shifts: (m,) the prior's values of tau.
       log_prior: (m,) log of its weights, up to a constant.
+      loss_scale: root mean square of the public losses at the anchor; infinite where nobody measured it.
     """
 
     directions: jax.Array
@@ -75,6 +76,7 @@ class Spectrum(NamedTuple):
     dims: jax.Array
     shifts: jax.Array
     log_prior: jax.Array
+    loss_scale: jax.Array | float = float("inf")
 
 
 class Belief(NamedTuple):
@@ -150,9 +152,15 @@ def advance(
 
     Where nothing is tuned, nothing is subtracted.
 
-    A single flow is no longer than four over the largest curvature, on which nothing of a gradient is left.
+    A single flow is no longer than four over the largest curvature, on which nothing of a gradient is left. And as long
+    as no step has been measured, it promises to lower the loss by no more than the loss's scale: what a gradient
+    promises beyond that is a sign of curvature that the public records do not have.
     """
     length = jnp.minimum(length, _LONGEST_ROUND / spectrum.curvature.max())
+    noise = belief.last_var * spectrum.dims
+    energy = jnp.sum(jnp.maximum(_products(spectrum.directions, belief.last, belief.last) - noise, 0))
+    most = spectrum.loss_scale / jnp.where(energy > 0, energy, 1)
+    length = jnp.where((energy > 0) & (jnp.sum(belief.slopes[1]) == 0), jnp.minimum(length, most), length)
     rates = steepness(belief, spectrum, num_units) * signal_curvature(spectrum)
     multiples, left = -tuned * jnp.expm1(-length * rates) / rates, jnp.exp(-tuned * length * rates)
     return multiples, belief._replace(left=belief.left * left, followed=multiples)

@@ -149,6 +149,20 @@ def test_no_flow_passes_the_minimum_of_a_quadratic_as_steep_as_measured():
     np.testing.assert_allclose(short, 1e-6, rtol=1e-4)
 
 
+def test_no_step_promises_more_than_the_losss_scale_until_one_was_measured():
+    spectrum, seen = example()._replace(directions=jnp.eye(10)[:3]), jax.random.normal(KEY, (10,))
+    bounded = spectrum._replace(loss_scale=jnp.array(0.1))
+    squares = jnp.append(seen[:3] ** 2, jnp.sum(seen[3:] ** 2))
+    belief = flow.observe(flow.before_release(spectrum), spectrum, seen, 1e-9)
+    (most, after), (free, _) = (flow.advance(belief, s, 5.0, 10**6) for s in (bounded, spectrum))
+    assert 0.05 < jnp.vdot(most, squares) < 0.1 < 0.5 < jnp.vdot(free, squares)
+    measured = flow.observe(after, spectrum, seen / 2, 1e-9)
+    hidden = flow.observe(flow.before_release(spectrum), spectrum, seen, 1e3)  # promises nothing that can be seen
+    for belief in (measured, hidden):
+        (most, _), (free, _) = (flow.advance(belief, s, 5.0, 10**6) for s in (bounded, spectrum))
+        np.testing.assert_array_equal(most, free)
+
+
 def valley(width, remember, rounds=40):
     """Positions, from 1 on, along the first direction, where the slope is nearly constant outside a valley at 0."""
     spectrum = example()._replace(directions=jnp.eye(10)[:3])
