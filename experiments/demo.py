@@ -126,7 +126,7 @@ def split_size(split):
 
 
 def figure(trained, release, split, metrics, path):
-    """Accuracy per digit before and after, images that the private model now reads, and predicted against measured."""
+    """Accuracy per digit before and after, and the noise of the first step against its predicted law."""
     labels = split.test["label"]
     guesses = {name: np.argmax(MODEL.logits(params, split.test["x"]), axis=1) for name, params in trained.items()}
     names = {"zero_shot": "pretrained", "private": "private", "non_private": "non-private"}
@@ -153,8 +153,10 @@ def figure(trained, release, split, metrics, path):
     law.fill_between(
         x * mean / degrees, chi2.pdf(x, degrees) * degrees / mean, color="tab:blue", alpha=0.3, label="predicted law"
     )
-    law.axvline(metrics["measured_noise_cost_not_private"], color="k", label="measured (open data only)")
-    law.set(xlabel="loss per record that the noise costs", yticks=[], ylim=(0, None))
+    law.axvline(metrics["measured_noise_cost_not_private"], ymax=0.85, color="k", label="measured (open data only)")
+    law.set(
+        xlabel="loss per record that the noise costs", yticks=[], ylim=(0, 1.2 * law.get_ylim()[1])
+    )  # room for the legend
     law.set_title(f"Noise of the first step, k = {release.certificate['subspace_dim']}")
     law.legend(loc="upper right", fontsize="small")
     fig.savefig(path, dpi=120)
