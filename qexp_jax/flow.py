@@ -157,10 +157,10 @@ def advance(
     promises beyond that is a sign of curvature that the public records do not have.
     """
     length = jnp.minimum(length, _LONGEST_ROUND / spectrum.curvature.max())
-    noise = belief.last_var * spectrum.dims
-    energy = jnp.sum(jnp.maximum(_products(spectrum.directions, belief.last, belief.last) - noise, 0))
-    most = spectrum.loss_scale / jnp.where(energy > 0, energy, 1)
-    length = jnp.where((energy > 0) & (jnp.sum(belief.slopes[1]) == 0), jnp.minimum(length, most), length)
+    noise, is_measured = belief.last_var * spectrum.dims, jnp.sum(belief.slopes[1]) > 0
+    energy = jnp.sum(tuned * jnp.maximum(_products(spectrum.directions, belief.last, belief.last) - noise, 0))
+    promising = jnp.where(energy > 0, spectrum.loss_scale / jnp.where(energy > 0, energy, 1), jnp.inf)
+    length = jnp.where(is_measured, length, jnp.minimum(length, promising))
     rates = steepness(belief, spectrum, num_units) * signal_curvature(spectrum)
     multiples, left = -tuned * jnp.expm1(-length * rates) / rates, jnp.exp(-tuned * length * rates)
     return multiples, belief._replace(left=belief.left * left, followed=multiples)

@@ -169,9 +169,10 @@ def make_plan(
     tolerance, cost = surveys.tolerated_noise(
         trial_key, loss_fn, params, space, precision, surveyed.tried, _NOISE_COST
     )  # fmt: skip
-    scale = np.asarray(cost / _NOISE_COST)
     curvature = _whitened_curvature(curvature / eigenvalues, dims, 2 * cost / tolerance**2)
-    spectrum = Spectrum(surveyed.directions, *as_arrays((curvature, dims, dims, *flow.shift_prior(), scale)))
+    spectrum = Spectrum(
+        surveyed.directions, *as_arrays((curvature, dims, dims, *flow.shift_prior(), cost / _NOISE_COST))
+    )
     per_unit = noise_multiplier / num_units
     quantile = _clip_quantile(squares, spectrum, num_units, per_unit, _LONGEST * tolerance / per_unit)
     clip_norm_of = functools.partial(_clip_norm, squares, quantile=quantile, given=l2_clip_norm)

@@ -43,7 +43,7 @@ def pad(records: Record, multiple: int, mask: jax.Array | None = None) -> tuple[
       `(records, mask)` with leading axis `max(1, ceil(n / multiple)) * multiple`; the mask is False on padding.
     """
     n = num_records(records)
-    extra = max(1, -(-n // multiple)) * multiple - n
+    extra = max(1, _ceil(n, multiple)) * multiple - n
     mask = jnp.ones(n, bool) if mask is None else jnp.asarray(mask, bool)
     if not extra:
         return records, mask
