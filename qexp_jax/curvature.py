@@ -21,12 +21,12 @@ import numpy as np
 
 from qexp_jax import subspace as subspaces
 from qexp_jax.convolutions import as_products
-from qexp_jax.gradients import projected_gradients
+from qexp_jax.gradients import HELD_BYTES, bytes_of_one, projected_gradients
 from qexp_jax.records import LossFn, Params, Record, microbatches, num_records, vary
 from qexp_jax.subspace import Subspace, tuned_leaves, with_tuned_leaves
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-_BATCH = 256
+_BATCH, _COLUMNS, _GGN_BATCH = 256, 16, 32
 
 
 def mean_over_records(
@@ -125,14 +125,15 @@ def projected_hessian(
     subspace: Subspace,
     records: Record,
     *,
-    columns_per_batch: int = 16,
+    columns_per_batch: int | None = None,
     **batching: Any,
 ) -> jax.Array:
     """P^T H P (k, k) by Hessian-vector products, `columns_per_batch` directions at a time.
 
     The gradient of each microbatch is linearised once for all directions. Holds as many gradients of the tuned leaves,
     and as many times the activations of one microbatch (one time on a CPU, where one product after the other is
-    faster); nothing of size d x k beyond what the subspace itself stores. `batching` as in `mean_over_records`.
+    faster); nothing of size d x k beyond what the subspace itself stores. `batching` as in `mean_over_records`. Where
+    nothing is said an accelerator follows as many records and directions together as a gibibyte holds.
     """
     stored = subspace.arrays if subspace.operator.lift is subspaces._combine else None
     eye = jnp.eye(subspace.dim, dtype=subspace.layout.dtype)
@@ -147,7 +148,7 @@ def hessian_columns(
     records: Record,
     directions: jax.Array,
     *,
-    columns_per_batch: int = 16,
+    columns_per_batch: int | None = None,
     **batching: Any,
 ) -> jax.Array:
     """P^T H P e for each row e of `directions` (c, k): (c, k).
@@ -164,6 +165,8 @@ def _columns(loss_fn, params, subspace, records, directions, lifted, size, **bat
     leaves = vary(tuned_leaves(layout, params), axis_name)
     loss = _batch_loss(loss_fn, params, layout)
     in_turn = jax.default_backend() == "cpu"
+    size = size or _columns_at_a_time(loss_fn, params, layout, records, num_records(directions))
+    batching = {"microbatch_size": _records_at_a_time(loss_fn, params, records, size, _BATCH)} | batching
 
     def batch_sum(batch, mask):
         _, push = jax.linearize(lambda x: jax.grad(loss)(x, batch, mask), leaves)
@@ -176,6 +179,26 @@ def _columns(loss_fn, params, subspace, records, directions, lifted, size, **bat
         return _in_chunks(rows, directions if lifted is None else lifted, size)
 
     return mean_over_records(batch_sum, records, **batching)
+
+
+# Records and directions that are followed together where nobody says how many, from static shapes alone: a CPU has what
+# stays in cache; an accelerator waits for the next kernel instead, and gets as many pairs as a gibibyte holds, at twice
+# what the function forms. The Hessian of 10,000 parameters in 256 directions takes an eighth of its time on an H200.
+
+
+def _columns_at_a_time(loss_fn, params, layout, records, num_directions):
+    if jax.default_backend() == "cpu":
+        return _COLUMNS
+    pairs = HELD_BYTES // (2 * bytes_of_one(loss_fn, params, records))
+    held = HELD_BYTES // (16 * layout.num_params)
+    return max(1, min(num_directions, held, max(_COLUMNS, pairs // max(1, num_records(records)))))
+
+
+def _records_at_a_time(function, params, records, num_directions, on_cpu):
+    if jax.default_backend() == "cpu":
+        return on_cpu
+    pairs = HELD_BYTES // (2 * bytes_of_one(function, params, records))
+    return max(1, min(num_records(records), pairs // num_directions))
 
 
 def _lift_each(subspace, directions):
@@ -232,7 +255,8 @@ def projected_ggn(
         each = jax.vmap(record_ggn)(batch)
         return jnp.sum(jnp.where(mask[:, None, None], each, 0), axis=0)
 
-    matrix = mean_over_records(batch_sum, records, **({"microbatch_size": 32} | batching))
+    size = _records_at_a_time(model_fn, params, records, subspace.dim, _GGN_BATCH)
+    matrix = mean_over_records(batch_sum, records, **({"microbatch_size": size} | batching))
     return (matrix + matrix.T) / 2
 
 

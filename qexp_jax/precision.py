@@ -98,16 +98,18 @@ class _Factor(NamedTuple):
     panels: tuple[jax.Array, ...]
 
 
-_BLOCK = 256
+# One block after the other: an accelerator needs few and large ones.
+_ON_CPU, _ON_ACCELERATOR = 256, 2048
 
 
 def _factor(lower):
-    upper, starts = lower.T, range(0, len(lower), _BLOCK)
-    blocks = [upper[i : i + _BLOCK, i : i + _BLOCK] for i in starts]
+    size = _ON_CPU if jax.default_backend() == "cpu" else _ON_ACCELERATOR
+    upper, starts = lower.T, range(0, len(lower), size)
+    blocks = [upper[i : i + size, i : i + size] for i in starts]
     invert = lambda u: jax.lax.linalg.triangular_solve(u, jnp.eye(len(u), dtype=u.dtype), left_side=True)
     return _Factor(
         tuple(invert(block) for block in blocks),
-        tuple(upper[i : i + _BLOCK, i + _BLOCK :] for i in starts),
+        tuple(upper[i : i + size, i + size :] for i in starts),
     )
 
 

@@ -141,7 +141,7 @@ def test_records_at_a_time_suit_the_device_and_the_memory(monkeypatch):
     huge = {"w": jax.ShapeDtypeStruct((2**26,), jnp.float32)}
     assert gradients.at_a_time(lambda p, r: jnp.sum(r["x"]), huge, subspace.full(huge).layout, one) == 1
     monkeypatch.setattr(gradients.jax, "default_backend", lambda: "gpu")
-    assert gradients.at_a_time(network_loss, params, layout, data) == 4096
+    assert gradients.at_a_time(network_loss, params, layout, data) == 8192
     assert gradients.at_a_time(deep, wide, subspace.full(wide).layout, one) == 2**30 // held
     small = {"w": jnp.zeros(3)}
     many = gradients.at_a_time(deep, small, subspace.full(small).layout, one)

@@ -70,7 +70,7 @@ def test_a_function_without_convolutions_is_called_itself():
     assert primitives(convolutions.as_products(loss), ROW, ROW) == primitives(loss, ROW, ROW)
 
 
-def test_the_private_pass_has_no_convolution_on_a_cpu_and_the_same_sum(monkeypatch):
+def test_the_private_pass_has_no_convolution_on_a_cpu_or_gpu_and_the_same_sum(monkeypatch):
     loss, kernel, x = problem("strided")
     records = jnp.stack([x, 2 * x, -x])
     space, geometry = subspace.full(kernel), precision.dense(jnp.eye(kernel.size))
@@ -82,6 +82,8 @@ def test_the_private_pass_has_no_convolution_on_a_cpu_and_the_same_sum(monkeypat
     traced, found = run()
     assert "conv_general_dilated" not in traced
     monkeypatch.setattr(convolutions.jax, "default_backend", lambda: "gpu")
+    assert "conv_general_dilated" not in run()[0]
+    monkeypatch.setattr(convolutions.jax, "default_backend", lambda: "tpu")
     traced, expected = run()
     assert "conv_general_dilated" in traced
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-2)

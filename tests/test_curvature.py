@@ -41,6 +41,21 @@ def test_projected_hessian_is_that_of_the_dense_oracle(name):
     np.testing.assert_allclose(whole(PARAMS, space, RECORDS), expected, atol=3e-5)
 
 
+def test_an_accelerator_follows_as_many_records_and_directions_as_its_memory_holds(monkeypatch):
+    full = subspace.full(PARAMS)
+    expected = dense_hessian()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for held in (2**30, 16 * 40 * full.dim, 1):
+        monkeypatch.setattr(curvature, "HELD_BYTES", held)
+        columns = curvature._columns_at_a_time(network_loss, PARAMS, full.layout, RECORDS, full.dim)
+        records = curvature._records_at_a_time(network_loss, PARAMS, RECORDS, columns, 256)
+        pairs = held // (2 * curvature.bytes_of_one(network_loss, PARAMS, RECORDS))
+        assert columns <= full.dim and records <= 37 and records * columns <= max(1, pairs, columns)
+        found = jax.jit(functools.partial(curvature.projected_hessian, network_loss))(PARAMS, full, RECORDS)
+        np.testing.assert_allclose(found, expected, atol=3e-5)
+    assert (columns, records) == (1, 1)
+
+
 def model(params, record):
     return jnp.tanh(record["x"] @ params["layer"]["w"] + params["layer"]["b"]) @ params["head"]
 

@@ -77,9 +77,12 @@ def test_many_draws_are_independent_and_have_the_law_of_one(form):
     assert abs(np.mean(np.sum(whitened[1:] * whitened[:-1], axis=1))) < 5 * np.sqrt(operator.dim / 40_000)
 
 
-def test_a_matrix_of_several_blocks_has_the_root_of_the_oracle():
-    matrix = spd(KEY, 2 * precision._BLOCK + 37, condition=1e3)
-    operator = precision.dense(matrix)
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_a_matrix_of_several_blocks_has_the_root_of_the_oracle(backend, monkeypatch):
+    matrix = spd(KEY, 2 * precision._ON_CPU + 37, condition=1e3)
+    monkeypatch.setattr(precision.jax, "default_backend", lambda: backend)
+    operator = precision.dense.__wrapped__(matrix)  # no trace of the other backend is used again
+    assert len(operator.arrays.inverses) == {"cpu": 3, "gpu": 1}[backend]
     root = np.linalg.cholesky(np.asarray(matrix, np.float64))
     x = np.asarray(jax.random.normal(KEY, (operator.dim,)), np.float64)
     for function, expected in (

@@ -66,7 +66,7 @@ def l2_clips(case: Case, space: Subspace, clip_norm: float, sizes: tuple[int, ..
 def _jax_privacy(case, space, clip_norm, sizes):
     """At once and in microbatches, each also with a mask, with which XLA compiles convolutions to something faster.
 
-    And, where there are convolutions, as the products that ours are, in small microbatches that stay in cache.
+    And, where there are convolutions, as the products that ours are.
     """
     library = find("jax_privacy")
     if library is None:
@@ -90,7 +90,7 @@ def _jax_privacy(case, space, clip_norm, sizes):
             continue
         found[f"jax_privacy {size}"] = contestant(loss, size)
         found[f"jax_privacy {size}, masked"] = contestant(loss, size, is_padding_example=nobody)
-        if case.name == "cnn" and size in sizes and jax.default_backend() == "cpu":
+        if case.name == "cnn":
             found[f"products {size}"] = contestant(as_products(loss), size, is_padding_example=nobody)
     return found
 
