@@ -221,14 +221,14 @@ def choose(
       noise_multiplier: z of all rounds together, that of one round over sqrt(T).
       num_units: N.
     """
-    signals = flow.pooled_signal(belief, spectrum, num_units)
+    signals, rate = (f(belief, spectrum, num_units) for f in (flow.pooled_signal, flow.signal_rate))
     heavy = is_heavy(belief, spectrum, num_units)
     longer = jnp.where(heavy, _LONGER_UNDER_HEAVY_SHIFT, 1)
     geometries = geometries._replace(longest=longer * geometries.longest)
 
     def best(geometry):
         noise_var = (geometry.l2_clip_norm * noise_multiplier / num_units) ** 2
-        return flow.best_length(signals, spectrum, noise_var, num_units, geometry.longest, geometry.tuned)
+        return flow.best_length(signals, spectrum, noise_var, num_units, geometry.longest, geometry.tuned, rate)
 
     lengths, costs = jax.vmap(best)(geometries)
     chosen = jnp.where(heavy, 0, jnp.argmin(costs))

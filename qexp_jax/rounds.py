@@ -216,8 +216,9 @@ def follow(
     seen, noise_var = noisy / num_units, (noise_std / num_units) ** 2
     belief = flow.observe(walk.belief, spectrum, seen, noise_var, geometry.tuned)
     signal = flow.pooled_signal(belief, spectrum, num_units)
+    rate = flow.signal_rate(belief, spectrum, num_units)
     wanted, _ = flow.best_length(
-        signal, spectrum, noise_var / rounds, num_units, geometry.longest, geometry.tuned
+        signal, spectrum, noise_var / rounds, num_units, geometry.longest, geometry.tuned, rate
     )  # fmt: skip
     multiples, belief = flow.advance(belief, spectrum, wanted / rounds, num_units, geometry.tuned)
     # The precision has the spectrum's directions, so that scaling before or after colouring is the same.
