@@ -138,6 +138,57 @@ def test_the_measured_and_the_public_curvature_have_no_bias_under_noise():
     assert jnp.mean(naive) > 1.5 * by_block[0]
 
 
+def test_the_signals_rate_is_the_geometric_mean_of_what_is_expected_and_what_was_measured():
+    spectrum = example()._replace(directions=jnp.eye(10)[:3])
+    public = flow.signal_curvature(spectrum)
+    private = jnp.diag(jnp.append(8 * public[:3], jnp.full(7, 32 * public[-1])))
+    found, _ = rounds_of(spectrum, private, 1e-3, 4, 0.1)
+    np.testing.assert_allclose(flow.signal_rate(found, spectrum, 10**6), [2, 2, 2, 4], rtol=0.02)
+    for belief in (flow.before_release(spectrum), rounds_of(spectrum, private / 40, 1e-3, 4, 0.1)[0]):
+        np.testing.assert_array_equal(flow.signal_rate(belief, spectrum, 10**6), 1)
+    # It moves what is gained, not what noise costs.
+    signals, rate = 0.05 * spectrum.moments, jnp.full(4, 3.0)
+    steep = spectrum._replace(curvature=3 * spectrum.curvature)
+    silent = [flow.excess(0.7, signals, s, 0.0, 20, 1.0, r) for s, r in ((spectrum, rate), (steep, 1.0))]
+    np.testing.assert_allclose(*silent, rtol=1e-6)
+    noise = [flow.excess(0.7, signals, spectrum, v, 20, 1.0, r) for v in (0.1, 0.0) for r in (rate, 1.0)]
+    np.testing.assert_allclose(noise[0] - noise[2], noise[1] - noise[3], rtol=1e-4)
+
+
+def final_excess(times, signal_rate, dim=60, rank=40, rounds=80):
+    """After rounds whose noise is as large as the gradient, along which alone the private curvature is steep."""
+    curvature = jnp.append(jnp.geomspace(2.0, 0.02, rank), 0.02)
+    shifts = (jnp.asarray(x, jnp.float32) for x in flow.shift_prior())
+    dims = jnp.append(jnp.ones(rank), dim - rank)
+    spectrum = flow.Spectrum(jnp.eye(dim)[:rank], curvature, curvature, dims, *shifts)
+    public = jnp.append(curvature[:-1], jnp.full(dim - rank, 0.02))
+    g = jnp.sqrt(0.1 * public) * jax.random.normal(jax.random.key(1), (dim,))
+    private = jnp.diag(public) + times * jnp.vdot(g, public * g) / jnp.vdot(g, g) ** 2 * jnp.outer(g, g)
+    minimum, noise_var = -jnp.linalg.solve(private, g), jnp.vdot(g, g) / dim
+
+    def one(carried, key):
+        belief, x = carried
+        seen = g + private @ x + jnp.sqrt(noise_var) * jax.random.normal(key, (dim,))
+        belief = flow.observe(belief, spectrum, seen, noise_var)
+        signal, rate = flow.pooled_signal(belief, spectrum, 10**6), signal_rate(belief, spectrum, 10**6)
+        length, _ = flow.best_length(signal, spectrum, noise_var / rounds, 10**6, 20.0, 1.0, rate)
+        multiples, belief = flow.advance(belief, spectrum, length / rounds, 10**6)
+        return (belief, x - flow.scale(spectrum.directions, multiples, seen)), None
+
+    def run(key):
+        start = flow.before_release(spectrum), jnp.zeros(dim)
+        error = jax.lax.scan(one, start, jax.random.split(key, rounds))[0][1] - minimum
+        return error @ private @ error / 2
+
+    return jnp.mean(jax.jit(jax.vmap(run))(jax.random.split(KEY, 100)))
+
+
+@pytest.mark.parametrize("times", [10, 30])
+def test_a_gradient_that_one_step_consumes_is_not_followed_by_rounds_of_noise(times):
+    public_rate = lambda belief, spectrum, num_units: jnp.ones_like(spectrum.curvature)
+    assert final_excess(times, flow.signal_rate) < 0.8 * final_excess(times, public_rate)
+
+
 def test_no_flow_passes_the_minimum_of_a_quadratic_as_steep_as_measured():
     spectrum = example()
     belief, _ = rounds_of(spectrum, 6 * dense_curvature(spectrum), 1e-3, 4, 0.2)
