@@ -138,13 +138,13 @@ def test_the_measured_and_the_public_curvature_have_no_bias_under_noise():
     assert jnp.mean(naive) > 1.5 * by_block[0]
 
 
-def test_the_signals_rate_is_the_geometric_mean_of_what_is_expected_and_what_was_measured():
+def test_a_signal_decays_faster_where_it_was_found_steeper_than_common():
     spectrum = example()._replace(directions=jnp.eye(10)[:3])
     public = flow.signal_curvature(spectrum)
-    private = jnp.diag(jnp.append(8 * public[:3], jnp.full(7, 32 * public[-1])))
+    private = jnp.diag(jnp.append(16 * public[:3], jnp.full(7, 32 * public[-1])))
     found, _ = rounds_of(spectrum, private, 1e-3, 4, 0.1)
     np.testing.assert_allclose(flow.signal_rate(found, spectrum, 10**6), [2, 2, 2, 4], rtol=0.02)
-    for belief in (flow.before_release(spectrum), rounds_of(spectrum, private / 40, 1e-3, 4, 0.1)[0]):
+    for belief in (flow.before_release(spectrum), rounds_of(spectrum, private / 5, 1e-3, 4, 0.1)[0]):
         np.testing.assert_array_equal(flow.signal_rate(belief, spectrum, 10**6), 1)
     # It moves what is gained, not what noise costs.
     signals, rate = 0.05 * spectrum.moments, jnp.full(4, 3.0)
@@ -183,7 +183,7 @@ def final_excess(times, signal_rate, dim=60, rank=40, rounds=80):
     return jnp.mean(jax.jit(jax.vmap(run))(jax.random.split(KEY, 100)))
 
 
-@pytest.mark.parametrize("times", [10, 30])
+@pytest.mark.parametrize("times", [30, 50])
 def test_a_gradient_that_one_step_consumes_is_not_followed_by_rounds_of_noise(times):
     public_rate = lambda belief, spectrum, num_units: jnp.ones_like(spectrum.curvature)
     assert final_excess(times, flow.signal_rate) < 0.8 * final_excess(times, public_rate)
