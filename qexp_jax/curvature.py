@@ -189,16 +189,18 @@ def _columns(loss_fn, params, subspace, records, directions, lifted, size, **bat
 def _columns_at_a_time(loss_fn, params, layout, records, num_directions):
     if jax.default_backend() == "cpu":
         return _COLUMNS
-    pairs = HELD_BYTES // (2 * bytes_of_one(loss_fn, params, records))
-    held = HELD_BYTES // (16 * layout.num_params)
-    return max(1, min(num_directions, held, max(_COLUMNS, pairs // max(1, num_records(records)))))
+    each = _pairs_held(loss_fn, params, records) // max(1, num_records(records))
+    return max(1, min(num_directions, HELD_BYTES // (16 * layout.num_params), max(_COLUMNS, each)))
 
 
 def _records_at_a_time(function, params, records, num_directions, on_cpu):
     if jax.default_backend() == "cpu":
         return on_cpu
-    pairs = HELD_BYTES // (2 * bytes_of_one(function, params, records))
-    return max(1, min(num_records(records), pairs // num_directions))
+    return max(1, min(num_records(records), _pairs_held(function, params, records) // num_directions))
+
+
+def _pairs_held(function, params, records):
+    return HELD_BYTES // (2 * bytes_of_one(function, params, records))
 
 
 def _lift_each(subspace, directions):
