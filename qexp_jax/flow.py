@@ -181,7 +181,7 @@ def steepness(belief: Belief, spectrum: Spectrum, num_units: int) -> jax.Array:
     if that is larger: second moments V + g g^T, as records have whose mean is g, are at most that many times V.
 
     Where y' points back over F y, by more than two standard deviations of its error, the step has passed the minimum of
-    its line, and c is at least A / B of that step less two standard deviations. Of a quadratic the mean soon says the
+    its line, and c is at least A / B of that step, with A less and B more by two standard deviations. Of a quadratic the mean soon says the
     same; a loss that is nearly linear on both sides of a narrow valley, as logistic ones far from their minimum, is
     jumped over and over by steps that suit the mean of its curvatures.
     """
@@ -217,7 +217,7 @@ def _measured(belief, spectrum, seen, noise_var, tuned):
     slopes = jnp.where(is_seen, pair * sure / jnp.where(variance > 0, variance, jnp.inf), 0)
     error, back = 2 * jnp.sqrt(variance), -_in_two(belief.followed * product)
     passed = is_seen & (back > error) & (pair[1] > 0)
-    return slopes, jnp.where(passed, (pair[0] - error) / jnp.where(passed, pair[1], 1), 0)
+    return slopes, jnp.where(passed, (pair[0] - error) / jnp.where(passed, pair[1] + 2 * spread, 1), 0)
 
 
 def _products(directions, x, y):

@@ -246,6 +246,27 @@ def test_noise_does_not_pass_for_a_minimum_that_was_passed(noise_std):
     assert jnp.mean(found[:, 0] > 8) < 0.06 and jnp.mean(found[:, 1] > 0) < 0.06
 
 
+def test_a_passed_minimum_shows_no_more_steepness_than_there_is_however_little_of_a_step_was_signal():
+    """One direction of a large block is jumped over and over, with a step hardly longer than its noise is.
+
+    Over the public curvature's estimate, not its upper limit, the largest of 20,000 would be ninety times the truth.
+    """
+    spectrum = example(rest=997)._replace(directions=jnp.eye(1000)[:3])
+    followed, jumped = jnp.array([0.1, 0.1, 0.1, 1.0]), 2.2  # private curvature times step
+    truth = jumped / (followed[-1] * flow.signal_curvature(spectrum)[-1])
+
+    def steepest(key):
+        first, second = jax.random.split(key)
+        g = jnp.zeros(1000).at[500].set(10.0)
+        y = g + jax.random.normal(first, g.shape)
+        later = g.at[500].add(-jumped * y[500]) + jax.random.normal(second, g.shape)
+        belief = flow.before_release(spectrum)._replace(last=y, last_var=jnp.array(1.0), followed=followed)
+        return flow.observe(belief, spectrum, later, 1.0).steepest[1]
+
+    found = jax.jit(lambda keys: jax.lax.map(steepest, keys, batch_size=500))(jax.random.split(KEY, 20_000))
+    assert jnp.mean(found > 0) > 0.3 and found.max() < truth
+
+
 def test_the_anchors_gradient_is_remembered_through_the_flow_with_the_stated_variance():
     spectrum = example()._replace(curvature=jnp.array([2.0, 1.0, 0.1, 0.1]))
     private = 2.0 * dense_curvature(spectrum)  # the steepness expected
