@@ -181,9 +181,9 @@ def steepness(belief: Belief, spectrum: Spectrum, num_units: int) -> jax.Array:
     if that is larger: second moments V + g g^T, as records have whose mean is g, are at most that many times V.
 
     Where y' points back over F y, by more than two standard deviations of its error, the step has passed the minimum of
-    its line, and c is at least A / B of that step, with A less and B more by two standard deviations. Of a quadratic the mean soon says the
-    same; a loss that is nearly linear on both sides of a narrow valley, as logistic ones far from their minimum, is
-    jumped over and over by steps that suit the mean of its curvatures.
+    its line, and c is at least A / B of that step, with A less and B more by two standard deviations. Of a quadratic
+    the mean soon says the same; a loss that is nearly linear on both sides of a narrow valley, as logistic ones far
+    from their minimum, is jumped over and over by steps that suit the mean of its curvatures.
     """
     large = 1 + jnp.sum(pooled_signal(belief, spectrum, num_units)[:-1] / spectrum.moments[:-1])
     prior = jnp.stack([jnp.maximum(_STEEPNESS, large), jnp.full_like(large, _STEEPNESS)])
