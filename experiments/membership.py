@@ -131,7 +131,7 @@ def released(key, anchor, pool, included, epsilon, delta):
                 *_, walk = rounds.follow(noisy, walk, spaced, quadratic, noise_std, spectrum, geometry, made.rounds)
                 return walk, None
 
-            return rounds.settled(spaced, jax.lax.scan(round_of, walk, keys)[0])
+            return jax.lax.scan(round_of, walk, keys)[0].params
 
         return jax.lax.map(one, (noise_keys, included), batch_size=BATCH)
 

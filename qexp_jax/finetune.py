@@ -204,7 +204,7 @@ def fine_tune(
         noise_multiplier=noise_multiplier, plan=plan, provenance=make_provenance(params, public, subspace),
         prng_impl=str(jax.random.key_impl(key)), discrete_noise=discrete_noise,
     )  # fmt: skip
-    release = Release(_cast(layout, walks.settled(plan.subspace, walk)), certificate)
+    release = Release(_cast(layout, walk.params), certificate)
     return (release, infos) if diagnostics else release
 
 

@@ -10,11 +10,8 @@ released before as long as their squares never add up to more than mu^2, for Gau
 that loses nothing (Smith and Thakurta, arXiv:2210.17520; zCDP, of hardened releases, has one as well: Whitehouse et
 al., arXiv:2203.05481). What a round does with its draw is post-processing (T5), which no test between neighbours gains
 from: it follows the draw for a T-th of the length that the sums released so far deserve (`flow`), next to nothing where
-they look like noise, and least where the private curvature is high. Under a heavy shift, where steps come back over
-what they passed, the release is the exponential mean of the iterates over a 16th of the rounds, 5 of 80 (De et al.,
-arXiv:2204.13650, so average DP-SGD's): .8820 in place of .8796 on MNIST turned by 40 degrees (MLP, 4000 records,
-epsilon 8, ten seeds), where a decay of the last eight steps gained nothing. `tests/test_privacy.py` holds the
-composition against dp_accounting's.
+they look like noise, and least where the private curvature is high. `tests/test_privacy.py` holds the composition
+against dp_accounting's.
 """
 
 import functools
@@ -38,8 +35,6 @@ from qexp_jax.passes import Target
 from qexp_jax.plan import Geometry, Plan, choose, is_heavy, precision_of
 from qexp_jax.records import LossFn, Params, Record
 from qexp_jax.subspace import Subspace
-
-_AVERAGED_PARTS = 16  # the latest of as many parts of the rounds
 
 
 class RoundInfo(NamedTuple):
@@ -73,13 +68,11 @@ class Walk(NamedTuple):
       params: where the next round expands.
       belief: what the releases say of the private gradient and curvature.
       split: after how many rounds the budget left was split anew; T if it was not.
-      behind: (k,) from `params` to the mean of the latest iterates, in the subspace; 0 unless the shift is heavy.
     """
 
     params: Params
     belief: Belief
     split: jax.Array
-    behind: jax.Array
 
 
 class Engine(NamedTuple):
@@ -106,14 +99,7 @@ class Engine(NamedTuple):
 
 def start(layout: subspaces.Layout, params: Params, spectrum: Spectrum, rounds: int) -> Walk:
     """The pretrained parameters, before any release."""
-    belief = flow.before_release(spectrum)
-    return Walk(subspaces.working(layout, params), belief, jnp.asarray(rounds), jnp.zeros_like(belief.last))
-
-
-@jax.jit
-def settled(subspace: Subspace, walk: Walk) -> Params:
-    """The parameters to release: under a heavy shift the mean of the latest iterates, else the last one."""
-    return subspaces.displace(subspace, walk.params, walk.behind)
+    return Walk(subspaces.working(layout, params), flow.before_release(spectrum), jnp.asarray(rounds))
 
 
 def schedule(rounds: int, most_rounds: int, split: int) -> tuple[int, float]:
@@ -236,14 +222,11 @@ def follow(
     )  # fmt: skip
     multiples, belief = flow.advance(belief, spectrum, wanted / rounds, num_units, geometry.tuned)
     # The precision has the spectrum's directions, so that scaling before or after colouring is the same.
-    step = flow.scale(spectrum.directions, multiples, w)
-    params = subspaces.displace(subspace, walk.params, step)
-    weight = jnp.where(is_heavy(belief, spectrum, num_units), jnp.maximum(1 - _AVERAGED_PARTS / rounds, 0), 0)
-    behind = weight * (walk.behind - step)
+    params = subspaces.displace(subspace, walk.params, flow.scale(spectrum.directions, multiples, w))
     noise = (noisy - quadratic.whitened_sum) / num_units
     stretched = flow.scale(spectrum.directions, spectrum.curvature * multiples**2, noise)
     cost = jnp.vdot(noise, stretched, precision=jax.lax.Precision.HIGHEST) / 2
-    return w, multiples, cost, Walk(params, belief, walk.split, behind)
+    return w, multiples, cost, Walk(params, belief, walk.split)
 
 
 def predicted_cost(info: RoundInfo) -> tuple[float, float]:

@@ -239,37 +239,6 @@ def test_rounds_that_are_given_are_kept_under_a_heavy_shift():
     assert len(infos) == release.certificate["most_rounds"] == 4
 
 
-@pytest.mark.parametrize(("slope", "epsilon"), [(3.0, 8.0), (0.0, 0.3)])
-def test_the_release_is_a_mean_of_the_latest_iterates_under_a_heavy_shift_alone(monkeypatch, slope, epsilon):
-    walks, shares, follow = [], [], rounds.follow
-
-    def watched(*args):
-        *found, walk = follow(*args)
-        walks.append(np.asarray(walk.params["w"]))
-        heavy = rounds.is_heavy(walk.belief, args[5], args[3].num_units)
-        shares.append(1 - 16 / args[-1] if heavy and args[-1] > 16 else 0.0)
-        return *found, walk
-
-    monkeypatch.setattr(rounds, "follow", watched)
-    release, *_ = wide_rounds(wide_data(slope), epsilon, rank=30)
-    mean = np.ones(WIDE)
-    for share, iterate in zip(shares, walks, strict=True):
-        mean = share * mean + (1 - share) * iterate
-    np.testing.assert_allclose(release.params["w"], mean, rtol=1e-5)
-    is_last = np.array_equal(release.params["w"], walks[-1])
-    assert is_last == (slope == 0) and len(walks) == (80 if slope else 8)
-
-
-@pytest.mark.parametrize("given", [1, 4])
-def test_few_rounds_are_not_averaged_however_heavy_the_shift(given):
-    release, infos, _ = wide_rounds(wide_data(3.0), epsilon=8.0, rank=30, rounds=given)
-    steps = [flow.scale(i.plan.spectrum.directions, i.multiples, i.w) for i in infos]
-    params = {"w": jnp.ones(WIDE)}
-    for step in steps:
-        params = subspace.displace(infos[0].plan.subspace, params, step)
-    np.testing.assert_allclose(release.params["w"], params["w"], rtol=1e-5)
-
-
 @pytest.mark.parametrize(("rounds_planned", "most"), [(8, 80), (24, 80), (12, 13), (40, 40)])
 def test_every_schedule_spends_the_budget_exactly(rounds_planned, most):
     assert rounds.schedule(rounds_planned, most, rounds_planned) == (rounds_planned, rounds_planned)
