@@ -36,6 +36,12 @@ exp(-L c K_j), those of least variance if c K_j is its decay. What remains decay
 is larger than common shifts make it (`signal_rate`): where the means of features move, c is 10 to 20, one step may
 consume the gradient, and with K alone J then promised more than the whole loss, and 70 rounds of noise followed.
 
+*Far from the anchor* no quadratic tells how much there is to gain, and J is of no use. Under a heavy shift a round asks
+instead how much signal the latest releases show (`signal_left`) and takes the step that lowers the loss most by itself
+(`best_step`): its gain to first order, less what curvature and noise cost, as a Wiener filter's. It shortens as the
+signal is consumed. With an MLP on MNIST turned by 40 degrees and 4000 records the accuracy went from .8745 to .880 at
+epsilon 8 and from .824 to .825 at epsilon 1 (ten seeds).
+
 The derivation and the priors are ours. Empirical Bayes: Efron and Morris, J. Am. Stat. Assoc. 68 (1973). A step from
 two gradients: Barzilai and Borwein, IMA J. Numer. Anal. 8 (1988).
 """
@@ -93,6 +99,9 @@ class Belief(NamedTuple):
       followed: (r + 1,) multiples of it that were followed.
       slopes: (2, 2) sums over rounds of the regression of measured on public curvature, see `steepness`.
       steepest: (2,) the largest steepness that a passed minimum has shown; 0 where none was passed.
+      times: (r + 1,) in how many rounds it was tuned.
+      recent: (k,) mean of the released mean gradients, the t-th of them with weight t.
+      recent_var: (r + 1,) variance of its noise in each coordinate.
     """
 
     gradients: jax.Array
@@ -103,6 +112,9 @@ class Belief(NamedTuple):
     followed: jax.Array
     slopes: jax.Array
     steepest: jax.Array
+    times: jax.Array
+    recent: jax.Array
+    recent_var: jax.Array
 
 
 def shift_prior() -> tuple[np.ndarray, np.ndarray]:
@@ -120,7 +132,7 @@ def before_release(spectrum: Spectrum) -> Belief:
     """Nothing is known but the prior."""
     zeros = jnp.zeros_like(spectrum.curvature)
     gradients, slopes = jnp.zeros(spectrum.directions.shape[1], zeros.dtype), jnp.zeros((2, 2), zeros.dtype)
-    return Belief(gradients, zeros, zeros + 1, gradients, zeros[0], zeros, slopes, slopes[0])
+    return Belief(gradients, zeros, zeros + 1, gradients, zeros[0], zeros, slopes, slopes[0], zeros, gradients, zeros)
 
 
 def observe(
@@ -137,6 +149,8 @@ def observe(
     """
     left = tuned * belief.left
     slopes, steepest = _measured(belief, spectrum, seen, noise_var, tuned)
+    times = belief.times + tuned
+    newest = tuned * 2 / (times + 1)
     return belief._replace(
         gradients=belief.gradients + scale(spectrum.directions, left / noise_var, seen),
         weights=belief.weights + left**2 / noise_var,
@@ -144,6 +158,9 @@ def observe(
         last_var=jnp.asarray(noise_var, seen.dtype),
         slopes=belief.slopes + slopes,
         steepest=jnp.maximum(belief.steepest, steepest),
+        times=times,
+        recent=belief.recent + scale(spectrum.directions, newest, seen - belief.recent),
+        recent_var=(1 - newest) ** 2 * belief.recent_var + newest**2 * noise_var,
     )
 
 
@@ -163,7 +180,7 @@ def advance(
     energy = jnp.sum(tuned * jnp.maximum(_products(spectrum.directions, belief.last, belief.last) - noise, 0))
     promising = jnp.where(energy > 0, spectrum.loss_scale / jnp.where(energy > 0, energy, 1), jnp.inf)
     length = jnp.where(is_measured, length, jnp.minimum(length, promising))
-    rates = steepness(belief, spectrum, num_units) * signal_curvature(spectrum)
+    rates = _rates(belief, spectrum, num_units)
     multiples, left = -tuned * jnp.expm1(-length * rates) / rates, jnp.exp(-tuned * length * rates)
     return multiples, belief._replace(left=belief.left * left, followed=multiples)
 
@@ -271,6 +288,19 @@ def _pooled(belief, spectrum):
     return shares**2 * energies(spectrum.directions, largest * belief.gradients), noise_var
 
 
+def signal_left(belief: Belief, spectrum: Spectrum, num_units: int) -> jax.Array:
+    """How much of E[g_j^2] (r + 1,) is left: what the recent releases show, and at most what the anchor had.
+
+    Of the energy of their mean the noise's is taken off, but for one standard deviation of it, in the leading ones
+    together and in all others: without any noise allowed for, walks stand still in their first rounds for nothing that
+    a later one would not have seen. May be negative, so that sums over directions have no further bias.
+    """
+    dims = spectrum.dims.at[:-1].set(len(spectrum.directions))
+    noise = belief.recent_var * (1 - jnp.sqrt(2 / jnp.maximum(dims, 1)))
+    left = energies(spectrum.directions, belief.recent) - noise
+    return jnp.minimum(pooled_signal(belief, spectrum, num_units), jnp.where(belief.times > 0, left, jnp.inf))
+
+
 def signal(energy: jax.Array, spectrum: Spectrum, noise_var: jax.Array | float, num_units: int) -> jax.Array:
     """Posterior means E[g_j^2] (r + 1,), averaged over the posterior of the shift tau.
 
@@ -354,3 +384,36 @@ def best_length(
 def lengths_up_to(longest: jax.Array | float) -> jax.Array:
     """The logarithmic grid of lengths, from `longest` / 64."""
     return longest * jnp.geomspace(_SHORTEST, 1.0, _NUM_LENGTHS)
+
+
+def best_step(
+    belief: Belief,
+    spectrum: Spectrum,
+    noise_var: jax.Array | float,
+    num_units: int,
+    longest: jax.Array | float,
+    tuned: jax.Array | float = 1.0,
+) -> jax.Array:
+    """The length, on a grid up to `longest`, of the round that is expected to lower the loss most by itself.
+
+    A step of multiples F lowers it to first order by g^T F g. A private curvature of c K along the signal takes back
+    half of g^T F c K F g, and noise, which meets K, costs half of s^2 tr(F K F).
+
+    Args:
+      belief: after the round's release.
+      spectrum: public.
+      noise_var: s^2, variance in each coordinate of this release's noise.
+      num_units: N.
+      longest: bound of a single round.
+      tuned: (r + 1,) one, or zero where the round holds the parameters fixed.
+    """
+    signals, rates = signal_left(belief, spectrum, num_units), _rates(belief, spectrum, num_units)
+    lengths = lengths_up_to(longest)
+    multiples = -tuned * jnp.expm1(-lengths[:, None] * rates) / rates
+    change = signals * (rates * multiples / 2 - 1) + spectrum.curvature * noise_var * multiples / 2
+    return lengths[jnp.argmin(jnp.matmul(multiples * change, spectrum.dims, precision=_HIGHEST))]
+
+
+def _rates(belief, spectrum, num_units):
+    """c K (r + 1,), the private curvature along the signal."""
+    return steepness(belief, spectrum, num_units) * signal_curvature(spectrum)

@@ -220,7 +220,9 @@ def follow(
     wanted, _ = flow.best_length(
         signal, spectrum, noise_var / rounds, num_units, geometry.longest, geometry.tuned, rate
     )  # fmt: skip
-    multiples, belief = flow.advance(belief, spectrum, wanted / rounds, num_units, geometry.tuned)
+    step = flow.best_step(belief, spectrum, noise_var, num_units, geometry.longest / rounds, geometry.tuned)
+    length = jnp.where(is_heavy(belief, spectrum, num_units), step, wanted / rounds)
+    multiples, belief = flow.advance(belief, spectrum, length, num_units, geometry.tuned)
     # The precision has the spectrum's directions, so that scaling before or after colouring is the same.
     params = subspaces.displace(subspace, walk.params, flow.scale(spectrum.directions, multiples, w))
     noise = (noisy - quadratic.whitened_sum) / num_units

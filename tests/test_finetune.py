@@ -12,7 +12,7 @@ from flax import nnx
 from problems import network, network_loss
 
 import qexp_jax
-from qexp_jax import accuracy, clipping, flow, privacy, rounds, subspace
+from qexp_jax import accuracy, clipping, flow, plan, privacy, rounds, subspace
 
 KEY = jax.random.key(17)
 BUDGET = {"epsilon": 1.0, "delta": 1e-5}
@@ -166,6 +166,30 @@ def test_under_a_heavy_shift_the_budget_left_is_split_over_more_rounds_and_spent
     for infos in (few, many):
         np.testing.assert_allclose(spent(infos), calm.certificate["mu"] ** 2, rtol=1e-5)
     assert many[0].noise_std / many[0].geometry.l2_clip_norm < many[-1].noise_std / many[-1].geometry.l2_clip_norm
+
+
+@pytest.mark.parametrize(("shift", "is_heavy"), [(0.004, False), (0.3, True)])
+def test_a_round_takes_its_share_of_the_best_length_or_under_a_heavy_shift_the_best_step(shift, is_heavy):
+    _, infos, _ = wide_rounds(wide_data(0.0), epsilon=8.0)
+    made, quadratic = infos[0].plan, infos[0].quadratic
+    spectrum, num_units = made.spectrum, quadratic.num_units
+    geometry = jax.tree.map(lambda x: x[0], made.geometries)
+    walk = rounds.start(made.subspace.layout, {"w": jnp.ones(WIDE)}, spectrum, made.rounds)
+    g = flow.scale(spectrum.directions, jnp.sqrt(shift * spectrum.moments), jax.random.normal(KEY, (WIDE,)))
+    noise_var = jnp.mean(g**2) / 4
+    _, multiples, _, _ = rounds.follow(
+        num_units * g, walk, made.subspace, quadratic, num_units * noise_var**0.5, spectrum, geometry, 8.0
+    )
+    belief = flow.observe(walk.belief, spectrum, g, noise_var)
+    assert plan.is_heavy(belief, spectrum, num_units) == is_heavy
+    signal, rate = (f(belief, spectrum, num_units) for f in (flow.pooled_signal, flow.signal_rate))
+    share = flow.best_length(signal, spectrum, noise_var / 8, num_units, geometry.longest, rate=rate)[0] / 8
+    step = flow.best_step(belief, spectrum, noise_var, num_units, geometry.longest / 8)
+    expected, other = (
+        flow.advance(belief, spectrum, x, num_units)[0] for x in ((step, share) if is_heavy else (share, step))
+    )
+    np.testing.assert_allclose(multiples, expected, rtol=1e-4)
+    assert jnp.all(jnp.abs(multiples / other - 1) > 0.05)
 
 
 def test_a_hardened_release_spends_no_more_than_its_zcdp_when_it_splits():

@@ -8,6 +8,7 @@ import pytest
 from qexp_jax import flow
 
 KEY = jax.random.key(29)
+HOLD_OTHERS = jnp.array([1.0, 1.0, 1.0, 0.0])
 
 
 def example(rest=7, shifts=(1e-3, 1e-2, 1e-1)):
@@ -155,7 +156,7 @@ def test_a_signal_decays_faster_where_it_was_found_steeper_than_common():
     np.testing.assert_allclose(noise[0] - noise[2], noise[1] - noise[3], rtol=1e-4)
 
 
-def final_excess(times, signal_rate, dim=60, rank=40, rounds=80):
+def final_excess(times, length_of, dim=60, rank=40, rounds=80):
     """After rounds whose noise is as large as the gradient, along which alone the private curvature is steep."""
     curvature = jnp.append(jnp.geomspace(2.0, 0.02, rank), 0.02)
     shifts = (jnp.asarray(x, jnp.float32) for x in flow.shift_prior())
@@ -170,9 +171,8 @@ def final_excess(times, signal_rate, dim=60, rank=40, rounds=80):
         belief, x = carried
         seen = g + private @ x + jnp.sqrt(noise_var) * jax.random.normal(key, (dim,))
         belief = flow.observe(belief, spectrum, seen, noise_var)
-        signal, rate = flow.pooled_signal(belief, spectrum, 10**6), signal_rate(belief, spectrum, 10**6)
-        length, _ = flow.best_length(signal, spectrum, noise_var / rounds, 10**6, 20.0, 1.0, rate)
-        multiples, belief = flow.advance(belief, spectrum, length / rounds, 10**6)
+        length = length_of(belief, spectrum, noise_var, rounds)
+        multiples, belief = flow.advance(belief, spectrum, length, 10**6)
         return (belief, x - flow.scale(spectrum.directions, multiples, seen)), None
 
     def run(key):
@@ -183,10 +183,107 @@ def final_excess(times, signal_rate, dim=60, rank=40, rounds=80):
     return jnp.mean(jax.jit(jax.vmap(run))(jax.random.split(KEY, 100)))
 
 
+def planned(signal_rate):
+    """The rounds' shares of the length of least J."""
+
+    def length_of(belief, spectrum, noise_var, rounds):
+        signal, rate = flow.pooled_signal(belief, spectrum, 10**6), signal_rate(belief, spectrum, 10**6)
+        return flow.best_length(signal, spectrum, noise_var / rounds, 10**6, 20.0, 1.0, rate)[0] / rounds
+
+    return length_of
+
+
+def of_its_own(belief, spectrum, noise_var, rounds):
+    return flow.best_step(belief, spectrum, noise_var, 10**6, 20.0 / rounds)
+
+
+@pytest.mark.parametrize("length_of", [planned(flow.signal_rate), of_its_own])
 @pytest.mark.parametrize("times", [30, 50])
-def test_a_gradient_that_one_step_consumes_is_not_followed_by_rounds_of_noise(times):
+def test_a_gradient_that_one_step_consumes_is_not_followed_by_rounds_of_noise(times, length_of):
     public_rate = lambda belief, spectrum, num_units: jnp.ones_like(spectrum.curvature)
-    assert final_excess(times, flow.signal_rate) < 0.8 * final_excess(times, public_rate)
+    assert final_excess(times, length_of) < 0.8 * final_excess(times, planned(public_rate))
+
+
+def test_the_recent_mean_has_the_latest_releases_with_the_most_weight_and_the_stated_variance():
+    spectrum, belief = example(), flow.before_release(example())
+    seen, noise_vars = jax.random.normal(KEY, (4, 10)), jnp.array([1.0, 3.0, 0.5, 2.0])
+    for y, noise_var, tuned in zip(seen, noise_vars, (1.0, HOLD_OTHERS, 1.0, 1.0), strict=True):
+        belief = flow.observe(belief, spectrum, y, noise_var, tuned)
+    leading, others = jnp.array([1, 2, 3, 4]) / 10, jnp.array([1, 0, 2, 3]) / 6
+    np.testing.assert_allclose(spectrum.directions @ belief.recent, leading @ seen @ spectrum.directions.T, rtol=1e-4)
+    outside = jnp.eye(10) - spectrum.directions.T @ spectrum.directions
+    np.testing.assert_allclose(outside @ belief.recent, outside @ (others @ seen), rtol=1e-4, atol=1e-6)
+    expected = [leading**2 @ noise_vars] * 3 + [others**2 @ noise_vars]
+    np.testing.assert_allclose(belief.recent_var, expected, rtol=1e-5)
+    np.testing.assert_array_equal(belief.times, [4, 4, 4, 3])
+
+
+def test_the_signal_left_is_what_the_latest_releases_show_but_for_one_standard_deviation_of_the_noises_energy():
+    """Seen eight times, a tenth of the gradient of the first release; with a prior that lets it be as large."""
+    spectrum = example(rest=997, shifts=(100.0,))._replace(directions=jnp.eye(1000)[:3])
+    g = jnp.append(jnp.array([2.0, -1.0, 1.5]), jax.random.normal(jax.random.key(1), (997,)))
+    noise_std = 3.0
+
+    def found(key):
+        belief = flow.observe(flow.before_release(spectrum), spectrum, 10 * g, 1e-6)
+        for k in jax.random.split(key, 8):
+            belief = flow.observe(belief, spectrum, g + noise_std * jax.random.normal(k, (1000,)), noise_std**2)
+        left = flow.signal_left(belief, spectrum, 10**9)
+        return jnp.stack([jnp.sum(left[:3]), 997 * left[-1]])
+
+    weights = np.arange(1, 10) / 45
+    shown, noise_var = (10 * weights[0] + weights[1:].sum()) ** 2, noise_std**2 * np.sum(weights[1:] ** 2)
+    energy = jnp.array([jnp.sum(g[:3] ** 2), jnp.sum(g[3:] ** 2)])
+    spread = noise_var * np.sqrt(2 * np.array([3, 997]))
+    left = jax.jit(jax.vmap(found))(jax.random.split(KEY, 4000))
+    np.testing.assert_allclose(jnp.mean(left, axis=0), shown * energy + spread, rtol=0.02)
+    assert jnp.all(spread > 0.03 * shown * energy)  # without it, or with the noise's energy left in, the above fails
+
+
+def test_no_more_is_left_than_the_anchor_had_and_what_was_never_tuned_keeps_it_all():
+    spectrum, seen = example(), jax.random.normal(KEY, (10,))
+    before = flow.before_release(spectrum)
+    np.testing.assert_array_equal(
+        flow.signal_left(before, spectrum, 100), flow.pooled_signal(before, spectrum, 100)
+    )  # fmt: skip
+    belief = flow.observe(before, spectrum, seen, 0.5, HOLD_OTHERS)
+    left, had = (f(belief, spectrum, 100) for f in (flow.signal_left, flow.pooled_signal))
+    assert left[-1] == had[-1] and jnp.all(left <= had) and jnp.any(left < had)
+    louder = belief._replace(recent=100 * belief.recent)
+    np.testing.assert_array_equal(flow.signal_left(louder, spectrum, 100), flow.pooled_signal(louder, spectrum, 100))
+
+
+@pytest.mark.parametrize(("times", "noise_std"), [(1.0, 0.3), (1.0, 3.0), (6.0, 0.3), (6.0, 3.0)])
+def test_the_best_step_lowers_the_loss_most_by_itself(times, noise_std):
+    """The private curvature is `times` the public one along the signal; noise meets the public one."""
+    spectrum = example(rest=40, shifts=(100.0,))._replace(directions=jnp.eye(43)[:3])
+    g, xi = jax.random.normal(jax.random.key(1), (43,)), noise_std * jax.random.normal(KEY, (4000, 43))
+    belief = flow.observe(flow.before_release(spectrum), spectrum, g, 1e-6)
+    belief = belief._replace(slopes=1e9 * jnp.array([[times, times], [1.0, 1.0]]))  # measured for good
+    along, public = (
+        jnp.append(x[:3], jnp.full(40, x[3])) for x in (flow.signal_curvature(spectrum), spectrum.curvature)
+    )  # fmt: skip
+
+    def change(length):
+        steps = -jnp.expm1(-length * times * along) / (times * along)
+        signal = -jnp.sum(steps * g**2) + times * jnp.sum(along * (steps * g) ** 2) / 2
+        return signal + jnp.mean(jnp.sum(public * (steps * xi) ** 2, axis=1)) / 2
+
+    costs = jax.jit(jax.vmap(change))(flow.lengths_up_to(20.0))
+    best = flow.best_step(belief, spectrum, noise_std**2, 10**9, 20.0)
+    assert jnp.min(costs) < 0 and change(best) < 0.999 * jnp.min(costs)
+    louder, silent = (flow.best_step(belief, spectrum, v, 10**9, 20.0) for v in (4 * noise_std**2, 1e-9))
+    assert louder < best < silent
+
+
+def test_where_no_signal_is_left_the_best_step_is_the_shortest():
+    spectrum = example()
+    belief = flow.observe(flow.before_release(spectrum), spectrum, jnp.full(10, 1e-6), 1.0)
+    assert flow.best_step(belief, spectrum, 1.0, 10**6, 5.0) == pytest.approx(5 / 64)
+    held = flow.observe(flow.before_release(spectrum), spectrum, jnp.ones(10), 0.01, HOLD_OTHERS)
+    alone = spectrum._replace(dims=HOLD_OTHERS)  # of directions held fixed neither signal nor noise counts
+    lengths = [flow.best_step(held, s, 0.01, 10**6, 5.0, HOLD_OTHERS) for s in (spectrum, alone)]
+    np.testing.assert_array_equal(*lengths)
 
 
 def test_no_flow_passes_the_minimum_of_a_quadratic_as_steep_as_measured():
@@ -336,9 +433,6 @@ def test_a_spectrum_without_a_rest_is_a_spectrum():
     energy = flow.energies(spectrum.directions, jnp.array([0.1, 0.2, 0.3]))
     assert jnp.all(jnp.isfinite(flow.signal(energy, spectrum, 0.1, 100)))
     assert jnp.all(jnp.isfinite(jnp.stack(flow.best_length(energy, spectrum, 0.1, 100, 5.0))))
-
-
-HOLD_OTHERS = jnp.array([1.0, 1.0, 1.0, 0.0])
 
 
 def test_a_round_that_holds_the_others_moves_and_learns_nothing_there():
