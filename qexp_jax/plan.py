@@ -45,14 +45,14 @@ every step promises, not the first alone (`flow.advance`), lost .006 to .016 on 
 records and epsilon 8, 80 rounds without any noise reach .888: a few private directions among all others are steep and
 set the pace. As long as a round took its share of J's length, momentum of .5 or .8 changed +-.003, half or twice the
 clip norm lost .02 and .012, M to the power of 1/4 or 0 lost .002 and .009, and 160 rounds gained .005 in twice the time
-(two to four seeds). With steps of its own (`flow.best_step`, .880) a mean of the latest iterates, a passed minimum that
-is forgotten and 160 rounds changed nothing, and three times the length +-.002; four times made tables with turned
-labels worse than before. Lengths of their own for the leading directions and all others cost up to .08 there; shares of
-the anchor's signal, one for the leading directions, in place of what each shows, .03. J with the signal that is left
-reached .865 to .878. Block James-Stein shrinkage of the released sum over-shrinks; a private diagonal curvature (T7)
-cost more budget than it returned. The private second moments of nine blocks of directions, even if they were known
-exactly, gained .005 to .017 on tables with moved or noisy features and a linear model, lost up to .014 with an MLP and
-changed the arena by .002 both ways.
+(two to four seeds). With steps of its own (`flow.best_step`, .880) a mean of the latest iterates changed nothing; three
+or four times the common length +-.003; eight times lost .002, with 160 rounds .005 (two seeds), and .02 to .04 of the
+loss on tables with inverted labels. Lengths of their own for the leading directions and all others cost up to .08
+there; shares of the anchor's signal, one for all leading directions, in place of what each of them shows, .03. J with
+the signal that is left reached .865 to .878. Block James-Stein shrinkage of the released sum over-shrinks; a private
+diagonal curvature (T7) cost more budget than it returned. The private second moments of nine blocks of directions, even
+if they were known exactly, gained .005 to .017 on tables with moved or noisy features and a linear model, lost up to
+.014 with an MLP and changed the arena by .002 both ways.
 
 The rule is ours. It reads N and the budget, which are public, and is deterministic given its key.
 """
