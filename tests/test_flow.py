@@ -197,11 +197,12 @@ def of_its_own(belief, spectrum, noise_var, rounds):
     return flow.best_step(belief, spectrum, noise_var, 10**6, 20.0 / rounds)
 
 
-@pytest.mark.parametrize("length_of", [planned(flow.signal_rate), of_its_own])
 @pytest.mark.parametrize("times", [30, 50])
-def test_a_gradient_that_one_step_consumes_is_not_followed_by_rounds_of_noise(times, length_of):
+def test_a_gradient_that_one_step_consumes_is_not_followed_by_rounds_of_noise(times):
     public_rate = lambda belief, spectrum, num_units: jnp.ones_like(spectrum.curvature)
-    assert final_excess(times, length_of) < 0.8 * final_excess(times, planned(public_rate))
+    lengths = (planned(public_rate), planned(flow.signal_rate), of_its_own)
+    at_public_rate, at_signal_rate, by_itself = (final_excess(times, length_of) for length_of in lengths)
+    assert at_signal_rate < 0.8 * at_public_rate and by_itself < 0.8 * at_public_rate
 
 
 def test_the_recent_mean_has_the_latest_releases_with_the_most_weight_and_the_stated_variance():
@@ -235,7 +236,7 @@ def test_the_signal_left_is_what_the_latest_releases_show_but_for_one_standard_d
     shown, noise_var = (10 * weights[0] + weights[1:].sum()) ** 2, noise_std**2 * np.sum(weights[1:] ** 2)
     energy = jnp.array([jnp.sum(g[:3] ** 2), jnp.sum(g[3:] ** 2)])
     spread = noise_var * np.sqrt(2 * np.array([3, 997]))
-    left = jax.jit(jax.vmap(found))(jax.random.split(KEY, 4000))
+    left = jax.jit(jax.vmap(found))(jax.random.split(KEY, 1000))
     np.testing.assert_allclose(jnp.mean(left, axis=0), shown * energy + spread, rtol=0.02)
     assert jnp.all(spread > 0.03 * shown * energy)  # without it, or with the noise's energy left in, the above fails
 
@@ -253,7 +254,7 @@ def test_no_more_is_left_than_the_anchor_had_and_what_was_never_tuned_keeps_it_a
     np.testing.assert_array_equal(flow.signal_left(louder, spectrum, 100), flow.pooled_signal(louder, spectrum, 100))
 
 
-@pytest.mark.parametrize(("times", "noise_std"), [(1.0, 0.3), (1.0, 3.0), (6.0, 0.3), (6.0, 3.0)])
+@pytest.mark.parametrize(("times", "noise_std"), [(1.0, 3.0), (6.0, 0.3)])
 def test_the_best_step_lowers_the_loss_most_by_itself(times, noise_std):
     """The private curvature is `times` the public one along the signal; noise meets the public one."""
     spectrum = example(rest=40, shifts=(100.0,))._replace(directions=jnp.eye(43)[:3])
