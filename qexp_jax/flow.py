@@ -39,8 +39,8 @@ consume the gradient, and with K alone J then promised more than the whole loss,
 *Far from the anchor* no quadratic tells how much there is to gain, and J is of no use. Under a heavy shift a round asks
 instead how much signal the latest releases show (`signal_left`) and takes the step that lowers the loss most by itself
 (`best_step`): its gain to first order, less what curvature and noise cost, as a Wiener filter's. It shortens as the
-signal is consumed. With an MLP on MNIST turned by 40 degrees and 4000 records the accuracy went from .8745 to .880 at
-epsilon 8 and from .824 to .825 at epsilon 1 (ten seeds).
+signal is consumed. On MNIST turned by 40 degrees with 4000 records the accuracy of a CNN went from .899 to .911 at
+epsilon 8 and that of an MLP from .8745 to .879; at epsilon 1 they kept (ten seeds).
 
 The derivation and the priors are ours. Empirical Bayes: Efron and Morris, J. Am. Stat. Assoc. 68 (1973). A step from
 two gradients: Barzilai and Borwein, IMA J. Numer. Anal. 8 (1988).

@@ -45,7 +45,7 @@ every step promises, not the first alone (`flow.advance`), lost .006 to .016 on 
 records and epsilon 8, 80 rounds without any noise reach .888: a few private directions among all others are steep and
 set the pace. As long as a round took its share of J's length, momentum of .5 or .8 changed +-.003, half or twice the
 clip norm lost .02 and .012, M to the power of 1/4 or 0 lost .002 and .009, and 160 rounds gained .005 in twice the time
-(two to four seeds). With steps of its own (`flow.best_step`, .880) a mean of the latest iterates changed nothing; three
+(two to four seeds). With steps of its own (`flow.best_step`, .879) a mean of the latest iterates changed nothing; three
 or four times the common length +-.003; eight times lost .002, with 160 rounds .005 (two seeds), and .02 to .04 of the
 loss on tables with inverted labels. Lengths of their own for the leading directions and all others cost up to .08
 there; shares of the anchor's signal, one for all leading directions, in place of what each of them shows, .03. J with
