@@ -9,9 +9,9 @@ releases then show a heavy shift, the budget left is split evenly over more roun
 released before as long as their squares never add up to more than mu^2, for Gaussian differential privacy has a filter
 that loses nothing (Smith and Thakurta, arXiv:2210.17520; zCDP, of hardened releases, has one as well: Whitehouse et
 al., arXiv:2203.05481). What a round does with its draw is post-processing (T5), which no test between neighbours gains
-from: it follows the draw for a T-th of the length that the sums released so far deserve (`flow`), next to nothing where
-they look like noise, and least where the private curvature is high. `tests/test_privacy.py` holds the composition
-against dp_accounting's.
+from: it follows the draw for a T-th of the length that the sums released so far deserve (`flow`), or under a heavy
+shift for the step that the latest ones deserve; next to nothing where they look like noise, and least where the private
+curvature is high. `tests/test_privacy.py` holds the composition against dp_accounting's.
 """
 
 import functools
