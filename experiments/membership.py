@@ -119,7 +119,7 @@ def released(key, anchor, pool, included, epsilon, delta):
 
             def round_of(walk, key):
                 geometry, _ = plan.choose(
-                    walk.belief, spectrum, geometries, noise_multiplier / made.rounds**0.5, count
+                    walk.belief, spectrum, geometries, noise_multiplier / made.rounds**0.5, count, made.rounds
                 )  # fmt: skip
                 precise = plan.precision_of(spectrum.directions, geometry.eigenvalues)
                 clip_norm, noise_std = geometry.l2_clip_norm, geometry.l2_clip_norm * noise_multiplier

@@ -394,14 +394,16 @@ def best_step(
     num_units: int,
     longest: jax.Array | float,
     tuned: jax.Array | float = 1.0,
-) -> jax.Array:
-    """The length, on a grid up to `longest`, of the round that is expected to lower the loss most by itself.
+) -> tuple[jax.Array, jax.Array]:
+    """The length, on a grid up to `longest`, of the round that is expected to lower the loss most, and by how much.
+
+    A change below zero lowers it.
 
     A step of multiples F lowers it to first order by g^T F g. A private curvature of c K along the signal takes back
     half of g^T F c K F g, and noise, which meets K, costs half of s^2 tr(F K F).
 
     Args:
-      belief: after the round's release.
+      belief: after the round's release, or before it.
       spectrum: public.
       noise_var: s^2, variance in each coordinate of this release's noise.
       num_units: N.
@@ -412,7 +414,9 @@ def best_step(
     lengths = lengths_up_to(longest)
     multiples = _multiples(lengths[:, None], rates, tuned)
     change = signals * (rates * multiples / 2 - 1) + spectrum.curvature * noise_var * multiples / 2
-    return lengths[jnp.argmin(jnp.matmul(multiples * change, spectrum.dims, precision=_HIGHEST))]
+    changes = jnp.matmul(multiples * change, spectrum.dims, precision=_HIGHEST)
+    best = jnp.argmin(changes)
+    return lengths[best], changes[best]
 
 
 def _multiples(length, rates, tuned):

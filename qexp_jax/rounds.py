@@ -151,11 +151,11 @@ def run(
     keys, spectrum, whole = jax.random.split(key, plan.most_rounds), plan.spectrum, noise_multiplier / plan.rounds**0.5
     while True:
         # How a round goes, and how many there are, depends on releases alone.
-        geometry, _ = choose(progress.walk.belief, spectrum, plan.geometries, whole, num_units)
         progress = progress._replace(walk=_split(progress, plan, num_units))
         num_rounds, of_rounds = schedule(plan.rounds, plan.most_rounds, int(progress.walk.split))
         if progress.round == num_rounds:
             break
+        geometry, _ = choose(progress.walk.belief, spectrum, plan.geometries, whole, num_units, of_rounds)
         announce(engine.progress, "private pass", progress.walk)
         multiplier = noise_multiplier * (of_rounds / plan.rounds) ** 0.5
         precision = precision_of(spectrum.directions, geometry.eigenvalues)
@@ -220,7 +220,7 @@ def follow(
     wanted, _ = flow.best_length(
         signal, spectrum, noise_var / rounds, num_units, geometry.longest, geometry.tuned, rate
     )  # fmt: skip
-    step = flow.best_step(belief, spectrum, noise_var, num_units, geometry.longest / rounds, geometry.tuned)
+    step, _ = flow.best_step(belief, spectrum, noise_var, num_units, geometry.longest / rounds, geometry.tuned)
     length = jnp.where(is_heavy(belief, spectrum, num_units), step, wanted / rounds)
     multiples, belief = flow.advance(belief, spectrum, length, num_units, geometry.tuned)
     # The precision has the spectrum's directions, so that scaling before or after colouring is the same.

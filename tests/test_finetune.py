@@ -184,7 +184,7 @@ def test_a_round_takes_its_share_of_the_best_length_or_under_a_heavy_shift_the_b
     assert plan.is_heavy(belief, spectrum, num_units) == is_heavy
     signal, rate = (f(belief, spectrum, num_units) for f in (flow.pooled_signal, flow.signal_rate))
     share = flow.best_length(signal, spectrum, noise_var / 8, num_units, geometry.longest, rate=rate)[0] / 8
-    step = flow.best_step(belief, spectrum, noise_var, num_units, geometry.longest / 8)
+    step, _ = flow.best_step(belief, spectrum, noise_var, num_units, geometry.longest / 8)
     expected, other = (
         flow.advance(belief, spectrum, x, num_units)[0] for x in ((step, share) if is_heavy else (share, step))
     )

@@ -200,7 +200,7 @@ def planned(signal_rate):
 
 
 def of_its_own(belief, spectrum, noise_var, rounds):
-    return flow.best_step(belief, spectrum, noise_var, 10**6, 20.0 / rounds)
+    return flow.best_step(belief, spectrum, noise_var, 10**6, 20.0 / rounds)[0]
 
 
 def test_a_gradient_that_one_step_consumes_is_not_followed_by_rounds_of_noise():
@@ -278,16 +278,18 @@ def test_the_best_step_lowers_the_loss_most_by_itself(times, noise_std):
         return signal + jnp.mean(jnp.sum(public * (steps * xi) ** 2, axis=1)) / 2
 
     costs = jax.jit(jax.vmap(change))(flow.lengths_up_to(20.0))
-    best = flow.best_step(belief, spectrum, noise_std**2, 10**9, 20.0)
+    best, lowered = flow.best_step(belief, spectrum, noise_std**2, 10**9, 20.0)
     assert jnp.min(costs) < 0 and change(best) < 0.999 * jnp.min(costs)
-    louder, silent = (flow.best_step(belief, spectrum, v, 10**9, 20.0) for v in (4 * noise_std**2, 1e-9))
+    assert lowered == pytest.approx(float(change(best)), rel=0.02)
+    louder, silent = (flow.best_step(belief, spectrum, v, 10**9, 20.0)[0] for v in (4 * noise_std**2, 1e-9))
     assert louder < best < silent
 
 
 def test_where_no_signal_is_left_the_best_step_is_the_shortest():
     spectrum = example()
     belief = flow.observe(flow.before_release(spectrum), spectrum, jnp.full(10, 1e-6), 1.0)
-    assert flow.best_step(belief, spectrum, 1.0, 10**6, 5.0) == pytest.approx(5 / 64)
+    length, change = flow.best_step(belief, spectrum, 1.0, 10**6, 5.0)
+    assert length == pytest.approx(5 / 64) and change > 0
     held = flow.observe(flow.before_release(spectrum), spectrum, jnp.ones(10), 0.01, HOLD_OTHERS)
     alone = spectrum._replace(dims=HOLD_OTHERS)  # of directions held fixed neither signal nor noise counts
     lengths = [flow.best_step(held, s, 0.01, 10**6, 5.0, HOLD_OTHERS) for s in (spectrum, alone)]

@@ -98,9 +98,26 @@ def test_the_releases_choose_the_leading_directions_for_a_small_shift_and_all_fo
     noise_var = (made.geometries.l2_clip_norm[1] * noise_multiplier / num_units) ** 2
     g = spectrum.directions.T @ (jax.random.normal(KEY, (8,)) * jnp.sqrt(shift * spectrum.moments[:-1]))
     belief = flow.observe(flow.before_release(spectrum), spectrum, g, noise_var, seen)
-    geometry, _ = plan.choose(belief, spectrum, made.geometries, noise_multiplier, num_units)
+    geometry, _ = plan.choose(belief, spectrum, made.geometries, noise_multiplier, num_units, 80.0)
     assert jnp.vdot(geometry.tuned, spectrum.dims) == tuned
     heavy = tuned == D
     assert plan.is_heavy(belief, spectrum, num_units) == heavy
     longest = made.geometries.longest[0 if heavy else 1] * (2 if heavy else 1)
     np.testing.assert_allclose(geometry.longest, longest, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("seen_in_others", "times", "tuned"), [(0.0, 20, 8), (0.0, 19, D), (3.0, 20, D)])
+def test_under_a_heavy_shift_the_others_are_left_once_a_step_of_all_no_longer_pays(seen_in_others, times, tuned):
+    """The recent releases show nothing in the others, or thrice the noise's energy; a quarter of 80 rounds is 20."""
+    made, num_units = planned(3.0), 1000
+    spectrum = made.spectrum
+    leading = spectrum.directions.T @ (jax.random.normal(KEY, (8,)) * jnp.sqrt(0.5 * spectrum.moments[:-1]))
+    others = jax.random.normal(jax.random.key(5), (D,))
+    others = others - spectrum.directions.T @ (spectrum.directions @ others)
+    belief = flow.observe(flow.before_release(spectrum), spectrum, leading, 1e-4, made.geometries.tuned[1])
+    recent_var = 0.5 * jnp.vdot(leading, leading) / (D - 8)
+    recent = 0.5 * leading + jnp.sqrt(seen_in_others * recent_var) * others
+    belief = belief._replace(recent=recent, recent_var=jnp.full(9, recent_var), times=jnp.full(9, float(times)))
+    assert plan.is_heavy(belief, spectrum, num_units)
+    geometry, _ = plan.choose(belief, spectrum, made.geometries, 3.0, num_units, 80.0)
+    assert jnp.vdot(geometry.tuned, spectrum.dims) == tuned
