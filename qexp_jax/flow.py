@@ -395,9 +395,7 @@ def best_step(
     longest: jax.Array | float,
     tuned: jax.Array | float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """The length, on a grid up to `longest`, of the round that is expected to lower the loss most, and by how much.
-
-    A change below zero lowers it.
+    """The length, on a grid up to `longest`, of least expected change of the loss by one round alone, and that change.
 
     A step of multiples F lowers it to first order by g^T F g. A private curvature of c K along the signal takes back
     half of g^T F c K F g, and noise, which meets K, costs half of s^2 tr(F K F).

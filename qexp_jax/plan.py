@@ -92,7 +92,7 @@ _NOISE_COST = 0.006
 _LONGEST, _LONGER_UNDER_HEAVY_SHIFT = 4.0, 2.0
 _LEAST_ROUNDS, _COMMON_ROUNDS, _MOST_ROUNDS, _HEAVY_ROUNDS = 8, 12, 24, 80
 _HEAVY_SHIFT = 0.02
-_LOOKS_AT_ALL = 0.25
+_LOOKS_AT_ALL = 0.25  # share of the rounds under a heavy shift that tune all parameters whatever they show
 _PRIVATE_CURVATURE = 1.5  # private over public curvature: 1 to 2.4 was found under shift
 _EXPECTED_SHIFT = 1.5e-3
 _HELD = 1e30  # its root and its product with float32 gradients are finite
@@ -240,8 +240,8 @@ def choose(
 ) -> tuple[Geometry, jax.Array]:
     """The geometry of least expected excess given all releases, and its length: post-processing (T5).
 
-    Under a heavy shift the first, of all parameters, in a quarter of the rounds and as long as a step of it is expected
-    to lower the loss; then that of the best step.
+    Under a heavy shift the first, of all parameters, in the first quarter of the rounds and as long as a step of it is
+    expected to lower the loss; then that of the best step.
 
     Args:
       belief: what the releases say.

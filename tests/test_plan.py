@@ -84,6 +84,10 @@ def test_a_space_of_leading_directions_alone_has_one_geometry():
     assert len(planned(100.0).geometries.l2_clip_norm) == 2
 
 
+def leading_gradient(spectrum, shift):
+    return spectrum.directions.T @ (jax.random.normal(KEY, (8,)) * jnp.sqrt(shift * spectrum.moments[:-1]))
+
+
 @pytest.mark.parametrize(
     ("shift", "tuned", "noise_multiplier"),
     [(0.0, 8, 10.0), (1e-3, 8, 10.0), (0.5, D, 10.0), (0.2, D, 10.0), (2.0, D, 30.0)],
@@ -96,7 +100,7 @@ def test_the_releases_choose_the_leading_directions_for_a_small_shift_and_all_fo
     spectrum, seen = made.spectrum, made.geometries.tuned[1]
     assert made.evidence["tuned_at_first"] == 8
     noise_var = (made.geometries.l2_clip_norm[1] * noise_multiplier / num_units) ** 2
-    g = spectrum.directions.T @ (jax.random.normal(KEY, (8,)) * jnp.sqrt(shift * spectrum.moments[:-1]))
+    g = leading_gradient(spectrum, shift)
     belief = flow.observe(flow.before_release(spectrum), spectrum, g, noise_var, seen)
     geometry, _ = plan.choose(belief, spectrum, made.geometries, noise_multiplier, num_units, 80.0)
     assert jnp.vdot(geometry.tuned, spectrum.dims) == tuned
@@ -111,7 +115,7 @@ def test_under_a_heavy_shift_the_others_are_left_once_a_step_of_all_no_longer_pa
     """The recent releases show nothing in the others, or thrice the noise's energy; a quarter of 80 rounds is 20."""
     made, num_units = planned(3.0), 1000
     spectrum = made.spectrum
-    leading = spectrum.directions.T @ (jax.random.normal(KEY, (8,)) * jnp.sqrt(0.5 * spectrum.moments[:-1]))
+    leading = leading_gradient(spectrum, 0.5)
     others = jax.random.normal(jax.random.key(5), (D,))
     others = others - spectrum.directions.T @ (spectrum.directions @ others)
     belief = flow.observe(flow.before_release(spectrum), spectrum, leading, 1e-4, made.geometries.tuned[1])
