@@ -293,12 +293,17 @@ def signal_left(belief: Belief, spectrum: Spectrum, num_units: int) -> jax.Array
 
     Of the energy of their mean the noise's is taken off, but for one standard deviation of it, in the leading ones
     together and in all others: without any noise allowed for, walks stand still in their first rounds for nothing that
-    a later one would not have seen. May be negative, so that sums over directions have no further bias.
+    a later one would not have seen. May be negative in single directions, so that sums over directions have no further
+    bias; for the same reason the leading ones together are held to what they had together. Held one by one, what noise
+    adds to some would be cut off and what it takes from others kept, and walks stand still wherever noise is loud.
     """
     dims = spectrum.dims.at[:-1].set(len(spectrum.directions))
     noise = belief.recent_var * (1 - jnp.sqrt(2 / jnp.maximum(dims, 1)))
-    left = energies(spectrum.directions, belief.recent) - noise
-    return jnp.minimum(pooled_signal(belief, spectrum, num_units), jnp.where(belief.times > 0, left, jnp.inf))
+    left, had = energies(spectrum.directions, belief.recent) - noise, pooled_signal(belief, spectrum, num_units)
+    left = jnp.where(belief.times > 0, left, had)
+    leading, others = _in_two(left) < _in_two(had)
+    is_less = jnp.append(jnp.full(len(left) - 1, leading), others)
+    return jnp.where(is_less, left, had)
 
 
 def signal(energy: jax.Array, spectrum: Spectrum, noise_var: jax.Array | float, num_units: int) -> jax.Array:

@@ -209,7 +209,8 @@ def test_a_gradient_that_one_step_consumes_is_not_followed_by_rounds_of_noise():
     at_public_rate, at_signal_rate, by_itself = (
         final_excess(jnp.array([30.0, 50.0]), length_of) for length_of in lengths
     )
-    assert jnp.all(at_signal_rate < 0.8 * at_public_rate) and jnp.all(by_itself < 0.8 * at_public_rate)
+    assert jnp.all(at_signal_rate < 0.8 * at_public_rate)
+    assert jnp.all(by_itself < 0.95 * at_public_rate)  # what it allows for noise costs some
 
 
 def test_the_recent_mean_has_the_latest_releases_with_the_most_weight_and_the_stated_variance():
@@ -256,9 +257,34 @@ def test_no_more_is_left_than_the_anchor_had_and_what_was_never_tuned_keeps_it_a
     )  # fmt: skip
     belief = flow.observe(before, spectrum, seen, 0.5, HOLD_OTHERS)
     left, had = (f(belief, spectrum, 100) for f in (flow.signal_left, flow.pooled_signal))
-    assert left[-1] == had[-1] and jnp.all(left <= had) and jnp.any(left < had)
+    assert left[-1] == had[-1]
+    np.testing.assert_array_equal(left, had)  # together they show more than that
+    quieter = belief._replace(recent=belief.recent / 100)
+    assert jnp.sum(flow.signal_left(quieter, spectrum, 100)[:-1]) < jnp.sum(had[:-1])
     louder = belief._replace(recent=100 * belief.recent)
     np.testing.assert_array_equal(flow.signal_left(louder, spectrum, 100), flow.pooled_signal(louder, spectrum, 100))
+
+
+def test_loud_noise_does_not_hide_what_many_leading_directions_have_left_together():
+    """Five releases of a known gradient under noise four times as loud in each of 64 directions.
+
+    Held to what the anchor had one by one, the directions' sum would be far below zero in all of 500.
+    """
+    ones = jnp.ones(65)
+    spectrum = example(shifts=(100.0,))._replace(
+        directions=jnp.eye(80)[:64], curvature=ones, moments=ones, dims=ones.at[-1].set(16.0)
+    )
+    g = jax.random.normal(jax.random.key(1), (80,))
+
+    def found(key):
+        belief = flow.observe(flow.before_release(spectrum), spectrum, g, 1e-6)
+        for k in jax.random.split(key, 5):
+            belief = flow.observe(belief, spectrum, g + 4 * jax.random.normal(k, (80,)), 16.0)
+        return jnp.sum(flow.signal_left(belief, spectrum, 10**9)[:64])
+
+    left, had = jax.jit(jax.vmap(found))(jax.random.split(KEY, 500)), jnp.sum(g[:64] ** 2)
+    assert jnp.mean(left > 0) > 0.9 and jnp.median(left) > 0.5 * had
+    assert jnp.max(left) < 1.001 * had
 
 
 @pytest.mark.parametrize(("times", "noise_std"), [(1.0, 3.0), (6.0, 0.3)])

@@ -110,9 +110,15 @@ def test_the_releases_choose_the_leading_directions_for_a_small_shift_and_all_fo
     np.testing.assert_allclose(geometry.longest, longest, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("seen_in_others", "times", "tuned"), [(0.0, 20, 8), (0.0, 19, D), (3.0, 20, D)])
-def test_under_a_heavy_shift_the_others_are_left_once_a_step_of_all_no_longer_pays(seen_in_others, times, tuned):
-    """The recent releases show nothing in the others, or thrice the noise's energy; a quarter of 80 rounds is 20."""
+@pytest.mark.parametrize(
+    ("seen_in_others", "looked", "tuned"),
+    [(0.0, 17, 8), (0.0, 16, D), (0.75, 17, 8), (1.0, 17, D)],
+)
+def test_under_a_heavy_shift_all_are_tuned_where_it_pays_and_in_a_fifth_of_the_rounds(seen_in_others, looked, tuned):
+    """Of 80 rounds so far `looked` tuned all; the recent show in the others so many times the noise's energy.
+
+    At .75 a step of all is expected to gain a fifth of what one of the leading directions gains, at 1 not quite half.
+    """
     made, num_units = planned(3.0), 1000
     spectrum = made.spectrum
     leading = leading_gradient(spectrum, 0.5)
@@ -121,7 +127,9 @@ def test_under_a_heavy_shift_the_others_are_left_once_a_step_of_all_no_longer_pa
     belief = flow.observe(flow.before_release(spectrum), spectrum, leading, 1e-4, made.geometries.tuned[1])
     recent_var = 0.5 * jnp.vdot(leading, leading) / (D - 8)
     recent = 0.5 * leading + jnp.sqrt(seen_in_others * recent_var) * others
-    belief = belief._replace(recent=recent, recent_var=jnp.full(9, recent_var), times=jnp.full(9, float(times)))
+    times = jnp.full(9, 80.0).at[-1].set(looked)
+    belief = belief._replace(recent=recent, recent_var=jnp.full(9, recent_var), times=times)
     assert plan.is_heavy(belief, spectrum, num_units)
     geometry, _ = plan.choose(belief, spectrum, made.geometries, 3.0, num_units, 80.0)
     assert jnp.vdot(geometry.tuned, spectrum.dims) == tuned
+    np.testing.assert_allclose(geometry.longest, made.geometries.longest[int(tuned == 8)] * (2 if tuned == D else 4))
