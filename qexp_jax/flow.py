@@ -205,8 +205,8 @@ def steepness(belief: Belief, spectrum: Spectrum, num_units: int) -> jax.Array:
     large = 1 + jnp.sum(pooled_signal(belief, spectrum, num_units)[:-1] / spectrum.moments[:-1])
     prior = jnp.stack([jnp.maximum(_STEEPNESS, large), jnp.full_like(large, _STEEPNESS)])
     mean = (belief.slopes[0] + 1 / prior) / (belief.slopes[1] + 1 / prior**2)
-    leading, others = jnp.clip(jnp.maximum(mean, belief.steepest), 1.0, _STEEPEST)
-    return jnp.append(jnp.full_like(spectrum.curvature[:-1], leading), others)
+    pair = jnp.clip(jnp.maximum(mean, belief.steepest), 1.0, _STEEPEST)
+    return _of_two(pair, len(spectrum.curvature))
 
 
 def secant(belief: Belief, spectrum: Spectrum, seen: jax.Array) -> jax.Array:
@@ -246,6 +246,11 @@ def _products(directions, x, y):
 def _in_two(x):
     """Summed over the leading entries, and the last."""
     return jnp.stack([jnp.sum(x[:-1]), x[-1]])
+
+
+def _of_two(pair, size):
+    """(size,): the first for each leading entry, and the last."""
+    return jnp.append(jnp.full(size - 1, pair[0]), pair[1])
 
 
 def signal_curvature(spectrum: Spectrum) -> jax.Array:
@@ -301,9 +306,7 @@ def signal_left(belief: Belief, spectrum: Spectrum, num_units: int) -> jax.Array
     noise = belief.recent_var * (1 - jnp.sqrt(2 / jnp.maximum(dims, 1)))
     left, had = energies(spectrum.directions, belief.recent) - noise, pooled_signal(belief, spectrum, num_units)
     left = jnp.where(belief.times > 0, left, had)
-    leading, others = _in_two(left) < _in_two(had)
-    is_less = jnp.append(jnp.full(len(left) - 1, leading), others)
-    return jnp.where(is_less, left, had)
+    return jnp.where(_of_two(_in_two(left) < _in_two(had), len(left)), left, had)
 
 
 def signal(energy: jax.Array, spectrum: Spectrum, noise_var: jax.Array | float, num_units: int) -> jax.Array:

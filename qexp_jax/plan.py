@@ -264,16 +264,18 @@ def choose(
     longer = jnp.where(geometries.tuned[:, -1] > 0, *_LONGER_UNDER_HEAVY_SHIFT)
     geometries = geometries._replace(longest=jnp.where(heavy, longer, 1) * geometries.longest)
 
-    def expected(geometry):
-        noise_var = (geometry.l2_clip_norm * noise_multiplier / num_units) ** 2
-        longest, tuned = geometry.longest, geometry.tuned
-        length, cost = flow.best_length(signals, spectrum, noise_var, num_units, longest, tuned, rate)
-        _, change = flow.best_step(belief, spectrum, rounds * noise_var, num_units, longest / rounds, tuned)
-        return length, cost, change
+    noise_vars = (geometries.l2_clip_norm * noise_multiplier / num_units) ** 2
 
-    lengths, costs, changes = jax.vmap(expected)(geometries)
+    def best(geometry, noise_var):
+        return flow.best_length(signals, spectrum, noise_var, num_units, geometry.longest, geometry.tuned, rate)
+
+    lengths, costs = jax.vmap(best)(geometries, noise_vars)
+    of_all = jax.tree.map(lambda x: x[0], geometries)
+    _, change = flow.best_step(
+        belief, spectrum, rounds * noise_vars[0], num_units, of_all.longest / rounds, of_all.tuned
+    )  # fmt: skip
     must_look = belief.times[-1] <= _LOOKS_AT_ALL * belief.times[0]
-    far_from_anchor = jnp.where(must_look | (changes[0] < 0), 0, len(changes) - 1)
+    far_from_anchor = jnp.where(must_look | (change < 0), 0, len(costs) - 1)
     chosen = jnp.where(heavy, far_from_anchor, jnp.argmin(costs))
     return jax.tree.map(lambda x: x[chosen], geometries), lengths[chosen]
 
