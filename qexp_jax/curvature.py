@@ -62,11 +62,13 @@ def mean_over_records(
 
 def _batch_loss(loss_fn, params, layout):
     """Sum of losses over a microbatch, as a function of the tuned leaves."""
-    record_loss = as_products(loss_fn)
+
+    @as_products
+    def record_loss(leaves, record):
+        return loss_fn(with_tuned_leaves(layout, params, leaves), record).astype(layout.dtype)
 
     def loss(leaves, records, mask):
-        losses = jax.vmap(record_loss, in_axes=(None, 0))(with_tuned_leaves(layout, params, leaves), records)
-        return jnp.sum(jnp.where(mask, losses.astype(layout.dtype), 0))
+        return jnp.sum(jnp.where(mask, jax.vmap(record_loss, in_axes=(None, 0))(leaves, records), 0))
 
     return loss
 
@@ -241,11 +243,10 @@ def projected_ggn(
     stored = subspace.operator.lift is subspaces._combine  # then P lies in memory as leaves (k, *shape)
     lifted = subspace.arrays if stored else _lift_each(subspace, jnp.eye(subspace.dim, dtype=layout.dtype))
     tangents = vary(lifted, axis_name)
-    record_outputs = as_products(model_fn)
-
     def record_ggn(record):
+        @as_products
         def outputs(x):
-            return record_outputs(with_tuned_leaves(layout, params, x), record).ravel().astype(layout.dtype)
+            return model_fn(with_tuned_leaves(layout, params, x), record).ravel().astype(layout.dtype)
 
         shape = jax.eval_shape(model_fn, params, record).shape
         value, push = jax.linearize(outputs, leaves)

@@ -43,10 +43,10 @@ def projected_gradients(
     """
     layout = subspace.layout
     leaves = vary(tuned_leaves(layout, params), axis_name)
-    record_loss = as_products(loss_fn)
 
+    @as_products
     def loss(tuned, record):
-        return record_loss(with_tuned_leaves(layout, params, tuned), record).astype(layout.dtype)
+        return loss_fn(with_tuned_leaves(layout, params, tuned), record).astype(layout.dtype)
 
     if mode == "auto":
         mode = faster_mode(loss_fn, params, subspace, records)

@@ -117,22 +117,22 @@ def microbatch_sizes() -> tuple[int, ...]:
 
 def ours(case: Case, setup: Setup) -> Contestants:
     """`clipping.clipped_sum`."""
-    arguments = case.params, setup.subspace, setup.precision, case.records
+    arguments, clip_norm = (case.params, setup.subspace, setup.precision, case.records), jnp.asarray(CLIP_NORM)
 
     def contestant(size):
         run = jax.jit(functools.partial(clipping.clipped_sum, case.loss_fn, microbatch_size=size))
-        return lambda: run(*arguments, l2_clip_norm=CLIP_NORM)
+        return lambda: run(*arguments, l2_clip_norm=clip_norm)
 
     return {f"ours {size}": contestant(size) for size in microbatch_sizes()}
 
 
 def record_gradients(case: Case, setup: Setup) -> Callable[[Any, Any], list[jax.Array]]:
     """`(params, records) -> ` gradients of the tuned leaves, a leading record axis on each."""
-    layout, loss_fn = setup.subspace.layout, as_products(case.loss_fn)
+    layout = setup.subspace.layout
 
     def gradient(params, record):
-        loss = lambda leaves: loss_fn(with_tuned_leaves(layout, params, leaves), record)
-        return jax.grad(loss)(tuned_leaves(layout, params))
+        loss = as_products(lambda leaves, record: case.loss_fn(with_tuned_leaves(layout, params, leaves), record))
+        return jax.grad(loss)(tuned_leaves(layout, params), record)
 
     return jax.vmap(gradient, in_axes=(None, 0))
 
