@@ -3,6 +3,7 @@
 Its fields are those of one versioned schema. `verification.verify` derives the promise from them anew.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 from typing import Any
@@ -155,7 +156,7 @@ def make_certificate(
 def _geometries(plan):
     """How many dimensions each tunes, and C."""
     tuned = np.asarray(plan.geometries.tuned, np.float64) @ np.asarray(plan.spectrum.dims, np.float64)
-    norms = plan.geometries.l2_clip_norm
+    norms = np.asarray(plan.geometries.l2_clip_norm)
     return [{"tuned_dim": round(t), "l2_clip_norm": float(c)} for t, c in zip(tuned, norms, strict=True)]
 
 
@@ -163,6 +164,7 @@ def _versions():
     return {name: _version(name) for name in ("qexp_jax", "jax", "dp_accounting")}
 
 
+@functools.cache
 def _version(name):
     try:
         return importlib.metadata.version(name)

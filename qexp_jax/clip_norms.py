@@ -67,7 +67,8 @@ def clipped(squares: np.ndarray, dims: np.ndarray, l2_clip_norm: float) -> Clipp
     """
     norms = np.sqrt(squares @ dims)
     kept = np.minimum(norms, l2_clip_norm) / np.maximum(norms, np.finfo(np.float64).tiny)
-    whole, mixed, moments = (np.mean(squares * kept[:, None] ** power, axis=0) for power in (0, 1, 2))
+    shares = kept[:, None]
+    whole, mixed, moments = (np.mean(x, axis=0) for x in (squares, squares * shares, squares * shares**2))
     return Clipped(l2_clip_norm, float(np.mean(norms > l2_clip_norm)), whole, mixed, moments)
 
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -162,6 +163,8 @@ def fine_tune(
             num_devices=passes.num_shares(local), batch_size=batch_size,
         )  # fmt: skip
         preflight.check(found, memory_budget)
+    # Beside the rounds: hashing a hundred megabytes takes as long as a release on an accelerator.
+    provenance = ThreadPoolExecutor(1).submit(make_provenance, params, public, subspace)
     walks.announce(progress, "public curvature")
     plan = make_plan(
         jax.random.key(_PLAN_SEED), loss_fn, subspaces.working(layout, params), public, public_fn, public_units,
@@ -201,7 +204,7 @@ def fine_tune(
     certificate = make_certificate(
         epsilon=epsilon, delta=delta, relation=neighboring_relation, num_units=num_units,
         num_units_from="slots" if public_count is None else "public_count", unit=unit,
-        noise_multiplier=noise_multiplier, plan=plan, provenance=make_provenance(params, public, subspace),
+        noise_multiplier=noise_multiplier, plan=plan, provenance=provenance.result(),
         prng_impl=str(jax.random.key_impl(key)), discrete_noise=discrete_noise,
     )  # fmt: skip
     release = Release(_cast(layout, walk.params), certificate)

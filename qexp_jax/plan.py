@@ -195,7 +195,7 @@ def make_plan(
     curvature, dims, space = surveyed.curvature, surveyed.dims, surveyed.subspace
     eigenvalues = np.sqrt((curvature + damping) / (curvature.max() + damping))
     squares, dtype = surveyed.squares / eigenvalues, surveyed.directions.dtype
-    as_arrays = functools.partial(jax.tree.map, lambda x: jnp.asarray(x, dtype))
+    as_arrays = functools.partial(_on_device, dtype=dtype)
     precision = precision_of(surveyed.directions, as_arrays(eigenvalues))
     tolerance, cost = surveys.tolerated_noise(
         trial_key, loss_fn, params, space, precision, surveyed.tried, _NOISE_COST
@@ -209,13 +209,14 @@ def make_plan(
     clip_norm_of = functools.partial(_clip_norm, squares, quantile=quantile, given=l2_clip_norm)
     tolerances = tolerance, np.sqrt(2 * _PRIVATE_CURVATURE * cost / np.sum(curvature[:-1]))
     found = _geometries(eigenvalues, dims, tolerances, per_unit, clip_norm_of)
-    geometries = Geometry(*(as_arrays(np.stack(x)) for x in zip(*found, strict=True)))
+    longest = float(np.float32(found[0][-1]))
+    geometries = as_arrays(Geometry(*map(np.stack, zip(*found, strict=True))))
     clip_norm = clip_norm_of(dims)
     clipped = clip_norms.clipped(squares, dims, clip_norm)
     moments = np.maximum(clipped.moments, 1e-9 * clipped.moments.max())
     spectrum = spectrum._replace(moments=as_arrays(moments))
     noise_std, largest_curvature = clip_norm * per_unit, float(curvature.max())
-    expected = float(_expected_length(spectrum, noise_std**2, num_units, float(geometries.longest[0])))
+    expected = float(_expected_length(spectrum, noise_std**2, num_units, longest))
     most_rounds = _HEAVY_ROUNDS if rounds is None else rounds
     rounds = _rounds(expected * largest_curvature) if rounds is None else rounds
     first, expected_cost = _first_round(spectrum, geometries, noise_multiplier, num_units, rounds)
@@ -223,12 +224,17 @@ def make_plan(
         "largest_curvature": largest_curvature,
         "leading_share_of_energy": float(np.sum(moments[:-1]) / np.sum(dims * moments)),
         "tolerated_noise": tolerance,
-        "longest_length": float(geometries.longest[0]),
+        "longest_length": longest,
         "expected_length": expected,
         "tuned_at_first": int(np.sum(dims * np.asarray(first.tuned))),
         "public_fraction_clipped": clipped.fraction,
     }
     return Plan(space, damping, rounds, most_rounds, spectrum, geometries, expected_cost, evidence)
+
+
+def _on_device(tree, dtype):
+    """In one transfer, rounded before."""
+    return jax.device_put(jax.tree.map(lambda x: np.asarray(x, dtype), tree))
 
 
 @jax.jit

@@ -153,12 +153,12 @@ def _low_rank(space, rank):
 
 def _plan_bytes(loss_fn, params, record, num_public, rank, space):
     """The Gram trick, which holds a sample of public gradients, or a Hessian-vector product, which holds two."""
-    shapes, direction = _shapes(space), jax.ShapeDtypeStruct((space.dim,), space.layout.dtype)
+    shapes, directions = _shapes(space), jax.ShapeDtypeStruct((rank, space.dim), space.layout.dtype)
     curved = _batch(record, surveys.num_curved(num_public))
     few = _batch(record, max(1, min(surveys.SCALING_RECORDS, num_public - surveys.num_curved(num_public))))
     steps = (
         (curved, surveys.leading_directions.lower(loss_fn, params, curved, rank, shapes)),
-        (few, surveys.product_along.lower(loss_fn, params, shapes, direction, few)),
+        (few, surveys.curvature_along.lower(loss_fn, params, shapes, directions, 0, few)),
     )
     return max(_bytes(records) + sum(_held(lowered)) for records, lowered in steps)
 

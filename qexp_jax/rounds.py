@@ -67,12 +67,12 @@ class Walk(NamedTuple):
     Attributes:
       params: where the next round expands.
       belief: what the releases say of the private gradient and curvature.
-      split: after how many rounds the budget left was split anew; T if it was not.
+      split: after how many rounds the budget left was split anew; T if it was not. On the host, as is what it decides.
     """
 
     params: Params
     belief: Belief
-    split: jax.Array
+    split: np.ndarray
 
 
 class Engine(NamedTuple):
@@ -99,7 +99,8 @@ class Engine(NamedTuple):
 
 def start(layout: subspaces.Layout, params: Params, spectrum: Spectrum, rounds: int) -> Walk:
     """The pretrained parameters, before any release."""
-    return Walk(subspaces.working(layout, params), flow.before_release(spectrum), jnp.asarray(rounds))
+    belief = jax.jit(flow.before_release)(spectrum)
+    return Walk(subspaces.working(layout, params), belief, np.asarray(rounds, np.int32))
 
 
 def schedule(rounds: int, most_rounds: int, split: int) -> tuple[int, float]:
@@ -146,19 +147,21 @@ def run(
     """
     layout, mesh = plan.subspace.layout, passes.local_mesh(engine.mesh)
     plan, walk = passes.replicate(mesh, (plan, walk))
-    progress = _resumed(engine, layout, walk, plan)
+    empty = passes.empty(plan.subspace, exact=engine.hardened)
+    progress = _resumed(engine, layout, walk, empty)
     units, count, infos = _placed(engine, mesh, units), None, []
-    keys, spectrum, whole = jax.random.split(key, plan.most_rounds), plan.spectrum, noise_multiplier / plan.rounds**0.5
+    keys, whole = list(jax.random.split(key, plan.most_rounds)), noise_multiplier / plan.rounds**0.5
     while True:
         # How a round goes, and how many there are, depends on releases alone.
         progress = progress._replace(walk=_split(progress, plan, num_units))
         num_rounds, of_rounds = schedule(plan.rounds, plan.most_rounds, int(progress.walk.split))
         if progress.round == num_rounds:
             break
-        geometry, _ = choose(progress.walk.belief, spectrum, plan.geometries, whole, num_units, of_rounds)
-        announce(engine.progress, "private pass", progress.walk)
         multiplier = noise_multiplier * (of_rounds / plan.rounds) ** 0.5
-        precision = precision_of(spectrum.directions, geometry.eigenvalues)
+        geometry, precision, noise_std = _aim(
+            progress.walk.belief, plan.spectrum, plan.geometries, num_units, of_rounds, whole, multiplier
+        )
+        announce(engine.progress, "private pass", progress.walk)
         target = Target(progress.walk.params, plan.subspace, precision, geometry.l2_clip_norm)
         total, clip_info, count = _pass(engine, target, units, progress, count)
         announce(engine.progress, "draw", total)
@@ -167,17 +170,16 @@ def run(
             total, noisy = hardened.noisy_sum(total, noise, geometry.l2_clip_norm)
             noise_std = geometry.l2_clip_norm * noise.multiplier
         else:
-            noise_std = geometry.l2_clip_norm * multiplier
             noisy = _noisy_sum(keys[progress.round], total, noise_std)
         quadratic = Quadratic(precision, total, num_units)
         w, multiples, cost, walk = follow(
-            noisy, progress.walk, plan.subspace, quadratic, noise_std, spectrum, geometry, of_rounds
+            noisy, progress.walk, plan.subspace, quadratic, noise_std, plan.spectrum, geometry, of_rounds
         )
-        infos.append(RoundInfo(plan, geometry, quadratic, float(noise_std), w, multiples, cost, clip_info))
-        progress = _beginning(progress.round + 1, walk, plan, engine)
+        infos.append(RoundInfo(plan, geometry, quadratic, noise_std, w, multiples, cost, clip_info))
+        progress = _beginning(progress.round + 1, walk._replace(split=progress.walk.split), empty)
         _save(engine, layout, progress)
     announce(engine.progress, "done", progress.walk)
-    return progress.walk, infos
+    return progress.walk, [info._replace(noise_std=float(info.noise_std)) for info in infos]
 
 
 def _split(progress, plan, num_units):
@@ -185,8 +187,16 @@ def _split(progress, plan, num_units):
     walk = progress.walk
     may_split = progress.round < plan.rounds < plan.most_rounds and int(walk.split) == plan.rounds
     if may_split and is_heavy(walk.belief, plan.spectrum, num_units):
-        return walk._replace(split=jnp.asarray(progress.round))
+        return walk._replace(split=np.asarray(progress.round, np.int32))
     return walk
+
+
+@jax.jit
+def _aim(belief, spectrum, geometries, num_units, rounds, whole, multiplier):
+    """The geometry of a round, its precision and C z, where z is `multiplier`, and `whole` that of all together."""
+    geometry, _ = choose(belief, spectrum, geometries, whole, num_units, rounds)
+    precision = precision_of(spectrum.directions, geometry.eigenvalues)
+    return geometry, precision, geometry.l2_clip_norm * multiplier
 
 
 _noisy_sum = jax.jit(mechanism.noisy_sum)
@@ -297,8 +307,7 @@ def _stream_pass(engine, batch_sum, target, units, progress, length):
 # --- checkpoints ---
 
 
-def _beginning(number, walk, plan, engine):
-    empty = passes.empty(plan.subspace, exact=engine.hardened)
+def _beginning(number, walk, empty):
     return Progress(number, 0, walk, empty, np.zeros(32, np.uint8))
 
 
@@ -309,9 +318,9 @@ def _save(engine, layout, progress):
         checkpoints.save(engine.store, progress._replace(walk=progress.walk._replace(params=leaves)))
 
 
-def _resumed(engine, layout, walk, plan):
+def _resumed(engine, layout, walk, empty):
     """The beginning, or where the checkpoint stands; over several processes, where the furthest does."""
-    beginning = _beginning(0, walk, plan, engine)
+    beginning = _beginning(0, walk, empty)
     if engine.store is None:
         return beginning
     short = beginning._replace(walk=walk._replace(params=subspaces.tuned_leaves(layout, walk.params)))
@@ -319,4 +328,4 @@ def _resumed(engine, layout, walk, plan):
     number, releases = passes.furthest(engine.mesh, found.round, found.walk)
     params = subspaces.with_tuned_leaves(layout, walk.params, releases.params)
     walk = releases._replace(params=params)
-    return found._replace(walk=walk) if number == found.round else _beginning(number, walk, plan, engine)
+    return found._replace(walk=walk) if number == found.round else _beginning(number, walk, empty)

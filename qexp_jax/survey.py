@@ -150,10 +150,13 @@ def leading_directions(loss_fn: LossFn, params: Params, records: Record, dim: in
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def product_along(loss_fn: LossFn, params: Params, space: Subspace, direction: jax.Array, records: Record) -> jax.Array:
-    """`curvature.hessian_product`, with microbatches that fit."""
-    size = at_a_time(loss_fn, params, space.layout, records)
-    return hessian_product(loss_fn, params, space, direction, records, microbatch_size=size)
+def curvature_along(
+    loss_fn: LossFn, params: Params, space: Subspace, directions: jax.Array, index: int, records: Record
+) -> jax.Array:
+    """v^T H v of one of the directions, by `curvature.hessian_product` with microbatches that fit."""
+    size, v = at_a_time(loss_fn, params, space.layout, records), directions[index]
+    product = hessian_product(loss_fn, params, space, v, records, microbatch_size=size)
+    return jnp.vdot(v, product, precision=jax.lax.Precision.HIGHEST)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -182,9 +185,8 @@ def _curvature(loss_fn, params, space, directions, squares, records):
     moments = squares.mean(axis=0)
     steepest = np.argsort(-moments[:-1])[:_SCALED_DIRECTIONS]
     few = take(records, slice(0, SCALING_RECORDS))
-    along = directions[steepest]
-    products = (product_along(loss_fn, params, space, v, few) for v in along)
-    curved = [float(jnp.vdot(v, p, precision=jax.lax.Precision.HIGHEST)) for v, p in zip(along, products, strict=True)]
+    along = [curvature_along(loss_fn, params, space, directions, j, few) for j in steepest]
+    curved = np.asarray(jax.device_get(along), np.float64)
     if not (np.all(np.isfinite(curved)) and np.all(np.isfinite(moments))):
         raise ValueError(f"The public curvature is not finite at the anchor, {moments.shape=}.")
     with np.errstate(over="ignore"):  # refused below
@@ -212,18 +214,19 @@ def tolerated_noise(
     """
     losses = np.asarray(_losses(loss_fn, params, space, records), np.float64)
     limit = share * float(np.sqrt(np.mean(losses**2)))
-    moves = [_noise_move(k, shape, space) for k in jax.random.split(key, _NOISE_DRAWS)]
+    moves = _noise_moves(key, shape, space)
 
     def cost(scale):
-        moved = [_moved_loss(loss_fn, params, space, scale * move, records) for move in moves]
-        return float(np.mean(jax.device_get(moved))) - float(np.mean(losses))
+        moved = _moved_losses(loss_fn, params, space, moves, scale, records)
+        return float(np.mean(np.asarray(moved))) - float(np.mean(losses))
 
     return noise_tolerance(cost, limit), limit
 
 
 @jax.jit
-def _noise_move(key, shape, space):
-    return precisions.color(shape, jax.random.normal(key, (space.dim,), space.layout.dtype))
+def _noise_moves(key, shape, space):
+    keys = jax.random.split(key, _NOISE_DRAWS)
+    return jax.lax.map(lambda k: precisions.color(shape, jax.random.normal(k, (space.dim,), space.layout.dtype)), keys)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -233,7 +236,11 @@ def _losses(loss_fn, params, space, records):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _moved_loss(loss_fn, params, space, move, records):
-    moved = subspaces.displace(space, params, move)
+def _moved_losses(loss_fn, params, space, moves, scale, records):
+    """Mean losses of the parameters after each of several moves, times a scale."""
     size = at_a_time(loss_fn, params, space.layout, records)
-    return mean_loss(loss_fn, moved, records, microbatch_size=size)
+
+    def moved_loss(move):
+        return mean_loss(loss_fn, subspaces.displace(space, params, scale * move), records, microbatch_size=size)
+
+    return jax.lax.map(moved_loss, moves)
