@@ -243,6 +243,7 @@ def projected_ggn(
     stored = subspace.operator.lift is subspaces._combine  # then P lies in memory as leaves (k, *shape)
     lifted = subspace.arrays if stored else _lift_each(subspace, jnp.eye(subspace.dim, dtype=layout.dtype))
     tangents = vary(lifted, axis_name)
+
     def record_ggn(record):
         @as_products
         def outputs(x):

@@ -210,7 +210,7 @@ def make_plan(
     tolerances = tolerance, np.sqrt(2 * _PRIVATE_CURVATURE * cost / np.sum(curvature[:-1]))
     found = _geometries(eigenvalues, dims, tolerances, per_unit, clip_norm_of)
     longest = float(np.float32(found[0][-1]))
-    geometries = as_arrays(Geometry(*map(np.stack, zip(*found, strict=True))))
+    geometries = Geometry(*as_arrays([np.stack(x) for x in zip(*found, strict=True)]))
     clip_norm = clip_norm_of(dims)
     clipped = clip_norms.clipped(squares, dims, clip_norm)
     moments = np.maximum(clipped.moments, 1e-9 * clipped.moments.max())

@@ -64,9 +64,15 @@ def _all_finite(leaves: list[jax.Array]) -> jax.Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]))
 
 
-def _stays_on_host(leaf: Any) -> bool:
-    """Whether it is a NumPy array that JAX would not round: to copy all records can take longer than a release."""
-    return isinstance(leaf, np.ndarray) and leaf.dtype.kind == "f" and leaf.dtype == jnp.result_type(leaf)
+def _is_on_host(leaf: Any) -> bool:
+    """NumPy arrays are looked at where they are: to copy all records to a device can take longer than a release."""
+    return isinstance(leaf, np.ndarray) and leaf.dtype.kind == "f"
+
+
+def _as_held(leaf: Any) -> Any:
+    """Of the precision that JAX will hold it in, where a large float64 is infinite."""
+    with np.errstate(over="ignore"):
+        return leaf.astype(jnp.result_type(leaf), copy=False) if _is_on_host(leaf) else leaf
 
 
 def _is_finite_on_host(x: np.ndarray) -> bool:
@@ -78,12 +84,12 @@ def _is_finite_on_host(x: np.ndarray) -> bool:
 def check_finite(name: str, tree: Any) -> None:
     """Raises, with the path and shape of the leaf, if a floating-point leaf of a **public** tree is not finite."""
     named = [
-        (path, leaf)
+        (path, _as_held(leaf))
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
     ]
-    on_device = [leaf for _, leaf in named if not _stays_on_host(leaf)]
-    if all(_is_finite_on_host(x) for _, x in named if _stays_on_host(x)) and (not on_device or _all_finite(on_device)):
+    on_device = [leaf for _, leaf in named if not _is_on_host(leaf)]
+    if all(_is_finite_on_host(x) for _, x in named if _is_on_host(x)) and (not on_device or _all_finite(on_device)):
         return
     bad = next((path, leaf) for path, leaf in named if not jnp.all(jnp.isfinite(leaf)))
     value = np.asarray(bad[1], np.float64)

@@ -89,6 +89,27 @@ def test_the_private_pass_has_no_convolution_on_a_cpu_or_gpu_and_the_same_sum(mo
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-2)
 
 
+def test_before_a_head_that_is_tuned_alone_a_gpu_keeps_its_convolution(monkeypatch):
+    loss, kernel, x = problem("strided")
+    params = {"body": kernel, "head": jnp.ones(4)}
+    both = lambda params, x: loss(params["body"], x) * jnp.sum(params["head"])
+    records = jnp.stack([x, 2 * x, -x])
+
+    def run(where):
+        space = subspace.full(params, where=where)
+        geometry = precision.dense(jnp.eye(space.dim))
+        total = lambda r: clipping.clipped_sum(both, params, space, geometry, r, l2_clip_norm=1e5, mode="reverse")[0]
+        return primitives(total, records), total(records)
+
+    _, expected = run("head")
+    monkeypatch.setattr(convolutions.jax, "default_backend", lambda: "gpu")
+    traced, found = run("head")
+    assert "conv_general_dilated" in traced
+    assert "conv_general_dilated" not in run("body")[0]
+    assert "conv_general_dilated" not in run(None)[0]
+    np.testing.assert_allclose(found, expected, rtol=2e-5)
+
+
 def test_convolutions_are_rewritten_under_shard_map_too():
     loss, kernel, x = problem("strided")
     mesh = jax.make_mesh((8,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))

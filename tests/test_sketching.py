@@ -36,6 +36,16 @@ def test_the_count_sketch_does_not_depend_on_the_panels(monkeypatch):
     np.testing.assert_allclose(whole @ whole.T, np.eye(6), atol=1e-6)
 
 
+def test_on_a_gpu_each_record_has_the_same_count_sketch_and_keeps_its_nan(monkeypatch):
+    rows = jax.random.normal(KEY, (5, 40)).at[2].set(jnp.nan)
+    run = lambda: np.asarray(jax.vmap(lambda x: sketching.count_sketch_project(((40,),), KEY, 6, [x]))(rows))
+    expected = run()
+    monkeypatch.setattr(sketching.jax, "default_backend", lambda: "gpu")
+    found = run()
+    np.testing.assert_array_equal(found, expected)
+    assert np.all(np.isnan(found[2])) and np.all(np.isfinite(np.delete(found, 2, axis=0)))
+
+
 def test_the_stored_gaussian_is_the_regenerated_one(monkeypatch):
     monkeypatch.setattr(sketching, "_PANEL", 40)
     stored = jax.jit(jax.vmap(lambda *c: flat(c)))(*sketching.gaussian_columns(SHAPES, KEY, 6, jnp.float32))
