@@ -12,8 +12,10 @@ LARGEST_CNN := --models cnn --sizes 10000 --search-from 4000
 BOTH_PARTS = $(ARENA) --part 0/2 $(1) & other=$$!; $(ARENA) --part 1/2 $(1); ended=$$?; wait $$other && exit $$ended
 FEW_RIVALS := --methods qexp zero_shot non_private dp_gd dp_sgd_all dp_adam_last objective_perturbation
 MIMIC_TASKS ?= mimic_mortality_by_care_unit mimic_long_stay_by_care_unit
+SMALL_TASKS ?= $(foreach kind,moved flipped inverted,physionet_$(kind)) \
+  $(foreach kind,noisy turned transposed,digits_$(kind)) $(foreach kind,changed inverted,table_$(kind))
 
-.PHONY: demo compare compare-full mnist mimic shift units ablation predicted membership benchmarks cluster large report test lint clean
+.PHONY: demo compare compare-full mnist mimic shift small units ablation predicted membership benchmarks cluster large report test lint clean
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -56,6 +58,12 @@ shift: .venv/ready
 	$(ARENA) --tasks mnist_rotated --models mlp cnn --sizes 4000 --epsilons 1 8 --seeds 10 \
 	  --methods qexp zero_shot non_private dp_gd dp_sgd_all --out $(OUT)/shift $(ARGS)
 	$(REPORT) --results $(OUT)/shift
+
+# Small tasks outside the grid, mild to hopeless shifts.
+small: .venv/ready
+	$(ARENA) --tasks $(SMALL_TASKS) --models linear mlp --sizes 500 2000 --epsilons 1 8 \
+	  --methods zero_shot qexp dp_gd dp_sgd_all non_private --out $(OUT)/small $(ARGS)
+	$(REPORT) --results $(OUT)/small
 
 units: .venv/ready
 	$(BIN)/python -m experiments.units $(ARGS)

@@ -6,8 +6,10 @@ import pathlib
 import matplotlib as mpl
 import numpy as np
 import pytest
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
 
-from experiments import cluster, data, demo, large, mnist
+from experiments import cluster, data, demo, large, mnist, small
 
 QEXP_DATA = pathlib.Path(os.environ.get("QEXP_DATA", "absent"))
 
@@ -50,6 +52,45 @@ def test_the_rotated_split_turns_the_students_images_and_nothing_else():
     np.testing.assert_array_equal(plain.public["x"], turned.public["x"])
     np.testing.assert_array_equal(plain.test["label"], turned.test["label"])
     assert not np.allclose(plain.test["x"][0], turned.test["x"][0], atol=0.1)
+
+
+@pytest.mark.parametrize("kind", ["noisy", "turned", "transposed"])
+def test_the_digits_of_a_small_task_are_changed_in_private_and_test_alone(kind):
+    images, labels = load_digits(return_X_y=True)
+    known = {(x / 16).astype(np.float32).tobytes(): label for x, label in zip(images, labels, strict=True)}
+    split = small.changed_digits(kind)
+    assert [len(part["label"]) for part in split[:3]] == [500, 700, 597]
+    assert [known[x.tobytes()] for x in split.public["x"]] == split.public["label"].tolist()
+    assert not any(x.tobytes() in known for part in split[1:3] for x in part["x"])
+    if kind == "transposed":
+        found = [known.pop(x.tobytes()) for x in split.public["x"]]
+        found += [known.pop(np.ascontiguousarray(x.T).tobytes()) for part in split[1:3] for x in part["x"]]
+        assert found == np.concatenate([part["label"] for part in split[:3]]).tolist()
+
+
+@pytest.mark.parametrize("kind", ["changed", "inverted"])
+def test_a_small_tables_outcome_follows_other_coefficients_in_private(kind):
+    split = small.changed_table(kind)
+    assert [len(part["label"]) for part in split[:3]] == [2000, 4000, 3000]
+    public, private, test = (LogisticRegression().fit(p["x"], p["label"]).coef_[0] for p in split[:3])
+    cosine = lambda a, b: a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+    assert cosine(private, test) > 0.99
+    assert cosine(public, private) < -0.9 if kind == "inverted" else abs(cosine(public, private)) < 0.9
+    np.testing.assert_array_equal(small.changed_table(kind).test["x"], split.test["x"])
+
+
+def test_small_clinical_tasks_change_features_or_labels_of_private_and_test(monkeypatch):
+    rng = np.random.default_rng(0)
+    records = lambda n: {"x": rng.normal(size=(n, 40)).astype(np.float32), "label": rng.integers(0, 2, n)}
+    plain = data.Split(records(5), records(6), records(7), "by ICU")
+    monkeypatch.setattr(small.physionet, "by_icu", lambda data_dir, cache_dir: plain)
+    for kind, features in {"moved": 20, "flipped": 12, "inverted": 0}.items():
+        split = small.changed_physionet(kind, pathlib.Path(), pathlib.Path())
+        assert split.public is plain.public
+        for before, after in zip(plain[1:3], split[1:3], strict=True):
+            changed = np.any(before["x"] != after["x"], axis=0)
+            assert np.sum(changed) == features and np.all((before["x"] != after["x"]) == changed)
+            np.testing.assert_array_equal(after["label"], 1 - before["label"] if features == 0 else before["label"])
 
 
 def test_a_missing_file_is_named_with_where_to_get_it(tmp_path):
