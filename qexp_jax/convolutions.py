@@ -56,7 +56,7 @@ def _rewrite(jaxpr: Jaxpr, moving: set[Any] | None) -> Jaxpr:
     """
     equations = []
     for equation in jaxpr.eqns:
-        moves = any(_moves(v, moving) for v in equation.invars)
+        moves = moving is None or any(_moves(v, moving) for v in equation.invars)
         equations.append(_rewrite_equation(equation, moving) if moves else equation)
         if moving is not None and moves:
             moving.update(equation.outvars)
