@@ -48,8 +48,8 @@ def changed_physionet(kind: str, data_dir: pathlib.Path, cache_dir: pathlib.Path
     return Split(split.public, change(split.private), change(split.test), f"{split.description}; private: {kind}")
 
 
-def changed_digits(kind: str) -> Split:
-    """scikit-learn's digits with private and test images changed: `"noisy"`, `"turned"` or `"transposed"`."""
+def changed_digits(kind: str, *_: pathlib.Path) -> Split:
+    """scikit-learn's digits with private and test images changed: `"noisy"`, `"turned"` or `"transposed"`; no files."""
     images, labels = load_digits(return_X_y=True)
     x = (images / 16).astype(np.float32).reshape(-1, 8, 8)
     rng = np.random.default_rng(0)
@@ -70,8 +70,8 @@ def changed_digits(kind: str) -> Split:
     )
 
 
-def changed_table(kind: str) -> Split:
-    """A made-up table whose outcome follows other coefficients in private: `"changed"` or `"inverted"`."""
+def changed_table(kind: str, *_: pathlib.Path) -> Split:
+    """A made-up table whose outcome follows other coefficients in private: `"changed"` or `"inverted"`; no files."""
     rng = np.random.default_rng(1)
     mixing = rng.normal(size=(_TABLE_FEATURES, _TABLE_FEATURES)) / np.sqrt(_TABLE_FEATURES)
     x = rng.normal(size=(_TABLE_ROWS, _TABLE_FEATURES)) @ mixing + 0.3 * rng.normal(size=(_TABLE_ROWS, _TABLE_FEATURES))

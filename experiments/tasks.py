@@ -74,24 +74,19 @@ SHIFTED_TASKS = {
 }
 
 
-def _small(family, kind):
-    """A task of `small`, whose families have settings of their own."""
-    if family == "physionet":
-        load = functools.partial(small.changed_physionet, kind)
-        return Task(f"physionet_{kind}", "auroc", 1, _CLINICAL, load)
-    if family == "digits":
-        return Task(f"digits_{kind}", "accuracy", 10, _FITTED, lambda data_dir, cache_dir: small.changed_digits(kind))
-    return Task(f"table_{kind}", "auroc", 1, _FITTED, lambda data_dir, cache_dir: small.changed_table(kind))
+def _small(name, metric, num_outputs, pretraining, load, kinds):
+    """The tasks of one family of `small`."""
+    return {
+        f"{name}_{kind}": Task(f"{name}_{kind}", metric, num_outputs, pretraining, functools.partial(load, kind))
+        for kind in kinds
+    }
 
 
-SMALL_TASKS = {
-    task.name: task
-    for task in (
-        *(_small("physionet", kind) for kind in ("moved", "flipped", "inverted")),
-        *(_small("digits", kind) for kind in ("noisy", "turned", "transposed")),
-        *(_small("table", kind) for kind in ("changed", "inverted")),
-    )
-}
+SMALL_TASKS = (
+    _small("physionet", "auroc", 1, _CLINICAL, small.changed_physionet, ("moved", "flipped", "inverted"))
+    | _small("digits", "accuracy", 10, _FITTED, small.changed_digits, ("noisy", "turned", "transposed"))
+    | _small("table", "auroc", 1, _FITTED, small.changed_table, ("changed", "inverted"))
+)
 TASKS = OPEN_TASKS | MIMIC_TASKS | SHIFTED_TASKS | SMALL_TASKS
 
 

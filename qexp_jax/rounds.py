@@ -176,7 +176,8 @@ def run(
             noisy, progress.walk, plan.subspace, quadratic, noise_std, plan.spectrum, geometry, of_rounds
         )
         infos.append(RoundInfo(plan, geometry, quadratic, noise_std, w, multiples, cost, clip_info))
-        progress = _beginning(progress.round + 1, walk._replace(split=progress.walk.split), empty)
+        walk = walk._replace(split=progress.walk.split)  # not the copy that a compiled program returns
+        progress = _beginning(progress.round + 1, walk, empty)
         _save(engine, layout, progress)
     announce(engine.progress, "done", progress.walk)
     return progress.walk, [info._replace(noise_std=float(info.noise_std)) for info in infos]
