@@ -159,8 +159,9 @@ def run(
             break
         multiplier = noise_multiplier * (of_rounds / plan.rounds) ** 0.5
         geometry, precision, noise_std = _aim(
-            progress.walk.belief, plan.spectrum, plan.geometries, num_units, of_rounds, whole, multiplier
-        )
+            progress.walk.belief, plan.spectrum, plan.geometries, num_units, of_rounds, whole, multiplier,
+            progress.round / num_rounds,
+        )  # fmt: skip
         announce(engine.progress, "private pass", progress.walk)
         target = Target(progress.walk.params, plan.subspace, precision, geometry.l2_clip_norm)
         total, clip_info, count = _pass(engine, target, units, progress, count)
@@ -193,9 +194,9 @@ def _split(progress, plan, num_units):
 
 
 @jax.jit
-def _aim(belief, spectrum, geometries, num_units, rounds, whole, multiplier):
+def _aim(belief, spectrum, geometries, num_units, rounds, whole, multiplier, done):
     """The geometry of a round, its precision and C z, where z is `multiplier`, and `whole` that of all together."""
-    geometry, _ = choose(belief, spectrum, geometries, whole, num_units, rounds)
+    geometry, _ = choose(belief, spectrum, geometries, whole, num_units, rounds, done)
     precision = precision_of(spectrum.directions, geometry.eigenvalues)
     return geometry, precision, geometry.l2_clip_norm * multiplier
 
@@ -222,9 +223,9 @@ def follow(
     Returns:
       The draw w, the multiples of it that are followed, the cost of their noise, and the walk after it.
     """
-    num_units = quadratic.num_units
+    num_units, share = quadratic.num_units, geometry.share
     w = mechanism.release_step(quadratic, noisy)
-    seen, noise_var = noisy / num_units, (noise_std / num_units) ** 2
+    seen, noise_var = noisy / (share * num_units), (noise_std / (share * num_units)) ** 2
     belief = flow.observe(walk.belief, spectrum, seen, noise_var, geometry.tuned)
     signal = flow.pooled_signal(belief, spectrum, num_units)
     rate = flow.signal_rate(belief, spectrum, num_units)
@@ -234,6 +235,7 @@ def follow(
     step, _ = flow.best_step(belief, spectrum, noise_var, num_units, geometry.longest / rounds, geometry.tuned)
     length = jnp.where(is_heavy(belief, spectrum, num_units), step, wanted / rounds)
     multiples, belief = flow.advance(belief, spectrum, length, num_units, geometry.tuned)
+    multiples /= share
     # The precision has the spectrum's directions, so that scaling before or after colouring is the same.
     params = subspaces.displace(subspace, walk.params, flow.scale(spectrum.directions, multiples, w))
     noise = (noisy - quadratic.whitened_sum) / num_units

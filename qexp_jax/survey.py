@@ -42,7 +42,8 @@ class Survey(NamedTuple):
       subspace: P, with orthonormal columns.
       directions: (r, k) orthonormal leading directions.
       curvature: (r + 1,) of the loss of one record.
-      squares: (n, r + 1) of the gradients of public units: in each leading direction, and the mean of all others.
+      leading: (n, r) gradients of public units along the leading directions.
+      squares: (n, r + 1) of these gradients: in each leading direction, and the mean of all others.
       dims: (r + 1,) how many coordinates each entry stands for: 1, ..., 1, k - r.
       tried: a few public records, for trials of noise.
     """
@@ -50,6 +51,7 @@ class Survey(NamedTuple):
     subspace: Subspace
     directions: jax.Array
     curvature: np.ndarray
+    leading: np.ndarray
     squares: np.ndarray
     dims: np.ndarray
     tried: Record
@@ -89,12 +91,13 @@ def survey(
     space = _tuned_space(sketch_key, loss_fn, params, curved, public, subspace, subspace_dim)
     rank = min(precision_rank, space.dim, num_records(curved))
     directions = leading_directions(loss_fn, params, curved, rank, space).arrays[1].T
-    squares = _squares(loss_fn, params, space, directions, held_out)
+    leading, squares = _gradients(loss_fn, params, space, directions, held_out)
     curvature = _curvature(loss_fn, params, space, directions, squares, held_out)
     if clip_loss_fn is not loss_fn:
-        squares = _squares(clip_loss_fn, params, space, directions, _samples(unit_key, public_units)[1])
+        units = _samples(unit_key, public_units)[1]
+        leading, squares = _gradients(clip_loss_fn, params, space, directions, units)
     dims = np.append(np.ones(rank), space.dim - rank)
-    return Survey(space, directions, curvature, squares, dims, take(held_out, slice(0, _TRIED)))
+    return Survey(space, directions, curvature, leading, squares, dims, take(held_out, slice(0, _TRIED)))
 
 
 def num_curved(num_public: int) -> int:
@@ -160,20 +163,21 @@ def curvature_along(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _gradient_squares(loss_fn, params, space, directions, records):
+def _surveyed_gradients(loss_fn, params, space, directions, records):
     size = at_a_time(loss_fn, params, space.layout, records)
     batches, _ = microbatches(records, size)
 
-    def squares(batch):
-        return jax.vmap(lambda g: flow.energies(directions, g))(projected_gradients(loss_fn, params, space, batch))
+    def along(g):
+        return jnp.matmul(directions, g, precision=jax.lax.Precision.HIGHEST), flow.energies(directions, g)
 
-    return jax.lax.map(squares, batches).reshape(-1, len(directions) + 1)
+    found = jax.lax.map(lambda batch: jax.vmap(along)(projected_gradients(loss_fn, params, space, batch)), batches)
+    return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), found)
 
 
-def _squares(loss_fn, params, space, directions, records):
-    """Squares of each record's gradient: in the leading directions, and the mean of all others (n, r + 1)."""
-    squares = np.asarray(_gradient_squares(loss_fn, params, space, directions, records), np.float64)
-    return squares[: num_records(records)]
+def _gradients(loss_fn, params, space, directions, records):
+    """Each record's gradient along the leading directions (n, r), and its squares: there, and their mean elsewhere."""
+    found = _surveyed_gradients(loss_fn, params, space, directions, records)
+    return tuple(np.asarray(x, np.float64)[: num_records(records)] for x in found)
 
 
 def _curvature(loss_fn, params, space, directions, squares, records):

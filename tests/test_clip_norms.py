@@ -75,3 +75,48 @@ def test_the_less_noise_the_larger_the_clip_norm_of_least_excess():
 
     chosen = [best(noise_multiplier) for noise_multiplier in (1e3, 30.0, 1.0, 1e-3)]
     assert chosen == sorted(chosen) and chosen[0] == 0.5 and chosen[-1] == 1.0
+
+
+SKEWED = np.random.default_rng(7).exponential(size=(4000, 4)) - 1  # of mean 0; clipped, it is not
+
+
+def share_of(g, noise_std, length=LENGTH):
+    arrays = CURVATURE, np.ones(4), np.append(np.ones(3), 50), *flow.shift_prior()
+    picture = flow.Spectrum(jnp.eye(53)[:3], *(jnp.asarray(x, jnp.float32) for x in arrays))
+    norms = np.linalg.norm(g, axis=1)
+    return clip_norms.share_under_heavy_shift(g[:, :3], norms, np.quantile(norms, 0.9), picture, noise_std**2, length)
+
+
+def test_the_more_noise_the_smaller_the_share_and_without_any_it_is_whole():
+    shares = [share_of(SKEWED, noise_std) for noise_std in (0, 0.01, 0.03, 0.1, 1)]
+    assert shares == sorted(shares, reverse=True) and len(set(shares)) > 3
+    assert shares[0] == 1 and shares[-1] == 0.25
+
+
+def test_pulls_that_cancel_allow_a_smaller_share():
+    """The same gradients with signs at random: a rule that saw their squares alone would not tell the two apart."""
+    signs = np.random.default_rng(8).choice([-1, 1], size=(len(SKEWED), 1))
+    assert share_of(signs * SKEWED, 0.03) < 0.6 * share_of(SKEWED, 0.03)
+
+
+@pytest.mark.parametrize("noise_std", [0.02, 0.05])
+def test_the_share_costs_simulated_flows_least(noise_std):
+    """Flows from the minimum of a quadratic along noise and root two times what clipping adds to a mean of 0."""
+    norms = np.linalg.norm(SKEWED, axis=1)
+    clip_norm, rng = np.quantile(norms, 0.9), np.random.default_rng(9)
+    xi = noise_std * rng.normal(size=(20000, 53))
+    curvature = np.append(CURVATURE[:3], np.full(50, CURVATURE[3]))
+
+    def cost(share):
+        def mean(c):
+            return np.mean(np.minimum(1, c / norms)[:, None] * SKEWED[:, :3], axis=0)
+
+        pull = mean(share * clip_norm) / share - mean(clip_norm)
+        released = share * xi
+        released[:, :3] += np.sqrt(2) * pull
+        moved = (1 - np.exp(-LENGTH * curvature)) / curvature * released
+        return np.mean(np.sum(curvature * moved**2 / 2, axis=1))
+
+    found = share_of(SKEWED, noise_std)
+    costs = {share: cost(share) for share in np.linspace(1, 0.25, 16)}
+    assert costs[found] < 1.002 * min(costs.values()) and costs[found] < 0.9 * costs[1.0]

@@ -141,13 +141,18 @@ def test_the_noise_of_each_round_is_that_of_its_own_geometrys_clip_norm():
     one = {"x": 100 * data["private"]["x"][:1], "y": jnp.array([1e4])}
     release, infos, whole = wide_rounds(data, epsilon=0.3)
     norms = {w: g["l2_clip_norm"] for w, g in zip((1, 0), release.certificate["geometries"], strict=True)}
-    assert set(whole) == {0, 1} and norms[0] < 0.9 * norms[1]
+    share = release.certificate["public_evidence"]["clip_norm_share_under_heavy_shift"]
+    assert set(whole) == {0, 1} and norms[0] < 0.9 * norms[1] and share < 0.9
+    shares = [float(info.geometry.share) for info in infos]
+    assert len(shares) == 80 and shares[0] == 1
+    np.testing.assert_allclose(shares[10:], [share] * 50 + [1] * 20, rtol=1e-6)  # whole again in the last quarter
     clipped_sum = jax.jit(functools.partial(clipping.clipped_sum, wide_loss))
     mus = []
-    for info, is_whole in zip(infos, whole, strict=True):
+    for info, is_whole, part in zip(infos, whole, shares, strict=True):
         total, counts = clipped_sum(
-            {"w": jnp.ones(WIDE)}, info.plan.subspace, info.quadratic.precision, one, l2_clip_norm=norms[is_whole]
-        )
+            {"w": jnp.ones(WIDE)}, info.plan.subspace, info.quadratic.precision, one,
+            l2_clip_norm=part * norms[is_whole],
+        )  # fmt: skip
         assert counts.num_clipped == 1
         mus.append(float(jnp.linalg.norm(total)) / info.noise_std)
     np.testing.assert_allclose(privacy.compose(mus), release.certificate["mu"], rtol=1e-4)
@@ -191,6 +196,28 @@ def test_a_round_takes_its_share_of_the_best_length_or_under_a_heavy_shift_the_b
     )
     np.testing.assert_allclose(multiples, expected, rtol=1e-4)
     assert jnp.all(jnp.abs(multiples / other - 1) > 0.05)
+
+
+def test_a_sum_of_gradients_that_are_all_clipped_is_followed_alike_whatever_the_share_of_the_clip_norm():
+    """But for the noise, of which a half is left."""
+    _, infos, _ = wide_rounds(wide_data(3.0), epsilon=8.0)
+    info = infos[-1]
+    whole, half = (info.geometry._replace(share=jnp.float32(x)) for x in (1.0, 0.5))
+    walk = rounds.start(info.plan.subspace.layout, {"w": jnp.ones(WIDE)}, info.plan.spectrum, 8)
+    total = info.quadratic.whitened_sum
+
+    def followed(factor, geometry, noise_std):
+        quadratic = info.quadratic._replace(whitened_sum=factor * total)
+        noisy = factor * (total + jnp.ones_like(total))
+        out = rounds.follow(noisy, walk, info.plan.subspace, quadratic, noise_std, info.plan.spectrum, geometry, 80.0)
+        return out[1], out[2], out[3].params["w"] - walk.params["w"]
+
+    multiples, cost, moved = followed(1.0, whole, 2.0)
+    assert jnp.linalg.norm(moved) > 0 and cost > 0
+    again = followed(0.5, half, 1.0)
+    for found, expected in zip(again, (2 * multiples, cost, moved), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert jnp.linalg.norm(followed(0.5, whole, 1.0)[2] - moved) > 0.1 * jnp.linalg.norm(moved)
 
 
 def test_a_hardened_release_spends_no_more_than_its_zcdp_when_it_splits():

@@ -84,6 +84,22 @@ def test_a_space_of_leading_directions_alone_has_one_geometry():
     assert len(planned(100.0).geometries.l2_clip_norm) == 2
 
 
+def test_the_less_noise_the_larger_the_share_of_the_clip_norm_under_a_heavy_shift():
+    """In records of a skewed law, whose clipped gradients pull; a clip norm that is given is kept whole."""
+    shares = [skewed_plan(z).evidence["clip_norm_share_under_heavy_shift"] for z in (300.0, 30.0, 3.0, 0.1)]
+    assert shares == sorted(shares) and shares[0] < 0.5 and shares[-1] > 0.9
+    assert skewed_plan(300.0, l2_clip_norm=2.5).evidence["clip_norm_share_under_heavy_shift"] == 1
+
+
+def skewed_plan(noise_multiplier, **changes):
+    records = public()
+    noise = jax.random.exponential(jax.random.key(2), records["y"].shape) - 1
+    records["y"] = records["x"] @ PARAMS["w"] + noise
+    records["x"] = records["x"].at[:, 0].set(1.0)  # an intercept, whose gradient is the skewed noise
+    settings = {"num_units": 1000, "noise_multiplier": noise_multiplier, "precision_rank": 8} | changes
+    return plan.make_plan(KEY, loss_fn, PARAMS, records, loss_fn, records, **settings)
+
+
 def leading_gradient(spectrum, shift):
     return spectrum.directions.T @ (jax.random.normal(KEY, (8,)) * jnp.sqrt(shift * spectrum.moments[:-1]))
 
@@ -106,8 +122,14 @@ def test_the_releases_choose_the_leading_directions_for_a_small_shift_and_all_fo
     assert jnp.vdot(geometry.tuned, spectrum.dims) == tuned
     heavy = tuned == D
     assert plan.is_heavy(belief, spectrum, num_units) == heavy
-    longest = made.geometries.longest[0 if heavy else 1] * (2 if heavy else 1)
-    np.testing.assert_allclose(geometry.longest, longest, rtol=1e-6)
+    planned_one = jax.tree.map(lambda x: x[0 if heavy else 1], made.geometries)
+    np.testing.assert_allclose(geometry.longest, planned_one.longest * (2 if heavy else 1), rtol=1e-6)
+    share = made.evidence["clip_norm_share_under_heavy_shift"] if heavy else 1
+    np.testing.assert_allclose(geometry.share, share, rtol=1e-6)
+    np.testing.assert_allclose(geometry.l2_clip_norm, share * planned_one.l2_clip_norm, rtol=1e-6)
+    assert not heavy or 0.25 <= share < 0.9
+    late, _ = plan.choose(belief, spectrum, made.geometries, noise_multiplier, num_units, 80.0, 0.75)
+    assert late.share == 1 and late.l2_clip_norm == planned_one.l2_clip_norm and late.longest == geometry.longest
 
 
 @pytest.mark.parametrize(
