@@ -117,9 +117,10 @@ def released(key, anchor, pool, included, epsilon, delta):
             keys, mask = jax.random.split(row[0], made.rounds), row[1]
             walk = rounds.start(layout, start, spectrum, made.rounds)
 
-            def round_of(walk, key):
+            def round_of(walk, each):
+                key, done = each
                 geometry, _ = plan.choose(
-                    walk.belief, spectrum, geometries, noise_multiplier / made.rounds**0.5, count, made.rounds
+                    walk.belief, spectrum, geometries, noise_multiplier / made.rounds**0.5, count, made.rounds, done
                 )  # fmt: skip
                 precise = plan.precision_of(spectrum.directions, geometry.eigenvalues)
                 clip_norm, noise_std = geometry.l2_clip_norm, geometry.l2_clip_norm * noise_multiplier
@@ -131,7 +132,7 @@ def released(key, anchor, pool, included, epsilon, delta):
                 *_, walk = rounds.follow(noisy, walk, spaced, quadratic, noise_std, spectrum, geometry, made.rounds)
                 return walk, None
 
-            return jax.lax.scan(round_of, walk, keys)[0].params
+            return jax.lax.scan(round_of, walk, (keys, jnp.arange(made.rounds) / made.rounds))[0].params
 
         return jax.lax.map(one, (noise_keys, included), batch_size=BATCH)
 
