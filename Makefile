@@ -15,7 +15,7 @@ MIMIC_TASKS ?= mimic_mortality_by_care_unit mimic_long_stay_by_care_unit
 SMALL_TASKS ?= $(foreach kind,moved flipped inverted,physionet_$(kind)) \
   $(foreach kind,noisy turned transposed,digits_$(kind)) $(foreach kind,changed inverted,table_$(kind))
 
-.PHONY: demo compare compare-full mnist mimic shift small units ablation predicted membership benchmarks cluster large report test lint clean
+.PHONY: demo compare compare-full mnist mimic trained shift small units ablation predicted membership benchmarks cluster large report test lint clean
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -52,6 +52,12 @@ else
 	$(ARENA) --tasks physionet_icu $(ONE_TASK) $(FEW_RIVALS) --out $(OUT)/mimic $(ARGS)
 endif
 	$(REPORT) --results $(OUT)/mimic
+
+# MNIST by writers after longer pretraining.
+trained: .venv/ready
+	$(ARENA) --tasks mnist_trained --models linear mlp cnn --sizes 250 1000 4000 --epsilons 0.5 1 2 8 \
+	  --methods zero_shot non_private qexp dp_gd dp_sgd_all dp_adam_all dp_sgd_bias --out $(OUT)/trained $(ARGS)
+	$(REPORT) --results $(OUT)/trained
 
 # A shift so heavy that public curvature says little: MNIST turned by 40 degrees.
 shift: .venv/ready

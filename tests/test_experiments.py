@@ -9,7 +9,7 @@ import pytest
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
-from experiments import cluster, data, demo, large, mnist, small
+from experiments import cluster, data, demo, large, mnist, models, small, tasks
 
 QEXP_DATA = pathlib.Path(os.environ.get("QEXP_DATA", "absent"))
 
@@ -52,6 +52,20 @@ def test_the_rotated_split_turns_the_students_images_and_nothing_else():
     np.testing.assert_array_equal(plain.public["x"], turned.public["x"])
     np.testing.assert_array_equal(plain.test["label"], turned.test["label"])
     assert not np.allclose(plain.test["x"][0], turned.test["x"][0], atol=0.1)
+
+
+@pytest.mark.skipif(not (QEXP_DATA / "mnist").is_dir(), reason="full MNIST is not present; set QEXP_DATA")
+def test_longer_pretraining_knows_more_and_more_still_teaches_nothing(tmp_path):
+    """The test part is of the private population, of which the brief anchor has .845 right."""
+    task = tasks.TASKS["mnist_trained"]
+    longer = {"linear": task.pretraining["linear"] | {"epochs": 40}}
+
+    def accuracy(task):
+        anchor = tasks.make_anchor(task, "linear", QEXP_DATA, tmp_path)
+        return models.evaluate(anchor.model, anchor.params, anchor.split.test, "accuracy")
+
+    trained, more = accuracy(task), accuracy(task._replace(pretraining=longer))
+    assert trained > 0.865 and abs(more - trained) < 0.004
 
 
 @pytest.mark.parametrize("kind", ["noisy", "turned", "transposed"])
