@@ -264,8 +264,8 @@ def choose(
     """The geometry of least expected excess given all releases, and its length: post-processing (T5).
 
     Under a heavy shift the first, of all parameters, where its best step is expected to lower the loss, and wherever no
-    more than a fifth of the rounds so far tuned all; else the last. Units are then clipped at its share of C, until three
-    quarters of the rounds are done.
+    more than a fifth of the rounds so far tuned all; else the last. Units are then clipped at its share of C, until
+    three quarters of the rounds are done.
 
     Args:
       belief: what the releases say.
