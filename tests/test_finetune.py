@@ -179,7 +179,7 @@ def test_a_round_takes_its_share_of_the_best_length_or_under_a_heavy_shift_the_b
     _, infos, _ = wide_rounds(wide_data(0.0), epsilon=8.0)
     made, quadratic = infos[0].plan, infos[0].quadratic
     spectrum, num_units = made.spectrum, quadratic.num_units
-    geometry = jax.tree.map(lambda x: x[0], made.geometries)
+    geometry = jax.tree.map(lambda x: x[0], made.geometries)._replace(share=jnp.float32(1))
     walk = rounds.start(made.subspace.layout, {"w": jnp.ones(WIDE)}, spectrum, made.rounds)
     g = flow.scale(spectrum.directions, jnp.sqrt(shift * spectrum.moments), jax.random.normal(KEY, (WIDE,)))
     noise_var = jnp.mean(g**2) / 4
