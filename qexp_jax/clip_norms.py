@@ -62,6 +62,11 @@ class Clipped(NamedTuple):
     moments: np.ndarray
 
 
+def norms(squares: np.ndarray, dims: np.ndarray) -> np.ndarray:
+    """(n,) of the units' gradients, whole; arguments as in `at_quantile`."""
+    return np.sqrt(squares @ dims)
+
+
 def at_quantile(squares: np.ndarray, dims: np.ndarray, quantile: float) -> float:
     """The quantile of the units' norms.
 
@@ -70,7 +75,7 @@ def at_quantile(squares: np.ndarray, dims: np.ndarray, quantile: float) -> float
       dims: (r + 1,) how many coordinates each entry stands for.
       quantile: in (0, 1].
     """
-    return float(np.quantile(np.sqrt(squares @ dims), quantile))
+    return float(np.quantile(norms(squares, dims), quantile))
 
 
 def clipped(squares: np.ndarray, dims: np.ndarray, l2_clip_norm: float) -> Clipped:
@@ -80,11 +85,11 @@ def clipped(squares: np.ndarray, dims: np.ndarray, l2_clip_norm: float) -> Clipp
     >>> float(found.whole[0]), float(found.mixed[0]), float(found.moments[0]), found.fraction
     (5.0, 2.75, 1.625, 0.5)
     """
-    norms = np.sqrt(squares @ dims)
-    kept = np.minimum(norms, l2_clip_norm) / np.maximum(norms, np.finfo(np.float64).tiny)
+    whole_norms = norms(squares, dims)
+    kept = np.minimum(whole_norms, l2_clip_norm) / np.maximum(whole_norms, np.finfo(np.float64).tiny)
     shares = kept[:, None]
     whole, mixed, moments = (np.mean(x, axis=0) for x in (squares, squares * shares, squares * shares**2))
-    return Clipped(l2_clip_norm, float(np.mean(norms > l2_clip_norm)), whole, mixed, moments)
+    return Clipped(l2_clip_norm, float(np.mean(whole_norms > l2_clip_norm)), whole, mixed, moments)
 
 
 def excess(
@@ -130,7 +135,7 @@ def least(
 
 def share_under_heavy_shift(
     leading: np.ndarray,
-    norms: np.ndarray,
+    whole_norms: np.ndarray,
     l2_clip_norm: float,
     spectrum: Spectrum,
     noise_var: float,
@@ -142,7 +147,7 @@ def share_under_heavy_shift(
 
     Args:
       leading: (n, r) whitened gradients of public units along the leading directions.
-      norms: (n,) of these gradients, whole.
+      whole_norms: (n,) `norms` of these gradients.
       l2_clip_norm: C.
       spectrum: public; its moments are not looked at.
       noise_var: variance in each coordinate of the mean gradient's noise where C is whole.
@@ -150,7 +155,7 @@ def share_under_heavy_shift(
     """
     curvature, dims = (np.asarray(x, np.float64) for x in (spectrum.curvature, spectrum.dims))
     paid = np.expm1(-length * curvature) ** 2 / (2 * curvature)
-    reach = l2_clip_norm / np.maximum(norms, np.finfo(np.float64).tiny)
+    reach = l2_clip_norm / np.maximum(whole_norms, np.finfo(np.float64).tiny)
 
     def cost(share):
         pull = (np.minimum(1 / share, reach) - np.minimum(1, reach)) @ leading / len(leading)

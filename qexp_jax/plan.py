@@ -361,7 +361,7 @@ def _clip_norm(squares, dims, quantile, given):
 def _share(surveyed, eigenvalues, clip_norm, spectrum, per_unit, longest):
     """That of the clip norm under a heavy shift, where all is tuned for as long as may be."""
     leading = surveyed.leading / np.sqrt(eigenvalues[:-1])
-    norms = np.sqrt(surveyed.squares / eigenvalues @ surveyed.dims)
+    norms = clip_norms.norms(surveyed.squares / eigenvalues, surveyed.dims)
     noise_var, length = (clip_norm * per_unit) ** 2, _LONGER_UNDER_HEAVY_SHIFT[0] * longest
     return clip_norms.share_under_heavy_shift(leading, norms, clip_norm, spectrum, noise_var, length)
 
