@@ -17,10 +17,14 @@ def heavy_tailed(n=2000):
 
 
 G = heavy_tailed()
+SKEWED = np.random.default_rng(7).exponential(size=(4000, 4)) - 1  # of mean 0; clipped, it is not
 
 
-def clipped_at(quantile):
-    return clip_norms.clipped(G**2, DIMS, clip_norms.at_quantile(G**2, DIMS, quantile))
+NO_PULL = np.zeros(4)
+
+
+def clipped_at(quantile, g=G):
+    return clip_norms.clipped(g[:, :3], g**2, DIMS, clip_norms.at_quantile(g**2, DIMS, quantile))
 
 
 def spectrum_of(moments):
@@ -28,14 +32,14 @@ def spectrum_of(moments):
     return flow.Spectrum(jnp.eye(4)[:3], *(jnp.asarray(x, jnp.float32) for x in arrays))
 
 
-def simulated_excess(found, draws=4000):
+def simulated_excess(found, g=G, pull=NO_PULL, draws=4000):
     """Of flows along clipped gradients of records that are re-weighted, sampled and seen with noise."""
     rng = np.random.default_rng(6)
-    kept = np.minimum(1, found.l2_clip_norm / np.linalg.norm(G, axis=1))[:, None] * G
-    weights = rng.normal(size=(draws, len(G))) * np.sqrt(SHIFT / len(G))
+    kept = np.minimum(1, found.l2_clip_norm / np.linalg.norm(g, axis=1))[:, None] * g
+    weights = rng.normal(size=(draws, len(g))) * np.sqrt(SHIFT / len(g))
     error_var = flow._SAMPLING * np.mean(kept**2, axis=0) / NUM_UNITS + NOISE_STD**2
-    seen = weights @ kept + rng.normal(size=(draws, 4)) * np.sqrt(error_var)
-    left = weights @ G - (1 - np.exp(-LENGTH * CURVATURE)) * seen
+    seen = weights @ kept + pull + rng.normal(size=(draws, 4)) * np.sqrt(error_var)
+    left = weights @ g - (1 - np.exp(-LENGTH * CURVATURE)) * seen
     return np.mean(np.sum(left**2 / (2 * CURVATURE), axis=1))
 
 
@@ -45,13 +49,47 @@ def stated_excess(found):
 
 @pytest.mark.parametrize("quantile", [0.5, 0.9, 1.0])
 def test_the_expected_excess_is_that_of_simulated_flows_along_clipped_gradients(quantile):
-    found = clipped_at(quantile)
+    found = clipped_at(quantile)._replace(pulls=NO_PULL)
     assert stated_excess(found) == pytest.approx(simulated_excess(found), rel=0.06)
+
+
+@pytest.mark.parametrize("quantile", [0.5, 0.9])
+def test_a_pull_of_clipping_is_in_the_expected_excess_and_one_that_forgets_it_is_rejected(quantile):
+    found = clipped_at(quantile, SKEWED)
+    kept = np.minimum(1, found.l2_clip_norm / np.linalg.norm(SKEWED, axis=1))[:, None] * SKEWED
+    pull = np.sqrt(6) * np.mean(kept - SKEWED, axis=0) * [1, 1, 1, 0]
+    simulated = simulated_excess(found, SKEWED, pull)
+    assert stated_excess(found) == pytest.approx(simulated, rel=0.06)
+    assert stated_excess(found._replace(pulls=NO_PULL)) < 0.8 * simulated
+
+
+def test_squares_of_pulls_are_without_the_bias_of_a_finite_sample():
+    """Of symmetric gradients clipping takes 0 but for the sampling error, whose square is not 0 on average."""
+    rng = np.random.default_rng(10)
+    sets = rng.normal(size=(4000, 50, 4))
+    pulls = np.array([clip_norms.clipped(g[:, :3], g**2, DIMS, 1.0).pulls[:3] for g in sets])
+    taken = (1 - np.minimum(1, 1 / np.linalg.norm(sets, axis=2)))[..., None] * sets
+    biased = np.mean(np.mean(taken, axis=1)[:, :3] ** 2)
+    assert abs(pulls.mean()) < 0.05 * biased
+
+
+def test_where_clipping_pulls_the_clip_norm_of_least_excess_is_larger():
+    """The same gradients with signs at random have the same moments and no pull."""
+    signs = np.random.default_rng(11).choice([-1, 1], size=(len(SKEWED), 1))
+
+    def best(g):
+        def least(found):
+            noise_std = found.l2_clip_norm * 100.0 / NUM_UNITS
+            return clip_norms.least(SHIFT, found, spectrum_of(found.moments), noise_std**2, NUM_UNITS, 1e3)
+
+        return min((0.5, 0.9, 0.98, 1.0), key=lambda quantile: float(least(clipped_at(quantile, g))))
+
+    assert best(SKEWED) > best(signs * SKEWED)
 
 
 def test_an_excess_that_forgets_what_clipping_takes_is_rejected():
     """The broken twin: as if the gradients that are left were all there ever was."""
-    found = clipped_at(0.5)
+    found = clipped_at(0.5)._replace(pulls=NO_PULL)
     forgetful = found._replace(whole=found.moments, mixed=found.moments)
     assert stated_excess(forgetful) < 0.8 * simulated_excess(found)
 
@@ -75,9 +113,6 @@ def test_the_less_noise_the_larger_the_clip_norm_of_least_excess():
 
     chosen = [best(noise_multiplier) for noise_multiplier in (1e3, 30.0, 1.0, 1e-3)]
     assert chosen == sorted(chosen) and chosen[0] == 0.5 and chosen[-1] == 1.0
-
-
-SKEWED = np.random.default_rng(7).exponential(size=(4000, 4)) - 1  # of mean 0; clipped, it is not
 
 
 def share_of(g, noise_std, length=LENGTH):
