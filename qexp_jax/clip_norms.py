@@ -18,10 +18,11 @@ says on MNIST by writers, 1 to 4 times on PhysioNet 2012 by ICU, and a tenth wit
 and .98 quantiles the excess picks the larger ones from about 4000 records at epsilon 8 or 10,000 at epsilon 2, where
 they gained .0005 to .005 against .9; above .9 everywhere lost up to .007 at small budgets.
 
-A pull makes it pick them earlier. The square of that of private records was found 5 to 7 times the public one's under a
-shift, for more of them are clipped, and one to two times without; six are counted. On PhysioNet by ICU, where one class
-is rare, the mean clipped gradient of an MLP's private records has in the leading directions a cosine with the mean
-gradient of -.04 at the .9 quantile, .45 at .95 and .93 at .98; on MNIST after few epochs of .92 to .99.
+A pull makes it pick them earlier. Where it stands out of its sampling error, the square of that of private records was
+found 5 to 7 times the public one's under a shift (.9 quantile), for more of them are clipped, and one to two times
+without; six are counted. On PhysioNet by ICU, where one class is rare, the mean clipped gradient of an MLP's private
+records has in the leading directions a cosine with the mean gradient of -.04 at the .9 quantile, .45 at .95 and .93 at
+.98; on MNIST after few epochs of .92 to .99.
 
 *Under a heavy shift* most private units are clipped, whatever the quantile, and a walk of many steps corrects itself
 but for the pull that clipping has where the loss is least: there the mean of all gradients is 0 and that of the clipped
@@ -94,8 +95,8 @@ def clipped(leading: np.ndarray, squares: np.ndarray, dims: np.ndarray, l2_clip_
 
     Args:
       leading: (n, r) whitened gradients along the leading directions.
-      squares: (n, r + 1) of whitened gradients: in each leading direction, and the mean of all others.
-      dims: (r + 1,) how many coordinates each entry stands for.
+      squares: (n, r + 1), see `at_quantile`.
+      dims: (r + 1,), see there.
       l2_clip_norm: C.
 
     >>> found = clipped(np.zeros((2, 0)), np.array([[9.0], [1.0]]), np.ones(1), 1.5)

@@ -18,8 +18,6 @@ def heavy_tailed(n=2000):
 
 G = heavy_tailed()
 SKEWED = np.random.default_rng(7).exponential(size=(4000, 4)) - 1  # of mean 0; clipped, it is not
-
-
 NO_PULL = np.zeros(4)
 
 
