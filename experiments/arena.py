@@ -3,18 +3,22 @@
     python -m experiments.arena                       # the whole grid; resumes after an interruption
     python -m experiments.arena --part 0/2            # one of two processes that share the grid
     python -m experiments.arena --models cnn --sizes 10000 --search-from 4000
+    python -m experiments.arena --settings-from DIR --best-rivals --out NEW   # a table anew, without searches
     python -m experiments.arena --tasks mnist_writers --sizes 1000 --epsilons 1 --seeds 3 --out DIR
 
 A cell is task x model x n x epsilon. A seed is a private subsample of size n, the order of the public records (of which
 a plan takes samples) and the noise; all methods share the subsamples. A rival's hyperparameters are those with the best
 mean test metric over the first two seeds: chosen on the test set, an advantage that ours does not get. A search starts
-where that at the epsilon before ended and, with --search-from, where that at another n did.
+where that at the epsilon before ended and, with --search-from, where that at another n did. --settings-from searches
+nothing: what DIR/arena.csv has is run again with the settings that it holds. Of the rivals, with --best-rivals, the
+best in each cell and the best relative of DP-SGD are.
 """
 
 import argparse
 import contextlib
 import csv
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -23,7 +27,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from typing import Any, TextIO
 
@@ -34,7 +38,7 @@ from tqdm import tqdm
 from experiments import models, tasks
 from experiments.data import run_cli, select
 from experiments.measure import measured
-from experiments.methods import METHODS, Cell, Method
+from experiments.methods import DESCENT, METHODS, RIVALS, Cell, Method
 from experiments.search import Point, climb
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -44,7 +48,7 @@ SIZES = {"linear": (250, 1000, 4000, 10_000), "mlp": (250, 1000, 4000, 10_000), 
 EPSILONS = (8.0, 2.0, 1.0, 0.5, 0.1)
 SELECTION_SEEDS = 2
 COLUMNS = (
-    "task model n epsilon delta method seed metric_name metric seconds compile_seconds private_gradients "
+    "task model n epsilon delta method seed metric_name metric loss seconds compile_seconds private_gradients "
     "noisy_steps peak_bytes settings lattice_point"
 ).split()
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "jax_privacy", "dp_accounting", "numpy", "scipy", "scikit-learn")
@@ -62,9 +66,21 @@ def parse_args(argv=None):
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--search-from", type=int, metavar="N", help="start searches where those at N records ended")
-    parser.add_argument("--part", default="0/1", help="i/m: the i-th of m processes that share the grid")
+    parser.add_argument("--settings-from", type=pathlib.Path, metavar="DIR", help="run DIR/arena.csv again, no search")
+    parser.add_argument("--best-rivals", action="store_true", help="of the rivals there, the best in each cell")
+    parser.add_argument("--part", type=_part, default="0/1", help="i/m: the i-th, from 0, of m processes")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder of arena.csv")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.best_rivals and args.settings_from is None:
+        parser.error("--best-rivals chooses among the rivals of --settings-from")
+    return args
+
+
+def _part(text):
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        raise argparse.ArgumentTypeError(f"expected i/m with 0 <= i < m, found {text}")
+    return int(part), int(parts)
 
 
 def sizes_of(available: int, sizes: Sequence[int]) -> list[int]:
@@ -72,8 +88,17 @@ def sizes_of(available: int, sizes: Sequence[int]) -> list[int]:
     return sorted({size for size in sizes if size <= available} or {available})
 
 
-def columns_of_work(args) -> list[tuple[str, str, int, str]]:
-    """(task, model, n, method), small n first: each search is warm-started by the one at the epsilon before."""
+def columns_of_work(args, again: Iterable[tuple] | None = None) -> list[tuple[str, str, int, str]]:
+    """(task, model, n, method), small n first: each search is warm-started by the one at the epsilon before.
+
+    The whole grid; or, of the groups to run `again`, those that the arguments name.
+    """
+    part, parts = args.part
+    columns = _grid(args) if again is None else _named(args, again)
+    return sorted(columns, key=lambda column: column[2])[part::parts]
+
+
+def _grid(args):
     pairs = [
         (task, model) for model in args.models for task in args.tasks if model in tasks.TASKS[task].pretraining
     ]  # fmt: skip
@@ -82,8 +107,15 @@ def columns_of_work(args) -> list[tuple[str, str, int, str]]:
         available = len(tasks.load_split(task, args.data_dir, args.cache_dir).private["label"])
         names = [name for name in args.methods if model in METHODS[name].models]
         work += [(task, model, n, name) for n in sizes_of(available, args.sizes or SIZES[model]) for name in names]
-    part, parts = map(int, args.part.split("/"))
-    return sorted(work, key=lambda column: column[2])[part::parts]
+    return work
+
+
+def _named(args, groups):
+    """A model on a task in turn, as it is pretrained each time."""
+    columns = {(task, model, n, name) for task, model, n, _, name in groups}
+    in_turn = itertools.product(args.models, args.tasks, sorted({n for _, _, n, _ in columns}), args.methods)
+    found = [(task, model, n, name) for model, task, n, name in in_turn if (task, model, n, name) in columns]
+    return [column for column in found if column[2] in (args.sizes or [column[2]])]
 
 
 def subsample(anchor: tasks.Anchor, n: int, seed: int) -> dict[str, np.ndarray]:
@@ -121,12 +153,17 @@ def metric_of(cell: Cell, params: Any) -> float:
     return models.evaluate(anchor.model, params, anchor.split.test, anchor.task.metric)
 
 
-def group_rows(anchor, model_name, n, name, epsilon, args, near: list[Point]) -> list[dict[str, Any]]:
-    """All seeds of one method in one cell, its hyperparameters chosen first."""
+def group_rows(
+    anchor, model_name, n, name, epsilon, args, near: list[Point], before: dict[str, str] | None = None
+) -> list[dict[str, Any]]:
+    """All seeds of one method in one cell, its hyperparameters chosen first, or those of a row that ran `before`."""
     method = METHODS[name]
     cells = [Cell(anchor, subsample(anchor, n, seed), epsilon, args.delta) for seed in range(args.seeds)]
-    point = choose(method, cells[:SELECTION_SEEDS], near)
-    settings = method.settings(point)
+    if before is None:
+        point = choose(method, cells[:SELECTION_SEEDS], near)
+        settings = method.settings(point)
+    else:
+        point, settings = _point_of(before), json.loads(before["settings"])
     return [
         _row(anchor, model_name, cell, name, seed, settings, point, args.delta) for seed, cell in enumerate(cells)
     ]  # fmt: skip
@@ -146,6 +183,7 @@ def _row(anchor, model_name, cell, name, seed, settings, point, delta):
         "seed": seed,
         "metric_name": anchor.task.metric,
         "metric": round(metric_of(cell, outcome.params), 6),
+        "loss": round(models.mean_loss(anchor.model, outcome.params, anchor.split.test), 6),
         "seconds": round(cost.seconds, 4),
         "compile_seconds": round(cost.compile_seconds, 4),
         "private_gradients": outcome.private_gradients,
@@ -228,13 +266,42 @@ def _lines(path):
     return pathlib.Path(path).read_text().splitlines() if pathlib.Path(path).is_file() else []
 
 
+def group_of(row: dict[str, Any]) -> tuple[str, str, int, float, str]:
+    """(task, model, n, epsilon, method): the seeds of a group share their settings."""
+    return row["task"], row["model"], int(row["n"]), float(row["epsilon"]), row["method"]
+
+
+def best_methods(rows: list[dict[str, str]], names: Sequence[str]) -> dict[tuple, str]:
+    """Which of the methods `names` has the highest mean metric in each cell (task, model, n, epsilon)."""
+    metrics: dict[tuple, dict[str, list[float]]] = {}
+    for row in rows:
+        *cell, name = group_of(row)
+        if name in names:
+            metrics.setdefault(tuple(cell), {}).setdefault(name, []).append(float(row["metric"]))
+    return {cell: max(found, key=lambda name: np.mean(found[name])) for cell, found in metrics.items()}
+
+
+def to_run_again(rows: list[dict[str, str]], best_rivals: bool) -> dict[tuple, dict[str, str]]:
+    """A row of each group; of the rivals' perhaps only the best in their cell, and the best relative of DP-SGD."""
+    groups = {group_of(row): row for row in rows}
+    if not best_rivals:
+        return groups
+    bests = [best_methods(rows, names) for names in (RIVALS, DESCENT)]
+    return {
+        (*cell, name): row
+        for (*cell, name), row in groups.items()
+        if name not in RIVALS or name in [best.get(tuple(cell)) for best in bests]
+    }
+
+
 def run(args) -> None:
     """Fills in what the CSV lacks."""
     path = args.out / "arena.csv"
-    done: dict[tuple, dict[str, str]] = {}
-    for row in read_rows(path):
-        done[(row["task"], row["model"], int(row["n"]), float(row["epsilon"]), row["method"])] = row
-    work = columns_of_work(args)
+    done = {group_of(row): row for row in read_rows(path)}
+    again = None
+    if args.settings_from is not None:
+        again = to_run_again(read_rows(args.settings_from / "arena.csv"), args.best_rivals)
+    work = columns_of_work(args, again)
     record_run(args.out / "arena_runs.json", "experiments.arena")
     anchor, anchored = None, None
     progress = tqdm(total=sum(len(_epsilons(column[3], args)) for column in work), unit="group")
@@ -243,12 +310,13 @@ def run(args) -> None:
         for epsilon in _epsilons(name, args):
             progress.set_description(f"{task} {model_name} n={n} {name} epsilon={epsilon:g}")
             group = (task, model_name, n, epsilon, name)
-            if group not in done:
+            if group not in done and (again is None or group in again):
                 if anchored != (task, model_name):
                     anchor = tasks.make_anchor(tasks.TASKS[task], model_name, args.data_dir, args.cache_dir)
                     anchored = (task, model_name)
                 near = _chosen(done, group, previous, args.search_from)
-                rows = group_rows(anchor, model_name, n, name, epsilon, args, near)
+                before = again and again[group]
+                rows = group_rows(anchor, model_name, n, name, epsilon, args, near, before)
                 append_rows(path, rows)
                 done[group] = {key: str(value) for key, value in rows[-1].items()}
             previous = epsilon
@@ -260,8 +328,12 @@ def _chosen(done, group, previous, size):
     """What was chosen beside a group: at the epsilon `previous`, and at `size` records."""
     task, model_name, n, epsilon, name = group
     beside = (task, model_name, n, previous, name), (task, model_name, size, epsilon, name)
-    points = [tuple(map(int, done[other]["lattice_point"].split())) for other in beside if other in done]
+    points = [_point_of(done[other]) for other in beside if other in done]
     return [point for point in points if point]
+
+
+def _point_of(row):
+    return tuple(map(int, row["lattice_point"].split()))
 
 
 def _epsilons(name, args):

@@ -212,3 +212,5 @@ METHODS = {
         starts=lambda num_private: [(1, 1)],
     ),
 }
+RIVALS = [name for name, method in METHODS.items() if method.private and name != "qexp"]
+DESCENT = [name for name in RIVALS if name.startswith("dp_")]  # DP-SGD and its relatives

@@ -68,12 +68,16 @@ def make_model(name: str, num_outputs: int) -> Model:
     module = MODELS[name](num_outputs)
 
     def loss_fn(params, record):
-        logits = module.apply(params, record["x"])
-        if num_outputs == 1:
-            return optax.sigmoid_binary_cross_entropy(logits[0], record["label"])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, record["label"])
+        return cross_entropy(module.apply(params, record["x"]), record["label"])
 
     return Model(module, loss_fn, jax.jit(jax.vmap(module.apply, in_axes=(None, 0))))
+
+
+def cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
+    """In nats, of logits (..., outputs); one output is the logit of a binary label."""
+    if logits.shape[-1] == 1:
+        return optax.sigmoid_binary_cross_entropy(logits[..., 0], label)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, label)
 
 
 def init(model: Model, key: jax.Array, records: Records) -> Any:
@@ -98,6 +102,11 @@ METRICS = {"accuracy": accuracy, "auroc": auroc}
 def evaluate(model: Model, params: Any, records: Records, metric: str) -> float:
     """The metric of `params` on `records`."""
     return METRICS[metric](np.asarray(model.logits(params, records["x"])), records["label"])
+
+
+def mean_loss(model: Model, params: Any, records: Records) -> float:
+    """Mean cross-entropy of `params` on `records`, in nats."""
+    return float(jnp.mean(cross_entropy(model.logits(params, records["x"]), jnp.asarray(records["label"]))))
 
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "optimizer"))

@@ -76,7 +76,7 @@ def test_a_second_run_computes_nothing(tmp_path, monkeypatch):
 def test_searches_start_at_the_epsilon_before_and_where_those_of_another_size_ended(tmp_path, monkeypatch):
     starts = {}
 
-    def fake(anchor, model_name, n, name, epsilon, args, near):
+    def fake(anchor, model_name, n, name, epsilon, args, near, before):
         starts[n, epsilon] = near
         row = dict.fromkeys(arena.COLUMNS, "") | {"task": "tiny", "model": model_name, "n": n, "epsilon": epsilon}
         return [row | {"method": name, "lattice_point": f"{n} {epsilon:g}"}]

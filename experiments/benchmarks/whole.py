@@ -60,15 +60,7 @@ def _metric(cells, name, settings):
 
 def best_rival(table: pathlib.Path, task: str, model: str, n: int, epsilon: float) -> tuple[str, dict] | None:
     """The variant of DP-SGD of best mean metric in the arena's table, and its settings."""
-    cell = (task, model, str(n), epsilon)
-    found: dict[tuple[str, str], list[float]] = {}
-    for line in arena.read_rows(table):
-        if (
-            line["method"].startswith("dp_")
-            and (line["task"], line["model"], line["n"], float(line["epsilon"])) == cell
-        ):
-            found.setdefault((line["method"], line["settings"]), []).append(float(line["metric"]))
-    if not found:
-        return None
-    name, settings = max(found, key=lambda key: np.mean(found[key]))
-    return name, json.loads(settings)
+    rows = arena.read_rows(table)
+    name = arena.best_methods(rows, methods.DESCENT).get((task, model, n, epsilon))
+    settings = {arena.group_of(row): row["settings"] for row in rows}
+    return name and (name, json.loads(settings[task, model, n, epsilon, name]))
