@@ -110,6 +110,36 @@ def test_top_eigenspace_is_the_same_from_more_records_than_dimensions():
     np.testing.assert_allclose(jnp.abs(found @ vectors[:, ::-1]), np.eye(head.dim), atol=1e-3)
 
 
+def steep_gradients(n, d):
+    """Losses linear in the parameters, whose gradients have second moments that fall as one over j squared."""
+    scales = 1.0 / np.arange(1, d + 1)
+    basis = np.linalg.qr(np.random.default_rng(0).normal(size=(d, d)))[0]
+    return jnp.asarray(np.random.default_rng(1).normal(size=(n, d)) * scales @ basis.T, jnp.float32)
+
+
+@pytest.mark.parametrize(("dim", "is_sketched"), [(8, True), (50, True), (55, False)])
+def test_a_sketched_eigenspace_has_the_energy_of_the_leading_one(monkeypatch, dim, is_sketched):
+    gradients = steep_gradients(460, 500)
+    sketched = []
+    basis_of = curvature._leading_sketched
+    monkeypatch.setattr(curvature, "_leading_sketched", lambda *x: sketched.append(dim) or basis_of(*x))
+    space, values = curvature.top_eigenspace(lambda params, g: params @ g, jnp.zeros(500), gradients, dim)
+    assert (sketched == [dim]) == is_sketched
+    expected = jnp.linalg.eigvalsh(gradients.T @ gradients / 460)[: -dim - 1 : -1]
+    assert 0.9995 < jnp.sum(values) / jnp.sum(expected) < 1.00001
+    np.testing.assert_allclose(values, expected, rtol=0.02)
+    rows = jax.vmap(lambda e: subspace.lift(space, e))(jnp.eye(dim))
+    np.testing.assert_allclose(rows @ rows.T, np.eye(dim), atol=1e-5)
+
+
+def test_a_sketch_without_a_power_has_less_of_the_energy():
+    gradients, dim = steep_gradients(460, 500), 50
+    sketch = jax.random.normal(KEY, (460, dim))
+    basis = jnp.linalg.qr(gradients.T @ sketch)[0]
+    expected = jnp.linalg.eigvalsh(gradients.T @ gradients)[: -dim - 1 : -1]
+    assert jnp.sum((gradients @ basis) ** 2) < 0.999 * jnp.sum(expected)
+
+
 def test_psd_part_takes_absolute_eigenvalues():
     basis, _ = jnp.linalg.qr(jax.random.normal(KEY, (4, 4)))
     values = jnp.array([-3.0, -0.5, 0.0, 2.0])
