@@ -301,6 +301,8 @@ def run(args) -> None:
     again = None
     if args.settings_from is not None:
         again = to_run_again(read_rows(args.settings_from / "arena.csv"), args.best_rivals)
+        if not again:
+            raise ValueError(f"{args.settings_from}: found no rows of an arena.csv to run again.")
     work = columns_of_work(args, again)
     record_run(args.out / "arena_runs.json", "experiments.arena")
     anchor, anchored = None, None

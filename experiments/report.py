@@ -22,13 +22,14 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 COLUMNS = [
-    "task", "model", "n", "epsilon", "delta", "method", "seed", "metric_name", "metric", "seconds", "compile_seconds",
-    "private_gradients", "noisy_steps", "peak_bytes",
+    "task", "model", "n", "epsilon", "delta", "method", "seed", "metric_name", "metric", "loss", "seconds",
+    "compile_seconds", "private_gradients", "noisy_steps", "peak_bytes",
 ]  # fmt: skip
 GROUP, CELL = ["task", "model"], ["task", "model", "n", "epsilon"]
 OURS, ZERO_SHOT, NON_PRIVATE = "qexp", "zero_shot", "non_private"
 DESCENT = "dp_"  # DP-SGD and its relatives
 VERDICTS = ("ahead", "within 2 SE", "behind", "undecided")
+LOSS_VERDICTS = ("lower", "higher")
 SMALLEST_DROP = 0.003
 REFERENCE_EPSILON = 1.0
 
@@ -54,7 +55,7 @@ def parse_args(argv=None):
 
 
 def read(path: pathlib.Path) -> pd.DataFrame:
-    """The rows of `arena.csv`.
+    """The rows of `arena.csv`; of runs that did not measure it the loss is NaN.
 
     Raises:
       ValueError: the file is empty, lacks a column, holds a half-written row, or holds a run twice.
@@ -69,14 +70,14 @@ def read(path: pathlib.Path) -> pd.DataFrame:
         raise ValueError(f"{path}: a header without rows.")
     rows = rows[COLUMNS]
     for fault, bad in {
-        "an unfilled field (a half-written row?)": rows.isna().any(axis=1),
+        "an unfilled field (a half-written row?)": rows.drop(columns="loss").isna().any(axis=1),
         "a run that an earlier line has already": rows.duplicated([*CELL, "method", "seed"]),
     }.items():
         if bad.any():
             raise ValueError(f"{path}: {fault} in line {bad.idxmax() + 2} ({bad.sum()} such lines).")
     if not np.isfinite(rows["epsilon"]).any():
         raise ValueError(f"{path}: no rows of a private method, found only {sorted(set(rows['method']))}.")
-    return rows.astype({"n": int, "epsilon": float, "seed": int, "metric": float})
+    return rows.astype({"n": int, "epsilon": float, "seed": int, "metric": float, "loss": float})
 
 
 def cells(df: pd.DataFrame) -> pd.DataFrame:
@@ -85,10 +86,11 @@ def cells(df: pd.DataFrame) -> pd.DataFrame:
     Columns beside the cell: `metric_name`; mean and standard error of ours (`ours`, `ours_se`) and of the rival with
     the highest mean (`rival`, `best`, `best_se`); mean of ours minus best over their common seeds and its standard
     error (`difference`, `difference_se`, `seeds`); `zero_shot` and `non_private` means; `below_zero_shot`; `verdict`,
-    one of `VERDICTS` or what is missing; `absent`, the rivals run with this model elsewhere but not here. NaN stands
-    for what is missing and for the standard error of a single seed.
+    one of `VERDICTS` or what is missing; `absent`, the rivals run with this model elsewhere but not here; mean test
+    losses (`ours_loss`, `best_loss`, `zero_shot_loss`), and `loss_verdict` on ours and that rival's: "lower", "higher",
+    "within 2 SE" or nothing. NaN stands for what is missing and for the standard error of a single seed.
     """
-    scores = {key: group.set_index("seed")["metric"] for key, group in df.groupby([*CELL, "method"])}
+    scores = {key: group.set_index("seed")[["metric", "loss"]] for key, group in df.groupby([*CELL, "method"])}
     epsilons = sorted(value for value in df["epsilon"].unique() if math.isfinite(value))
     sizes = df[[*GROUP, "n", "metric_name"]].drop_duplicates().sort_values([*GROUP, "n"])
     return pd.DataFrame(
@@ -105,12 +107,12 @@ def rivals_of(df: pd.DataFrame, model: str) -> list[str]:
 
 def _compare(scores, cell, expected):
     def of(method, epsilon):
-        return scores.get((*cell[:3], epsilon, method), pd.Series(dtype=float))
+        return scores.get((*cell[:3], epsilon, method), pd.DataFrame({"metric": [], "loss": []}, dtype=float))
 
-    ours, zero, ceiling = of(OURS, cell[3]), of(ZERO_SHOT, math.inf), of(NON_PRIVATE, math.inf)
-    rivals = {name: of(name, cell[3]) for name in expected if len(of(name, cell[3]))}
-    rival = max(rivals, key=lambda name: rivals[name].mean(), default="")
-    best = rivals.get(rival, pd.Series(dtype=float))
+    found = {name: of(name, cell[3]) for name in expected if len(of(name, cell[3]))}
+    rival = max(found, key=lambda name: found[name]["metric"].mean(), default="")
+    runs = of(OURS, cell[3]), found.get(rival, of("", math.nan)), of(ZERO_SHOT, math.inf), of(NON_PRIVATE, math.inf)
+    ours, best, zero, ceiling = (run["metric"] for run in runs)
     difference, drop = (ours - best).dropna(), (zero - ours).dropna()
     return dict(zip(CELL, cell, strict=True)) | {
         "ours": ours.mean(), "ours_se": ours.sem(),
@@ -120,7 +122,17 @@ def _compare(scores, cell, expected):
         # fmax: with a single seed the smallest drop alone decides.
         "below_zero_shot": bool(drop.mean() > np.fmax(3 * drop.sem(), SMALLEST_DROP)),
         "verdict": _lack(ours, best, difference) or _verdict(difference.mean(), difference.sem()),
-        "absent": ", ".join(sorted(set(expected) - set(rivals))),
+        "absent": ", ".join(sorted(set(expected) - set(found))),
+        **_losses(*(run["loss"] for run in runs[:3])),
+    }  # fmt: skip
+
+
+def _losses(ours, best, zero):
+    less = (best - ours).dropna()
+    verdict = "" if less.empty else _verdict(less.mean(), less.sem())
+    return {
+        "ours_loss": ours.mean(), "best_loss": best.mean(), "zero_shot_loss": zero.mean(),
+        "loss_verdict": {"ahead": "lower", "behind": "higher"}.get(verdict, verdict),
     }  # fmt: skip
 
 
@@ -183,6 +195,8 @@ def _summary(df, compared):
         "- Ahead, behind: by more than 2 standard errors (SE) of the paired difference over common seeds, which share "
         "the private records. SEs cover subsample, order of the public records and noise, not test set or pretraining.",
         f"- Below zero-shot: ours is, by more than max(3 SE, {SMALLEST_DROP:g}).",
+        "- Loss: mean cross-entropy on the test set, in nats; ours is lower or higher than that of the same rival by "
+        "more than 2 SE. **The rival's settings are those of its best metric; others may have a lower loss.**",
         "- Metric: " + "; ".join(f"{name} ({tasks})" for name, tasks in metrics.items())
         + f". δ = {', '.join(f'{delta:g}' for delta in sorted(df['delta'].unique()))}."
         + f" Common seeds in a cell: {_span(compared.loc[done, 'seeds'])}.",
@@ -197,6 +211,7 @@ def _split_row(name, part):
         **{verdict: str(counts.get(verdict, 0)) for verdict in VERDICTS},
         "mean difference": _number(part["difference"].mean(), signed=True),
         "below zero-shot": str(part["below_zero_shot"].sum()),
+        **{f"loss {verdict}": str((part["loss_verdict"] == verdict).sum()) for verdict in LOSS_VERDICTS},
     }
 
 
@@ -212,6 +227,10 @@ def _comparison_row(cell):
         "difference": _with_se(cell.difference, cell.difference_se, signed=True),
         "verdict": ", ".join(flags),
         "non-private": _number(cell.non_private),
+        "loss: zero-shot / qexp / rival": " / ".join(
+            _number(loss) for loss in (cell.zero_shot_loss, cell.ours_loss, cell.best_loss)
+        ),
+        "ours is": cell.loss_verdict or "–",
     }
 
 

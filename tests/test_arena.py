@@ -99,6 +99,39 @@ def test_a_search_starts_where_it_may(monkeypatch):
     assert seen == [[(0, 2, 1)], [(0, 1, 0)]]
 
 
+def test_a_table_is_run_again_with_the_settings_that_it_holds_and_no_search(tmp_path, monkeypatch):
+    options = "--methods", "qexp", "zero_shot", "non_private", "dp_gd", "adassp"
+    first = run(tmp_path / "first", *options)
+    monkeypatch.setattr(arena, "choose", None)
+    again = run(tmp_path / "again", *options, "--settings-from", str(tmp_path / "first"))
+    kept = [name for name in arena.COLUMNS if name not in ("seconds", "compile_seconds", "peak_bytes")]
+    assert [[row[name] for name in kept] for row in again] == [[row[name] for name in kept] for row in first]
+    with pytest.raises(ValueError, match="no rows"):
+        run(tmp_path / "none", "--settings-from", str(tmp_path / "absent"))
+
+
+def test_of_the_rivals_the_best_and_the_best_relative_of_dp_sgd_are_run_again():
+    cell = dict.fromkeys(arena.COLUMNS, "") | {"task": "t", "model": "linear", "n": 10}
+    metrics = {"qexp": (0.1, 0.1), "dp_gd": (0.6, 0.9), "dp_sgd_all": (0.7, 0.2), "adassp": (0.9, 0.8)}
+    rows = [
+        cell | {"method": name, "epsilon": e, "metric": m[i]}
+        for name, m in metrics.items()
+        for i, e in ((0, 1.0), (1, 8.0))
+    ]
+    rows += [cell | {"method": "zero_shot", "epsilon": math.inf, "metric": 1.0}]
+    chosen = {(epsilon, name) for *_, epsilon, name in arena.to_run_again(rows, best_rivals=True)}
+    best = {(1.0, "adassp"), (1.0, "dp_sgd_all"), (8.0, "dp_gd")}
+    assert chosen == best | {(1.0, "qexp"), (8.0, "qexp"), (math.inf, "zero_shot")}
+    assert len(arena.to_run_again(rows, best_rivals=False)) == 9
+
+
+@pytest.mark.parametrize("options", ["--part 2/2", "--part -1/2", "--part 1", "--part a/b", "--best-rivals"])
+def test_a_part_that_is_none_and_a_choice_without_a_table_are_refused(options, capsys):
+    with pytest.raises(SystemExit):
+        arena.parse_args(options.split())
+    assert "error" in capsys.readouterr().err
+
+
 def test_two_processes_share_the_work_without_overlap(tmp_path):
     options = ["--methods", "zero_shot", "adassp", "--data-dir", str(tmp_path), "--cache-dir", str(tmp_path)]
     parts = [

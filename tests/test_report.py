@@ -10,12 +10,16 @@ from experiments import report
 QEXP, FIRST, SECOND = [0.80, 0.84, 0.85], [0.79, 0.80, 0.86], [0.70, 0.95, 0.70]
 
 
-def runs(method, metrics, *, epsilon=1.0, n=250, task="toy", model="linear", seeds=None):
+def runs(method, metrics, *, epsilon=1.0, n=250, task="toy", model="linear", seeds=None, losses=None):
     """The CSV's rows of one method in one cell."""
+    losses = np.full(len(metrics), 0.5) if losses is None else losses
     fixed = dict.fromkeys(report.COLUMNS, 1) | {"delta": 1e-5, "metric_name": "accuracy", "seconds": 0.1}
     cell = {"task": task, "model": model, "n": n, "epsilon": epsilon, "method": method}
     seeds = range(len(metrics)) if seeds is None else seeds
-    return [fixed | cell | {"seed": seed, "metric": metric} for seed, metric in zip(seeds, metrics, strict=True)]
+    return [
+        fixed | cell | {"seed": seed, "metric": metric, "loss": loss}
+        for seed, metric, loss in zip(seeds, metrics, losses, strict=True)
+    ]
 
 
 def table(*groups):
@@ -89,6 +93,30 @@ def test_ours_is_below_zero_shot_when_it_loses_more_than_noise_and_the_smallest_
 def test_a_drop_below_zero_shot_within_its_noise_is_not_flagged():
     df = table(runs("qexp", [0.5, 0.9, 0.65]), runs("zero_shot", [0.7] * 3, epsilon=math.inf))
     assert not report.cells(df).iloc[0]["below_zero_shot"]
+
+
+@pytest.mark.parametrize(
+    ("losses", "verdict"),
+    [([0.3, 0.31, 0.32], "lower"), ([0.5, 0.52, 0.54], "higher"), ([0.3, 0.43, 0.5], "within 2 SE")],
+)
+def test_losses_are_compared_with_those_of_the_rival_of_best_metric(losses, verdict):
+    df = table(
+        runs("qexp", QEXP, losses=losses),
+        runs("dp_gd", FIRST, losses=[0.4, 0.42, 0.44]),
+        runs("adassp", SECOND, losses=[0.1, 0.11, 0.12] if verdict == "lower" else [0.9] * 3),
+        runs("zero_shot", [0.7] * 3, epsilon=math.inf, losses=[0.6] * 3),
+    )
+    cell = report.cells(df).iloc[0]
+    assert cell["rival"] == "dp_gd" and cell["loss_verdict"] == verdict
+    assert cell["ours_loss"] == pytest.approx(np.mean(losses)) and cell["best_loss"] == pytest.approx(0.42)
+    (line,) = [line for line in page_of(df).splitlines() if "dp_gd 0.8" in line]
+    assert [text.strip() for text in line.split("|")][-3:-1] == [f"0.6000 / {np.mean(losses):.4f} / 0.4200", verdict]
+
+
+def test_runs_without_a_loss_are_compared_by_their_metric_alone(tmp_path):
+    table(runs("qexp", QEXP, losses=[math.nan] * 3), runs("dp_gd", FIRST)).to_csv(tmp_path / "arena.csv", index=False)
+    cell = report.cells(report.read(tmp_path / "arena.csv")).iloc[0]
+    assert cell["verdict"] == "within 2 SE" and cell["loss_verdict"] == ""
 
 
 def test_missing_cells_are_listed():
