@@ -65,6 +65,7 @@ def parse_args(argv=None):
     parser.add_argument("--delta", type=float, default=1e-5)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--metric", choices=list(models.METRICS), help="what rivals are chosen by; default: the task's")
     parser.add_argument("--search-from", type=int, metavar="N", help="start searches where those at N records ended")
     parser.add_argument("--settings-from", type=pathlib.Path, metavar="DIR", help="run DIR/arena.csv again, no search")
     parser.add_argument("--best-rivals", action="store_true", help="of the rivals there, the best in each cell")
@@ -183,7 +184,7 @@ def _row(anchor, model_name, cell, name, seed, settings, point, delta):
         "seed": seed,
         "metric_name": anchor.task.metric,
         "metric": round(metric_of(cell, outcome.params), 6),
-        "loss": round(models.mean_loss(anchor.model, outcome.params, anchor.split.test), 6),
+        "loss": round(-models.evaluate(anchor.model, outcome.params, anchor.split.test, "negative_loss"), 6),
         "seconds": round(cost.seconds, 4),
         "compile_seconds": round(cost.compile_seconds, 4),
         "private_gradients": outcome.private_gradients,
@@ -315,6 +316,7 @@ def run(args) -> None:
             if group not in done and (again is None or group in again):
                 if anchored != (task, model_name):
                     anchor = tasks.make_anchor(tasks.TASKS[task], model_name, args.data_dir, args.cache_dir)
+                    anchor = anchor._replace(task=anchor.task._replace(metric=args.metric or anchor.task.metric))
                     anchored = (task, model_name)
                 near = _chosen(done, group, previous, args.search_from)
                 before = again and again[group]

@@ -96,17 +96,18 @@ def auroc(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(roc_auc_score(labels, scores)) if np.all(np.isfinite(scores)) else 0.5
 
 
-METRICS = {"accuracy": accuracy, "auroc": auroc}
+def negative_loss(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Less the mean cross-entropy, in nats; minus infinity where it is not finite."""
+    loss = float(jnp.mean(cross_entropy(jnp.asarray(logits), jnp.asarray(labels))))
+    return -loss if np.isfinite(loss) else -np.inf
+
+
+METRICS = {"accuracy": accuracy, "auroc": auroc, "negative_loss": negative_loss}
 
 
 def evaluate(model: Model, params: Any, records: Records, metric: str) -> float:
     """The metric of `params` on `records`."""
     return METRICS[metric](np.asarray(model.logits(params, records["x"])), records["label"])
-
-
-def mean_loss(model: Model, params: Any, records: Records) -> float:
-    """Mean cross-entropy of `params` on `records`, in nats."""
-    return float(jnp.mean(cross_entropy(model.logits(params, records["x"]), jnp.asarray(records["label"]))))
 
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "optimizer"))

@@ -152,7 +152,7 @@ def _low_rank(space, rank):
 
 
 def _plan_bytes(loss_fn, params, record, num_public, rank, space):
-    """The Gram trick, which holds a sample of public gradients, or a Hessian-vector product, which holds two."""
+    """Of the leading directions, which hold a sample of gradients, or a Hessian-vector product, which holds two."""
     shapes, directions = _shapes(space), jax.ShapeDtypeStruct((rank, space.dim), space.layout.dtype)
     curved = _batch(record, surveys.num_curved(num_public))
     few = _batch(record, max(1, min(surveys.SCALING_RECORDS, num_public - surveys.num_curved(num_public))))

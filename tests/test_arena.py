@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from experiments import ablation, arena, data, measure, methods, predicted, tasks, units
+from experiments import ablation, arena, data, measure, methods, models, predicted, tasks, units
 
 PRETRAINING = {name: {"epochs": 1, "learning_rate": 1e-2, "batch_size": 32} for name in ("linear", "mlp")}
 
@@ -108,6 +108,15 @@ def test_a_table_is_run_again_with_the_settings_that_it_holds_and_no_search(tmp_
     assert [[row[name] for name in kept] for row in again] == [[row[name] for name in kept] for row in first]
     with pytest.raises(ValueError, match="no rows"):
         run(tmp_path / "none", "--settings-from", str(tmp_path / "absent"))
+
+
+def test_rivals_may_be_chosen_by_their_loss(tmp_path):
+    rows = run(tmp_path, "--methods", "zero_shot", "dp_gd", "--metric", "negative_loss")
+    assert {row["metric_name"] for row in rows} == {"negative_loss"}
+    assert all(float(row["metric"]) == -float(row["loss"]) < 0 for row in rows)
+    assert models.negative_loss(np.array([[np.nan], [1.0]]), np.array([0, 1])) == -math.inf
+    assert models.negative_loss(np.array([[0.0, 0.0]]), np.array([1])) == pytest.approx(-math.log(2))
+    assert models.negative_loss(np.array([[2.0]]), np.array([0])) == pytest.approx(-math.log1p(math.exp(2)))
 
 
 def test_of_the_rivals_the_best_and_the_best_relative_of_dp_sgd_are_run_again():
