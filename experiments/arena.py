@@ -279,7 +279,7 @@ def best_methods(rows: list[dict[str, str]], names: Sequence[str]) -> dict[tuple
         *cell, name = group_of(row)
         if name in names:
             metrics.setdefault(tuple(cell), {}).setdefault(name, []).append(float(row["metric"]))
-    return {cell: max(found, key=lambda name: np.mean(found[name])) for cell, found in metrics.items()}
+    return {cell: max(sorted(found), key=lambda name: np.mean(found[name])) for cell, found in metrics.items()}
 
 
 def to_run_again(rows: list[dict[str, str]], best_rivals: bool) -> dict[tuple, dict[str, str]]:
