@@ -14,6 +14,8 @@ FEW_RIVALS := --methods qexp zero_shot non_private dp_gd dp_sgd_all dp_adam_last
 MIMIC_TASKS ?= mimic_mortality_by_care_unit mimic_long_stay_by_care_unit
 SMALL_TASKS ?= $(foreach kind,moved flipped inverted,physionet_$(kind)) \
   $(foreach kind,noisy turned transposed,digits_$(kind)) $(foreach kind,changed inverted,table_$(kind))
+ON_SMALL_TASKS = --tasks $(SMALL_TASKS) --models linear mlp --sizes 500 2000 --epsilons 1 8 \
+  --methods zero_shot qexp dp_gd dp_sgd_all non_private
 
 .PHONY: demo compare compare-full mnist mimic trained shift small loss units ablation predicted membership benchmarks cluster large report test lint clean
 
@@ -67,14 +69,12 @@ shift: .venv/ready
 
 # Small tasks outside the grid, mild to hopeless shifts.
 small: .venv/ready
-	$(ARENA) --tasks $(SMALL_TASKS) --models linear mlp --sizes 500 2000 --epsilons 1 8 \
-	  --methods zero_shot qexp dp_gd dp_sgd_all non_private --out $(OUT)/small $(ARGS)
+	$(ARENA) $(ON_SMALL_TASKS) --out $(OUT)/small $(ARGS)
 	$(REPORT) --results $(OUT)/small
 
 # The same with rivals chosen by their test loss in place of accuracy or AUROC.
 loss: .venv/ready
-	$(ARENA) --metric negative_loss --tasks $(SMALL_TASKS) --models linear mlp --sizes 500 2000 --epsilons 1 8 \
-	  --methods zero_shot qexp dp_gd dp_sgd_all non_private --out $(OUT)/loss $(ARGS)
+	$(ARENA) $(ON_SMALL_TASKS) --metric negative_loss --out $(OUT)/loss $(ARGS)
 	$(REPORT) --results $(OUT)/loss
 
 units: .venv/ready

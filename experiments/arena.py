@@ -114,9 +114,9 @@ def _grid(args):
 def _named(args, groups):
     """A model on a task in turn, as it is pretrained each time."""
     columns = {(task, model, n, name) for task, model, n, _, name in groups}
-    in_turn = itertools.product(args.models, args.tasks, sorted({n for _, _, n, _ in columns}), args.methods)
-    found = [(task, model, n, name) for model, task, n, name in in_turn if (task, model, n, name) in columns]
-    return [column for column in found if column[2] in (args.sizes or [column[2]])]
+    sizes = args.sizes or sorted({n for _, _, n, _ in columns})
+    in_turn = itertools.product(args.models, args.tasks, sizes, args.methods)
+    return [(task, model, n, name) for model, task, n, name in in_turn if (task, model, n, name) in columns]
 
 
 def subsample(anchor: tasks.Anchor, n: int, seed: int) -> dict[str, np.ndarray]:
@@ -174,6 +174,9 @@ def _row(anchor, model_name, cell, name, seed, settings, point, delta):
     prepared = reordered(cell, seed)
     with measured() as cost:
         outcome = METHODS[name].run(prepared, seed, settings)
+    metric, negative_loss = models.scores(
+        anchor.model, outcome.params, anchor.split.test, (anchor.task.metric, "negative_loss")
+    )
     return {
         "task": anchor.task.name,
         "model": model_name,
@@ -183,8 +186,8 @@ def _row(anchor, model_name, cell, name, seed, settings, point, delta):
         "method": name,
         "seed": seed,
         "metric_name": anchor.task.metric,
-        "metric": round(metric_of(cell, outcome.params), 6),
-        "loss": round(-models.evaluate(anchor.model, outcome.params, anchor.split.test, "negative_loss"), 6),
+        "metric": round(metric, 6),
+        "loss": round(-negative_loss, 6),
         "seconds": round(cost.seconds, 4),
         "compile_seconds": round(cost.compile_seconds, 4),
         "private_gradients": outcome.private_gradients,

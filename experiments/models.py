@@ -1,7 +1,7 @@
 """The Flax models of the experiments: loss of one record, training without privacy, test metrics."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -107,7 +107,13 @@ METRICS = {"accuracy": accuracy, "auroc": auroc, "negative_loss": negative_loss}
 
 def evaluate(model: Model, params: Any, records: Records, metric: str) -> float:
     """The metric of `params` on `records`."""
-    return METRICS[metric](np.asarray(model.logits(params, records["x"])), records["label"])
+    return scores(model, params, records, [metric])[0]
+
+
+def scores(model: Model, params: Any, records: Records, metrics: Sequence[str]) -> list[float]:
+    """Several metrics from the same logits."""
+    logits = np.asarray(model.logits(params, records["x"]))
+    return [METRICS[metric](logits, records["label"]) for metric in metrics]
 
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "optimizer"))

@@ -347,9 +347,7 @@ def _leading_sketched(rows, dim):
     """The same within the span of a few random combinations of rows, to which rows rows^T was applied."""
     sketch = jax.random.normal(jax.random.key(0), (len(rows), dim + _OVERSAMPLED), rows.dtype)
     span = jnp.linalg.qr(_product(rows, _product(rows.T, sketch)))[0]
-    spanned = _product(rows.T, span)
-    _, vectors = jnp.linalg.eigh(_product(spanned.T, spanned))
-    return jnp.linalg.qr(_product(spanned, vectors[:, : -dim - 1 : -1]))[0]
+    return _leading_rows(_product(span.T, rows), dim)
 
 
 def _product(a, b):
