@@ -24,6 +24,13 @@ without; six are counted. On PhysioNet by ICU, where one class is rare, the mean
 records has in the leading directions a cosine with the mean gradient of -.04 at the .9 quantile, .45 at .95 and .93 at
 .98; on MNIST after few epochs of .92 to .99.
 
+What of b the public records show is taken off every release, shrunk by the share of sampling error in it (`pull`). That
+leaves nothing of a pull where nothing shifts, and under a shift about half of it. Judged by other public records, what
+is left of the public pull costs a quadratic .3 to .5 times what it did on PhysioNet and .5 to 1.8 times on images,
+whose mean is mostly sampling error; taken off whole, half as much with an MLP on PhysioNet, and 2 to 30 times as much
+elsewhere. On PhysioNet by ICU (30 seeds) the test loss fell by .0023 +- .0003 with an MLP and by .0005 +- .0003 with a
+linear model, and the AUROC changed by .0000 +- .0002.
+
 *Under a heavy shift* most private units are clipped, whatever the quantile, and a walk of many steps corrects itself
 but for the pull that clipping has where the loss is least: there the mean of all gradients is 0 and that of the clipped
 ones is not. It is read off the public records, whose anchor is such a place. At a share s of C, over s, the pull is
@@ -104,12 +111,43 @@ def clipped(leading: np.ndarray, squares: np.ndarray, dims: np.ndarray, l2_clip_
     (5.0, 2.75, 1.625, 0.5)
     """
     whole_norms = norms(squares, dims)
-    kept = np.minimum(whole_norms, l2_clip_norm) / np.maximum(whole_norms, np.finfo(np.float64).tiny)
+    kept = _kept(whole_norms, l2_clip_norm)
     shares = kept[:, None]
     whole, mixed, moments = (np.mean(x, axis=0) for x in (squares, squares * shares, squares * shares**2))
-    taken = (1 - shares) * leading
-    pulls = np.append(np.mean(taken, axis=0) ** 2 - np.var(taken, axis=0) / len(taken), 0)
+    mean, error = _added(leading, kept)
+    pulls = np.append(mean**2 - error, 0)
     return Clipped(l2_clip_norm, float(np.mean(whole_norms > l2_clip_norm)), whole, mixed, moments, pulls)
+
+
+def pull(leading: np.ndarray, whole_norms: np.ndarray, l2_clip_norm: float, curvature: np.ndarray) -> np.ndarray:
+    """An estimate of b (r,), what clipping adds to the mean gradient along the leading directions.
+
+    The public mean, shrunk by the share of sampling error in what it costs a quadratic (James and Stein, 1961).
+
+    Args:
+      leading: (n, r) whitened gradients of public units along the leading directions.
+      whole_norms: (n,) `norms` of these gradients.
+      l2_clip_norm: C.
+      curvature: (r,) K of the leading directions.
+
+    >>> g = np.array([[3.0], [-1.0], [-2.0]])
+    >>> pull(np.tile(g, (1000, 1)), np.tile(np.abs(g[:, 0]), 1000), 1.5, np.ones(1)).round(3)
+    array([-0.333])
+    """
+    mean, error = _added(leading, _kept(whole_norms, l2_clip_norm))
+    cost = np.sum(mean**2 / curvature)
+    return max(0, 1 - np.sum(error / curvature) / cost) * mean if cost > 0 else mean
+
+
+def _kept(whole_norms, l2_clip_norm):
+    """(n,) the share of each gradient that clipping keeps."""
+    return np.minimum(whole_norms, l2_clip_norm) / np.maximum(whole_norms, np.finfo(np.float64).tiny)
+
+
+def _added(leading, kept):
+    """What clipping adds to the mean gradient, and the variance of that mean (r,)."""
+    added = (kept - 1)[:, None] * leading
+    return np.mean(added, axis=0), np.var(added, axis=0) / len(added)
 
 
 def excess(

@@ -100,6 +100,7 @@ class Belief(NamedTuple):
       slopes: (2, 2) sums over rounds of the regression of measured on public curvature, see `steepness`.
       steepest: (2,) the largest steepness that a passed minimum has shown; 0 where none was passed.
       times: (r + 1,) in how many rounds it was tuned.
+      idle: (r + 1,) how many rounds have held it since; infinite where never tuned.
       recent: (k,) mean of the released mean gradients, the t-th of them with weight t.
       recent_var: (r + 1,) variance of its noise in each coordinate.
     """
@@ -113,6 +114,7 @@ class Belief(NamedTuple):
     slopes: jax.Array
     steepest: jax.Array
     times: jax.Array
+    idle: jax.Array
     recent: jax.Array
     recent_var: jax.Array
 
@@ -132,7 +134,8 @@ def before_release(spectrum: Spectrum) -> Belief:
     """Nothing is known but the prior."""
     zeros = jnp.zeros_like(spectrum.curvature)
     gradients, slopes = jnp.zeros(spectrum.directions.shape[1], zeros.dtype), jnp.zeros((2, 2), zeros.dtype)
-    return Belief(gradients, zeros, zeros + 1, gradients, zeros[0], zeros, slopes, slopes[0], zeros, gradients, zeros)
+    left, idle = zeros + 1, zeros + jnp.inf
+    return Belief(gradients, zeros, left, gradients, zeros[0], zeros, slopes, slopes[0], zeros, idle, gradients, zeros)
 
 
 def observe(
@@ -159,6 +162,7 @@ def observe(
         slopes=belief.slopes + slopes,
         steepest=jnp.maximum(belief.steepest, steepest),
         times=times,
+        idle=jnp.where(tuned > 0, 0, belief.idle + 1),
         recent=belief.recent + scale(spectrum.directions, newest, seen - belief.recent),
         recent_var=(1 - newest) ** 2 * belief.recent_var + newest**2 * noise_var,
     )

@@ -45,7 +45,7 @@ class RoundInfo(NamedTuple):
       geometry: of this round.
       quadratic: the utility with the exact clipped sum.
       noise_std: C z.
-      w: the draw.
+      w: the draw, less what clipping adds to the public mean gradient.
       multiples: (r + 1,) of w that were followed, in the spectrum's directions and in all others; 0 where held.
       noise_cost: loss per record that the noise of this step costs under the public curvature; reveals |xi|.
       clip_info: counts of clipped and non-finite units.
@@ -217,15 +217,17 @@ def follow(
 ) -> tuple[jax.Array, jax.Array, jax.Array, Walk]:
     """The draw of a noisy sum, followed for a step of the flow whose length all releases so far deserve.
 
-    Post-processing of `noisy`, but for the cost, which is **not private**. `rounds` such as this one would spend the
-    whole budget.
+    N times the geometry's pull, which is public, is taken off the sum before. Post-processing of `noisy`, but for the
+    cost, which is **not private**. `rounds` such as this one would spend the whole budget.
 
     Returns:
       The draw w, the multiples of it that are followed, the cost of their noise, and the walk after it.
     """
     num_units, share = quadratic.num_units, geometry.share
-    w = mechanism.release_step(quadratic, noisy)
-    seen, noise_var = noisy / (share * num_units), (noise_std / (share * num_units)) ** 2
+    pull = jnp.matmul(spectrum.directions.T, geometry.pull, precision=jax.lax.Precision.HIGHEST)
+    corrected = noisy - num_units * pull
+    w = mechanism.release_step(quadratic, corrected)
+    seen, noise_var = corrected / (share * num_units), (noise_std / (share * num_units)) ** 2
     belief = flow.observe(walk.belief, spectrum, seen, noise_var, geometry.tuned)
     signal = flow.pooled_signal(belief, spectrum, num_units)
     rate = flow.signal_rate(belief, spectrum, num_units)

@@ -71,6 +71,34 @@ def test_squares_of_pulls_are_without_the_bias_of_a_finite_sample():
     assert abs(pulls.mean()) < 0.05 * biased
 
 
+@pytest.mark.parametrize(("skew", "of_the_sample"), [(0.0, 0.6), (1.0, 1.1)])
+def test_the_shrunken_pull_costs_less_than_the_mean_of_a_sample_or_none(skew, of_the_sample):
+    """Over samples of a population whose gradients are skewed, or not, in the first direction alone."""
+    rng = np.random.default_rng(12)
+
+    def sampled(n):
+        g = rng.normal(size=(n, 4)) * np.sqrt(CURVATURE) * np.where(rng.random(n) < 0.05, 10.0, 1.0)[:, None]
+        g[:, 0] += 2 * skew * (rng.exponential(size=n) - 1)
+        return g
+
+    def added(g):
+        return np.mean((np.minimum(1, 1.5 / np.linalg.norm(g, axis=1)) - 1)[:, None] * g, axis=0)[:3]
+
+    truth, samples = added(sampled(400_000)), [sampled(5000) for _ in range(200)]
+    found = [clip_norms.pull(g[:, :3], np.linalg.norm(g, axis=1), 1.5, CURVATURE[:3]) for g in samples]
+    shrunken, plain, none = (
+        np.mean(np.sum((np.array(x) - truth) ** 2 / CURVATURE[:3], axis=-1))
+        for x in (found, [added(g) for g in samples], np.zeros(3))
+    )
+    assert shrunken < of_the_sample * plain
+    assert shrunken < 0.2 * none or skew == 0
+
+
+def test_gradients_that_are_not_clipped_are_not_pulled():
+    whole_norms = np.linalg.norm(SKEWED, axis=1)
+    np.testing.assert_array_equal(clip_norms.pull(SKEWED, whole_norms, whole_norms.max(), CURVATURE), 0)
+
+
 def test_where_clipping_pulls_the_clip_norm_of_least_excess_is_larger():
     """The same gradients with signs at random have the same moments and no pull."""
     signs = np.random.default_rng(11).choice([-1, 1], size=(len(SKEWED), 1))

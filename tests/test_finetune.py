@@ -179,7 +179,7 @@ def test_a_round_takes_its_share_of_the_best_length_or_under_a_heavy_shift_the_b
     _, infos, _ = wide_rounds(wide_data(0.0), epsilon=8.0)
     made, quadratic = infos[0].plan, infos[0].quadratic
     spectrum, num_units = made.spectrum, quadratic.num_units
-    geometry = jax.tree.map(lambda x: x[0], made.geometries)._replace(share=jnp.float32(1))
+    geometry = jax.tree.map(lambda x: x[0], made.geometries)._replace(share=jnp.float32(1), pull=jnp.zeros(4))
     walk = rounds.start(made.subspace.layout, {"w": jnp.ones(WIDE)}, spectrum, made.rounds)
     g = flow.scale(spectrum.directions, jnp.sqrt(shift * spectrum.moments), jax.random.normal(KEY, (WIDE,)))
     noise_var = jnp.mean(g**2) / 4
@@ -196,6 +196,41 @@ def test_a_round_takes_its_share_of_the_best_length_or_under_a_heavy_shift_the_b
     )
     np.testing.assert_allclose(multiples, expected, rtol=1e-4)
     assert jnp.all(jnp.abs(multiples / other - 1) > 0.05)
+
+
+def test_what_clipping_pulls_is_taken_off_a_release_before_it_is_followed():
+    """Beside noise's own, the walk and what is believed are those of a release without pull."""
+    _, infos, _ = wide_rounds(wide_data(0.0), epsilon=8.0)
+    info, pull = infos[0], jnp.array([0.3, -0.2, 0.0, 0.1])
+    walk = rounds.start(info.plan.subspace.layout, {"w": jnp.ones(WIDE)}, info.plan.spectrum, 8)
+    noisy = info.quadratic.whitened_sum + 2.0
+
+    def followed(noisy, pull):
+        geometry = info.geometry._replace(pull=pull)
+        return rounds.follow(noisy, walk, info.plan.subspace, info.quadratic, 2.0, info.plan.spectrum, geometry, 8.0)
+
+    expected = followed(noisy, jnp.zeros(4))
+    pulled = noisy + info.quadratic.num_units * info.plan.spectrum.directions.T @ pull
+    found = followed(pulled, pull)
+    for x, y in zip(jax.tree.leaves((found[0], found[3])), jax.tree.leaves((expected[0], expected[3])), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4)
+    assert jnp.linalg.norm(followed(pulled, jnp.zeros(4))[0] - expected[0]) > 0.1
+
+
+def test_skewed_errors_pull_an_anchor_that_fits_six_times_as_far_where_nothing_is_taken_off(monkeypatch):
+    """Errors of mean 0 and a long tail, which clipping cuts: what is left moves the intercept."""
+    n = 3000
+    x = jax.random.normal(jax.random.key(5), (2 * n, 5)).at[:, 0].set(1.0)
+    y = x @ jnp.ones(5) + 3 * (jax.random.exponential(jax.random.key(6), (2 * n,)) - 1)
+    data = {"public": {"x": x[:n], "y": y[:n]}, "private": {"x": x[n:], "y": y[n:]}}
+    options = {"epsilon": 8.0, "delta": 1e-5, "l2_clip_norm": 6.0}
+
+    def intercept():
+        return float(qexp_jax.fine_tune(KEY, wide_loss, {"w": jnp.ones(5)}, **data, **options).params["w"][0])
+
+    assert abs(intercept() - 1) < 0.1
+    monkeypatch.setattr(plan.clip_norms, "pull", lambda leading, *_: np.zeros(leading.shape[1]))
+    assert intercept() < 0.6
 
 
 def test_a_sum_of_gradients_that_are_all_clipped_is_followed_alike_whatever_the_share_of_the_clip_norm():
