@@ -60,6 +60,20 @@ _SHARES = np.linspace(1, 0.25, 16)
 _PULL_OF_SHARE = 2.0  # the like, but the last quarter of a walk takes the pull back
 
 
+class Gradients(NamedTuple):
+    """Public units' whitened gradients.
+
+    Attributes:
+      leading: (n, r) along the leading directions.
+      squares: (n, r + 1) in each leading direction, and the mean of all others.
+      dims: (r + 1,) how many coordinates each entry stands for, 0 where the parameters are held fixed.
+    """
+
+    leading: np.ndarray
+    squares: np.ndarray
+    dims: np.ndarray
+
+
 class Clipped(NamedTuple):
     """What a clip norm leaves of public units' gradients, whitened.
 
@@ -81,72 +95,54 @@ class Clipped(NamedTuple):
     pulls: np.ndarray
 
 
-def norms(squares: np.ndarray, dims: np.ndarray) -> np.ndarray:
-    """(n,) of the units' gradients, whole; arguments as in `at_quantile`."""
-    return np.sqrt(squares @ dims)
+def norms(gradients: Gradients) -> np.ndarray:
+    """(n,) of the units' gradients."""
+    return np.sqrt(gradients.squares @ gradients.dims)
 
 
-def at_quantile(squares: np.ndarray, dims: np.ndarray, quantile: float) -> float:
-    """The quantile of the units' norms.
-
-    Args:
-      squares: (n, r + 1) of whitened gradients: in each leading direction, and the mean of all others.
-      dims: (r + 1,) how many coordinates each entry stands for.
-      quantile: in (0, 1].
-    """
-    return float(np.quantile(norms(squares, dims), quantile))
-
-
-def clipped(leading: np.ndarray, squares: np.ndarray, dims: np.ndarray, l2_clip_norm: float) -> Clipped:
+def clipped(gradients: Gradients, l2_clip_norm: float) -> Clipped:
     """The moments that a clip norm leaves.
 
-    Args:
-      leading: (n, r) whitened gradients along the leading directions.
-      squares: (n, r + 1), see `at_quantile`.
-      dims: (r + 1,), see there.
-      l2_clip_norm: C.
-
-    >>> found = clipped(np.zeros((2, 0)), np.array([[9.0], [1.0]]), np.ones(1), 1.5)
+    >>> gradients = Gradients(np.zeros((2, 0)), np.array([[9.0], [1.0]]), np.ones(1))
+    >>> found = clipped(gradients, 1.5)
     >>> float(found.whole[0]), float(found.mixed[0]), float(found.moments[0]), found.fraction
     (5.0, 2.75, 1.625, 0.5)
     """
-    whole_norms = norms(squares, dims)
-    kept = _kept(whole_norms, l2_clip_norm)
-    shares = kept[:, None]
+    squares, shares = gradients.squares, _kept(gradients, l2_clip_norm)[:, None]
     whole, mixed, moments = (np.mean(x, axis=0) for x in (squares, squares * shares, squares * shares**2))
-    mean, error = _added(leading, kept)
-    pulls = np.append(mean**2 - error, 0)
-    return Clipped(l2_clip_norm, float(np.mean(whole_norms > l2_clip_norm)), whole, mixed, moments, pulls)
+    mean, error = _added(gradients, l2_clip_norm)
+    fraction = float(np.mean(norms(gradients) > l2_clip_norm))
+    return Clipped(l2_clip_norm, fraction, whole, mixed, moments, np.append(mean**2 - error, 0))
 
 
-def pull(leading: np.ndarray, whole_norms: np.ndarray, l2_clip_norm: float, curvature: np.ndarray) -> np.ndarray:
+def pull(gradients: Gradients, l2_clip_norm: float, curvature: np.ndarray) -> np.ndarray:
     """An estimate of b (r,), what clipping adds to the mean gradient along the leading directions.
 
     The public mean, shrunk by the share of sampling error in what it costs a quadratic (James and Stein, 1961).
 
     Args:
-      leading: (n, r) whitened gradients of public units along the leading directions.
-      whole_norms: (n,) `norms` of these gradients.
+      gradients: public.
       l2_clip_norm: C.
       curvature: (r,) K of the leading directions.
 
-    >>> g = np.array([[3.0], [-1.0], [-2.0]])
-    >>> pull(np.tile(g, (1000, 1)), np.tile(np.abs(g[:, 0]), 1000), 1.5, np.ones(1)).round(3)
+    >>> g = np.tile([[3.0], [-1.0], [-2.0]], (1000, 1))
+    >>> pull(Gradients(g, np.hstack([g**2, 0 * g]), np.array([1, 0])), 1.5, np.ones(1)).round(3)
     array([-0.333])
     """
-    mean, error = _added(leading, _kept(whole_norms, l2_clip_norm))
+    mean, error = _added(gradients, l2_clip_norm)
     cost = np.sum(mean**2 / curvature)
     return max(0, 1 - np.sum(error / curvature) / cost) * mean if cost > 0 else mean
 
 
-def _kept(whole_norms, l2_clip_norm):
+def _kept(gradients, l2_clip_norm):
     """(n,) the share of each gradient that clipping keeps."""
+    whole_norms = norms(gradients)
     return np.minimum(whole_norms, l2_clip_norm) / np.maximum(whole_norms, np.finfo(np.float64).tiny)
 
 
-def _added(leading, kept):
+def _added(gradients, l2_clip_norm):
     """What clipping adds to the mean gradient, and the variance of that mean (r,)."""
-    added = (kept - 1)[:, None] * leading
+    added = (_kept(gradients, l2_clip_norm) - 1)[:, None] * gradients.leading
     return np.mean(added, axis=0), np.var(added, axis=0) / len(added)
 
 
@@ -194,20 +190,14 @@ def least(
 
 
 def share_under_heavy_shift(
-    leading: np.ndarray,
-    whole_norms: np.ndarray,
-    l2_clip_norm: float,
-    spectrum: Spectrum,
-    noise_var: float,
-    length: float,
+    gradients: Gradients, l2_clip_norm: float, spectrum: Spectrum, noise_var: float, length: float
 ) -> float:
     """The share of C, from 1 down to a quarter, at which pull and noise together cost a flow least.
 
     The pull is counted twice, and in the leading directions alone.
 
     Args:
-      leading: (n, r) whitened gradients of public units along the leading directions.
-      whole_norms: (n,) `norms` of these gradients.
+      gradients: public.
       l2_clip_norm: C.
       spectrum: public; its moments are not looked at.
       noise_var: variance in each coordinate of the mean gradient's noise where C is whole.
@@ -215,7 +205,7 @@ def share_under_heavy_shift(
     """
     curvature, dims = (np.asarray(x, np.float64) for x in (spectrum.curvature, spectrum.dims))
     paid = np.expm1(-length * curvature) ** 2 / (2 * curvature)
-    reach = l2_clip_norm / np.maximum(whole_norms, np.finfo(np.float64).tiny)
+    reach, leading = l2_clip_norm / np.maximum(norms(gradients), np.finfo(np.float64).tiny), gradients.leading
 
     def cost(share):
         pull = (np.minimum(1 / share, reach) - np.minimum(1, reach)) @ leading / len(leading)

@@ -109,6 +109,7 @@ from qexp_jax import clip_norms, flow
 from qexp_jax import precision as precisions
 from qexp_jax import survey as surveys
 from qexp_jax.accuracy import noise_cost
+from qexp_jax.clip_norms import Gradients
 from qexp_jax.flow import Belief, Spectrum
 from qexp_jax.precision import Precision
 from qexp_jax.records import LossFn, Params, Record
@@ -138,18 +139,18 @@ class Geometry(NamedTuple):
       tuned: (r + 1,) one, or zero where M is so large that the parameters are held fixed.
       l2_clip_norm: C, in the norm whitened by M.
       longest: most that the steps of all rounds may add up to, unless the shift is heavy.
-      share: of C, at which units are clipped instead under a heavy shift; of a round's geometry, what its C is a share
-        of. Sums are divided by it, so that gradients that are clipped either way count the same.
       pull: (r,) what clipping at C adds to the public mean gradient along the leading directions; a round takes it off
         the mean it released. Of a round's geometry 0 under a heavy shift.
+      share: of C, at which units are clipped instead under a heavy shift; of a round's geometry, what its C is a share
+        of. Sums are divided by it, so that gradients that are clipped either way count the same.
     """
 
     eigenvalues: jax.Array
     tuned: jax.Array
     l2_clip_norm: jax.Array
     longest: jax.Array
-    share: jax.Array
     pull: jax.Array
+    share: jax.Array
 
 
 class Plan(NamedTuple):
@@ -224,9 +225,8 @@ def make_plan(
     damping = _DAMPING * float(surveyed.curvature.max()) if damping is None else damping
     curvature, dims, space = surveyed.curvature, surveyed.dims, surveyed.subspace
     eigenvalues = np.sqrt((curvature + damping) / (curvature.max() + damping))
-    leading, squares = surveyed.leading / np.sqrt(eigenvalues[:-1]), surveyed.squares / eigenvalues
-    dtype = surveyed.directions.dtype
-    as_arrays = functools.partial(_on_device, dtype=dtype)
+    gradients = Gradients(surveyed.leading / np.sqrt(eigenvalues[:-1]), surveyed.squares / eigenvalues, dims)
+    as_arrays = functools.partial(_on_device, dtype=surveyed.directions.dtype)
     precision = precision_of(surveyed.directions, as_arrays(eigenvalues))
     tolerance, cost = surveys.tolerated_noise(
         trial_key, loss_fn, params, space, precision, surveyed.tried, _NOISE_COST
@@ -236,22 +236,15 @@ def make_plan(
         surveyed.directions, *as_arrays((curvature, dims, dims, *flow.shift_prior(), cost / _NOISE_COST))
     )
     per_unit = noise_multiplier / num_units
-    clipped_at = functools.partial(clip_norms.clipped, leading, squares, dims)
-    quantile = _clip_quantile(squares, clipped_at, spectrum, num_units, per_unit, _LONGEST * tolerance / per_unit)
-    clip_norm_of = functools.partial(_clip_norm, squares, quantile=quantile, given=l2_clip_norm)
     tolerances = tolerance, np.sqrt(2 * _PRIVATE_CURVATURE * cost / np.sum(curvature[:-1]))
-    found = _geometries(eigenvalues, dims, tolerances, per_unit, clip_norm_of)
-    *_, clip_norm, longest = found[0]
+    quantile = _clip_quantile(gradients, spectrum, num_units, per_unit, _LONGEST * tolerance / per_unit)
+    found = _geometries(gradients, eigenvalues, curvature, tolerances, per_unit, quantile, l2_clip_norm)
+    _, _, clip_norm, longest, pull = found[0]
     longest = float(np.float32(longest))
-    norms = clip_norms.norms(squares, dims)
-    share = 1.0 if l2_clip_norm else _share(leading, norms, clip_norm, spectrum, per_unit, longest)
-    pulls = [
-        clip_norms.pull(leading, clip_norms.norms(squares, dims * tuned), norm, curvature[:-1])
-        for _, tuned, norm, _ in found
-    ]
+    share = 1.0 if l2_clip_norm else _share(gradients, clip_norm, spectrum, per_unit, longest)
     stacked = [np.stack(x) for x in zip(*found, strict=True)]
-    geometries = Geometry(*as_arrays([*stacked, np.full(len(found), share), np.stack(pulls)]))
-    clipped = clipped_at(clip_norm)
+    geometries = Geometry(*as_arrays([*stacked, np.full(len(found), share)]))
+    clipped = clip_norms.clipped(gradients, clip_norm)
     moments = np.maximum(clipped.moments, 1e-9 * clipped.moments.max())
     spectrum = spectrum._replace(moments=as_arrays(moments))
     noise_std, largest_curvature = clip_norm * per_unit, float(curvature.max())
@@ -267,6 +260,7 @@ def make_plan(
         "expected_length": expected,
         "tuned_at_first": int(np.sum(dims * np.asarray(first.tuned))),
         "public_fraction_clipped": clipped.fraction,
+        "clipping_pull_in_clip_norms": float(np.linalg.norm(pull)) / clip_norm,
         "clip_norm_share_under_heavy_shift": share,
     }
     return Plan(space, damping, rounds, most_rounds, spectrum, geometries, expected_cost, evidence)
@@ -338,15 +332,16 @@ def is_heavy(belief: Belief, spectrum: Spectrum, num_units: int) -> jax.Array:
     return flow.pooled_shift(belief, spectrum, num_units) > _HEAVY_SHIFT
 
 
-def _geometries(eigenvalues, dims, tolerances, per_unit, clip_norm_of):
-    """The numbers of each `Geometry`: of all parameters, and of the leading directions where there are others."""
-    whole = np.ones_like(dims)
+def _geometries(gradients, eigenvalues, curvature, tolerances, per_unit, quantile, given):
+    """Each `Geometry` but for its share: of all parameters, and of the leading directions where there are others."""
+    whole = np.ones_like(gradients.dims)
     found = []
     for tuned, tolerance in zip((whole, np.append(whole[:-1], 0)), tolerances, strict=True):
-        clip_norm = clip_norm_of(dims * tuned)
-        held = np.where(tuned, eigenvalues, _HELD)
-        found.append((held, tuned, clip_norm, _LONGEST * tolerance / (clip_norm * per_unit)))
-    return found if dims[-1] > 0 else found[:1]
+        seen = gradients._replace(dims=gradients.dims * tuned)
+        clip_norm = _clip_norm(seen, quantile, given)
+        held, longest = np.where(tuned, eigenvalues, _HELD), _LONGEST * tolerance / (clip_norm * per_unit)
+        found.append((held, tuned, clip_norm, longest, clip_norms.pull(seen, clip_norm, curvature[:-1])))
+    return found if gradients.dims[-1] > 0 else found[:1]
 
 
 def _first_round(spectrum, geometries, noise_multiplier, num_units, rounds):
@@ -371,30 +366,30 @@ def _rounds(length: float) -> int:
     return int(np.clip(np.ceil(length), _LEAST_ROUNDS, most))
 
 
-def _clip_quantile(squares, clipped_at, spectrum, num_units, per_unit, reach):
+def _clip_quantile(gradients, spectrum, num_units, per_unit, reach):
     """Which quantile of the norms has the least expected excess where all is tuned; `reach` is C times longest."""
-    dims = np.asarray(spectrum.dims, np.float64)
+    norms = clip_norms.norms(gradients)
 
     def expected_excess(quantile):
-        clipped = clipped_at(clip_norms.at_quantile(squares, dims, quantile))
+        clipped = clip_norms.clipped(gradients, float(np.quantile(norms, quantile)))
         noise_var, longest = (clipped.l2_clip_norm * per_unit) ** 2, reach / clipped.l2_clip_norm
         return float(clip_norms.least(_EXPECTED_SHIFT, clipped, spectrum, noise_var, num_units, longest))
 
     return min(_CLIP_QUANTILES, key=expected_excess)
 
 
-def _clip_norm(squares, dims, quantile, given):
+def _clip_norm(gradients, quantile, given):
     """C, a float32."""
-    clip_norm = clip_norms.at_quantile(squares, dims, quantile) if given is None else given
+    clip_norm = np.quantile(clip_norms.norms(gradients), quantile) if given is None else given
     if not _SMALLEST_CLIP_NORM <= clip_norm <= 1 / _SMALLEST_CLIP_NORM:
         raise ValueError(f"Expected a clip norm in [1e-18, 1e18], found {clip_norm}; give l2_clip_norm.")
     return float(np.float32(clip_norm))
 
 
-def _share(leading, norms, clip_norm, spectrum, per_unit, longest):
+def _share(gradients, clip_norm, spectrum, per_unit, longest):
     """That of the clip norm under a heavy shift, where all is tuned for as long as may be."""
     noise_var, length = (clip_norm * per_unit) ** 2, _LONGER_UNDER_HEAVY_SHIFT[0] * longest
-    return clip_norms.share_under_heavy_shift(leading, norms, clip_norm, spectrum, noise_var, length)
+    return clip_norms.share_under_heavy_shift(gradients, clip_norm, spectrum, noise_var, length)
 
 
 def _whitened_curvature(curvature, dims, trace):

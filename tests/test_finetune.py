@@ -229,7 +229,7 @@ def test_skewed_errors_pull_an_anchor_that_fits_six_times_as_far_where_nothing_i
         return float(qexp_jax.fine_tune(KEY, wide_loss, {"w": jnp.ones(5)}, **data, **options).params["w"][0])
 
     assert abs(intercept() - 1) < 0.1
-    monkeypatch.setattr(plan.clip_norms, "pull", lambda leading, *_: np.zeros(leading.shape[1]))
+    monkeypatch.setattr(plan.clip_norms, "pull", lambda gradients, *_: np.zeros(gradients.leading.shape[1]))
     assert intercept() < 0.6
 
 
