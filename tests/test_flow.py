@@ -227,6 +227,14 @@ def test_the_recent_mean_has_the_latest_releases_with_the_most_weight_and_the_st
     np.testing.assert_array_equal(belief.times, [4, 4, 4, 3])
 
 
+def test_rounds_that_hold_a_block_count_since_it_was_tuned():
+    belief, found = flow.before_release(example()), []
+    for tuned in (HOLD_OTHERS, 1.0, HOLD_OTHERS, HOLD_OTHERS):
+        belief = flow.observe(belief, example(), jnp.ones(10), 1.0, tuned)
+        found.append([float(belief.idle[0]), float(belief.idle[-1])])
+    assert found == [[0, float("inf")], [0, 0], [0, 1], [0, 2]]
+
+
 def test_the_signal_left_is_what_the_latest_releases_show_but_for_one_standard_deviation_of_the_noises_energy():
     """Seen eight times, a tenth of the gradient of the first release; with a prior that lets it be as large."""
     spectrum = example(rest=997, shifts=(100.0,))._replace(directions=jnp.eye(1000)[:3])
