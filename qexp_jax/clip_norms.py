@@ -108,10 +108,12 @@ def clipped(gradients: Gradients, l2_clip_norm: float) -> Clipped:
     >>> float(found.whole[0]), float(found.mixed[0]), float(found.moments[0]), found.fraction
     (5.0, 2.75, 1.625, 0.5)
     """
-    squares, shares = gradients.squares, _kept(gradients, l2_clip_norm)[:, None]
+    squares, whole_norms = gradients.squares, norms(gradients)
+    kept = _kept(whole_norms, l2_clip_norm)
+    shares = kept[:, None]
     whole, mixed, moments = (np.mean(x, axis=0) for x in (squares, squares * shares, squares * shares**2))
-    mean, error = _added(gradients, l2_clip_norm)
-    fraction = float(np.mean(norms(gradients) > l2_clip_norm))
+    mean, error = _added(gradients.leading, kept)
+    fraction = float(np.mean(whole_norms > l2_clip_norm))
     return Clipped(l2_clip_norm, fraction, whole, mixed, moments, np.append(mean**2 - error, 0))
 
 
@@ -129,20 +131,19 @@ def pull(gradients: Gradients, l2_clip_norm: float, curvature: np.ndarray) -> np
     >>> pull(Gradients(g, np.hstack([g**2, 0 * g]), np.array([1, 0])), 1.5, np.ones(1)).round(3)
     array([-0.333])
     """
-    mean, error = _added(gradients, l2_clip_norm)
+    mean, error = _added(gradients.leading, _kept(norms(gradients), l2_clip_norm))
     cost = np.sum(mean**2 / curvature)
     return max(0, 1 - np.sum(error / curvature) / cost) * mean if cost > 0 else mean
 
 
-def _kept(gradients, l2_clip_norm):
+def _kept(whole_norms, l2_clip_norm):
     """(n,) the share of each gradient that clipping keeps."""
-    whole_norms = norms(gradients)
     return np.minimum(whole_norms, l2_clip_norm) / np.maximum(whole_norms, np.finfo(np.float64).tiny)
 
 
-def _added(gradients, l2_clip_norm):
+def _added(leading, kept):
     """What clipping adds to the mean gradient, and the variance of that mean (r,)."""
-    added = (_kept(gradients, l2_clip_norm) - 1)[:, None] * gradients.leading
+    added = (kept - 1)[:, None] * leading
     return np.mean(added, axis=0), np.var(added, axis=0) / len(added)
 
 
@@ -208,7 +209,7 @@ def share_under_heavy_shift(
     reach, leading = l2_clip_norm / np.maximum(norms(gradients), np.finfo(np.float64).tiny), gradients.leading
 
     def cost(share):
-        pull = (np.minimum(1 / share, reach) - np.minimum(1, reach)) @ leading / len(leading)
-        return _PULL_OF_SHARE * (pull**2 @ paid[:-1]) + share**2 * noise_var * (dims @ paid)
+        added = (np.minimum(1 / share, reach) - np.minimum(1, reach)) @ leading / len(leading)
+        return _PULL_OF_SHARE * (added**2 @ paid[:-1]) + share**2 * noise_var * (dims @ paid)
 
     return float(min(_SHARES, key=cost))
