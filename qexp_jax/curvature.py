@@ -317,9 +317,9 @@ def top_eigenspace(
         raise ValueError(f"Expected 1 <= dim <= min({n} records, {within.dim} dimensions), found {dim=}.")
     batches, _ = microbatches(records, microbatch_size)
     rows = jax.lax.map(lambda batch: projected_gradients(loss_fn, params, within, batch), batches)
-    rows = rows.reshape(-1, within.dim)[:n] / np.sqrt(n)
+    rows = rows.reshape(-1, within.dim)[:n]
     basis = _basis_of(n, within.dim, dim)(rows, dim)
-    values = jnp.sum(jnp.matmul(rows, basis, precision=_HIGHEST) ** 2, axis=0)
+    values = jnp.sum(_product(rows, basis / np.sqrt(n)) ** 2, axis=0)
     return subspaces.compose(within, basis, orthonormal=True, name=f"top eigenspace in {within.name}"), values
 
 
@@ -339,15 +339,27 @@ def _leading_columns(rows, dim):
 def _leading_rows(rows, dim):
     """The same from rows rows^T, the Gram trick."""
     _, vectors = jnp.linalg.eigh(_product(rows, rows.T))
-    # The QR restores the orthogonality that float32 loses on small eigenvalues.
-    return jnp.linalg.qr(_product(rows.T, vectors[:, : -dim - 1 : -1]))[0]
+    return _orthonormal(_product(rows.T, vectors[:, : -dim - 1 : -1]))
 
 
 def _leading_sketched(rows, dim):
     """The same within the span of a few random combinations of rows, to which rows rows^T was applied."""
-    sketch = jax.random.normal(jax.random.key(0), (len(rows), dim + _OVERSAMPLED), rows.dtype)
-    span = jnp.linalg.qr(_product(rows, _product(rows.T, sketch)))[0]
+    sketch = jax.random.normal(jax.random.key(0), (dim + _OVERSAMPLED, len(rows)), rows.dtype)
+    span = jnp.linalg.qr(_product(_product(sketch, rows), rows.T).T)[0]
     return _leading_rows(_product(span.T, rows), dim)
+
+
+def _orthonormal(columns):
+    """Restores the orthogonality that float32 loses on small eigenvalues.
+
+    By Cholesky, in a quarter of a QR's time, where each unit column has nine tenths of its length outside the span of
+    those before it, so that rounding is not amplified; else by QR, which dependent columns need.
+    """
+    unit = columns / jnp.linalg.norm(columns, axis=0)
+    lower = jnp.linalg.cholesky(_product(unit.T, unit))
+    inverse = jax.lax.linalg.triangular_solve(lower, jnp.eye(len(lower), dtype=lower.dtype), left_side=True, lower=True)
+    independent = jnp.min(jnp.diagonal(lower)) > 0.9  # false where Cholesky failed
+    return jax.lax.cond(independent, lambda: _product(unit, inverse.T), lambda: jnp.linalg.qr(columns)[0])
 
 
 def _product(a, b):

@@ -140,6 +140,37 @@ def test_a_sketch_without_a_power_has_less_of_the_energy():
     assert jnp.sum((gradients @ basis) ** 2) < 0.999 * jnp.sum(expected)
 
 
+def by_cholesky_alone(columns):
+    lower = jnp.linalg.cholesky(columns.T @ columns)
+    return jnp.linalg.solve(lower, columns.T).T
+
+
+@pytest.mark.parametrize("kind", ["nearly orthonormal", "nearly dependent", "dependent", "with a zero"])
+def test_columns_are_made_orthonormal_however_dependent(kind):
+    start = jnp.linalg.qr(jax.random.normal(KEY, (200, 12)))[0]
+    close = start.at[:, 11].set(start[:, 0] + 1e-4 * start[:, 11])
+    columns = {
+        "nearly orthonormal": (start + 1e-2 * jnp.roll(start, 1, axis=1)) * jnp.geomspace(1, 1e-6, 12),
+        "nearly dependent": close,
+        "dependent": start.at[:, 11].set(start[:, 0]),
+        "with a zero": start.at[:, 11].set(0),
+    }[kind]
+    found = curvature._orthonormal(columns)
+    np.testing.assert_allclose(found.T @ found, np.eye(12), atol=3e-6)
+    np.testing.assert_allclose(found @ (found.T @ columns), columns, atol=1e-6)
+    if kind != "nearly orthonormal":  # what QR is kept for
+        twin = by_cholesky_alone(columns)
+        assert not np.max(np.abs(twin.T @ twin - np.eye(12))) < 1e-3
+
+
+def test_fewer_gradients_than_directions_of_their_own_are_completed():
+    gradients = jax.random.normal(KEY, (20, 3)) @ jax.random.normal(jax.random.key(5), (3, 40))
+    space, values = curvature.top_eigenspace(lambda params, g: params @ g, jnp.zeros(40), gradients, 6)
+    rows = jax.vmap(lambda e: subspace.lift(space, e))(jnp.eye(6))
+    np.testing.assert_allclose(rows @ rows.T, np.eye(6), atol=1e-5)
+    np.testing.assert_allclose(values[3:], 0, atol=1e-4)
+
+
 def test_psd_part_takes_absolute_eigenvalues():
     basis, _ = jnp.linalg.qr(jax.random.normal(KEY, (4, 4)))
     values = jnp.array([-3.0, -0.5, 0.0, 2.0])

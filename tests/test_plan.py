@@ -43,6 +43,17 @@ def test_the_leading_directions_are_the_steep_ones_and_the_others_are_as_curved_
     assert np.all(inside > 0.8)
 
 
+def test_surveyed_gradients_are_those_of_each_record_and_the_rest_is_what_the_directions_leave():
+    whole, records = surveyed(), public(75)  # not a multiple of the microbatch
+    each = np.asarray(jax.vmap(jax.grad(loss_fn), in_axes=(None, 0))(PARAMS, records)["w"])
+    basis = np.asarray(whole.directions)
+    leading, squares = survey._gradients(loss_fn, PARAMS, whole.subspace, whole.directions, records)
+    np.testing.assert_allclose(leading, each @ basis.T, atol=1e-4)
+    np.testing.assert_allclose(squares[:, :-1], leading**2)
+    outside = each - each @ basis.T @ basis
+    np.testing.assert_allclose(squares[:, -1], np.mean(outside**2, axis=1) * D / (D - 8), rtol=1e-4, atol=1e-6)
+
+
 def test_all_parameters_are_tuned_unless_another_space_is_given():
     assert planned(100.0).subspace.dim == D and planned(100.0).spectrum.directions.shape == (8, D)
     assert planned(100.0, subspace=subspace.full(PARAMS, where="w")).subspace.dim == D
