@@ -224,7 +224,7 @@ def follow(
       The draw w, the multiples of it that are followed, the cost of their noise, and the walk after it.
     """
     num_units, share = quadratic.num_units, geometry.share
-    pull = jnp.matmul(spectrum.directions.T, geometry.pull, precision=jax.lax.Precision.HIGHEST)
+    pull = jnp.matmul(geometry.pull, spectrum.directions, precision=jax.lax.Precision.HIGHEST)
     corrected = noisy - num_units * pull
     w = mechanism.release_step(quadratic, corrected)
     seen, noise_var = corrected / (share * num_units), (noise_std / (share * num_units)) ** 2
