@@ -156,6 +156,7 @@ def figure(trained, release, split, metrics, path):
     law.axvline(metrics["measured_noise_cost_not_private"], ymax=0.85, color="k", label="measured (open data only)")
     room_for_the_legend = 1.2 * law.get_ylim()[1]
     law.set(xlabel="loss per record that the noise costs", yticks=[], ylim=(0, room_for_the_legend))
+    law.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
     law.set_title(f"Noise of the first step, k = {release.certificate['subspace_dim']}")
     law.legend(loc="upper right", fontsize="small")
     fig.savefig(path, dpi=120)
