@@ -8,8 +8,10 @@
     sketching    random projections made again from their keys
     subspace     public directions: lift R^k -> params, project params -> R^k
     convolutions convolutions as matrix products, for CPUs
+    outer_products gradients of dense layers by their factors
     gradients    projected gradients of single records
     curvature    public curvature P^T H P
+    directions   where public gradients are large
     precision    the SPD precision H = R R^T as an operator: whiten, color, draw
     clipping     the private pass: whitened, clipped sums of stated sensitivity
     privacy      mu <-> (epsilon, delta), composition

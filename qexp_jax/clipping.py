@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from dp_accounting import NeighboringRelation
 
-from qexp_jax.gradients import Mode, at_a_time, projected_gradients
-from qexp_jax.precision import Precision, whiten, whitened_norm
+from qexp_jax.gradients import Mode, at_a_time, gradient_rows
+from qexp_jax.outer_products import weighted_sum
+from qexp_jax.precision import Precision, whiten, whitened_norms
 from qexp_jax.records import LossFn, Params, Record, microbatches, num_records, vary
 from qexp_jax.subspace import Subspace
 
@@ -49,10 +50,16 @@ def clip(
     Returns:
       The clipped vector, whether it was clipped, whether it was finite.
     """
-    finite = jnp.isfinite(norm)
-    factor = jnp.minimum(1, l2_clip_norm / jnp.maximum(norm, jnp.finfo(gradient.dtype).tiny))
+    factor, was_clipped, finite = _share(norm, l2_clip_norm)
     # A select, not a product: 0 * NaN is NaN.
-    return jnp.where(finite, gradient * factor, 0), finite & (norm > l2_clip_norm), finite
+    return jnp.where(finite, gradient * factor, 0), was_clipped, finite
+
+
+def _share(norm, l2_clip_norm):
+    """What is kept of a gradient that is finite, whether that is less than all, and whether it is finite."""
+    finite = jnp.isfinite(norm)
+    factor = jnp.minimum(1, l2_clip_norm / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
+    return jnp.where(finite, factor, 0), finite & (norm > l2_clip_norm), finite
 
 
 def clipped_sum(
@@ -98,11 +105,10 @@ def clipped_sum(
     def step(carry, batch):
         total, info = carry
         records, keep = batch
-        gradients = projected_gradients(loss_fn, params, subspace, records, mode=mode, axis_name=axis_name)
-        norms = jax.vmap(lambda g: whitened_norm(precision, g))(gradients)
-        clipped, was_clipped, finite = jax.vmap(clip, in_axes=(0, 0, None))(gradients, norms, l2_clip_norm)
+        rows = gradient_rows(loss_fn, params, subspace, records, mode=mode, axis_name=axis_name)
+        shares, was_clipped, finite = _share(whitened_norms(precision, rows), l2_clip_norm)
         counts = ClipInfo(jnp.sum(keep), jnp.sum(keep & was_clipped), jnp.sum(keep & ~finite))
-        total = total + jnp.sum(jnp.where(keep[:, None], clipped, 0), axis=0)
+        total = total + weighted_sum(rows, shares, keep & finite)
         return (total, jax.tree.map(jnp.add, info, counts)), None
 
     zeros = jnp.zeros(subspace.dim, subspace.layout.dtype), ClipInfo(*[jnp.sum(masks[:0], dtype=int)] * 3)

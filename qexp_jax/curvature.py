@@ -295,8 +295,8 @@ def top_eigenspace(
     """The leading eigenvectors of the second moment of public gradients.
 
     Costs one gradient per record, stores (n, d) numbers, plus the (k, d) basis that it returns, and factors one matrix
-    of min(n, d) rows. Where n < d is at least 4 (k + 64), the space is one of k directions in which the gradients have
-    all but a few ten-thousandths of the energy that they have in the leading k, found by random sketches (Halko,
+    of min(n, d) rows. Where min(n, d) is at least 4 (k + 64), the space is one of k directions in which the gradients
+    have all but a few ten-thousandths of the energy that they have in the leading k, found by random sketches (Halko,
     Martinsson and Tropp, arXiv:0909.4061, algorithm 4.4 with one power) in half the time: on images and PhysioNet 2012,
     1024 gradients and k = 128, less than .0004 was lost, far less than other records change.
 
@@ -318,16 +318,20 @@ def top_eigenspace(
     batches, _ = microbatches(records, microbatch_size)
     rows = jax.lax.map(lambda batch: projected_gradients(loss_fn, params, within, batch), batches)
     rows = rows.reshape(-1, within.dim)[:n]
-    basis = _basis_of(n, within.dim, dim)(rows, dim)
+    basis = leading_basis(rows, dim)
     values = jnp.sum(_product(rows, basis / np.sqrt(n)) ** 2, axis=0)
     return subspaces.compose(within, basis, orthonormal=True, name=f"top eigenspace in {within.name}"), values
 
 
-def _basis_of(n, d, dim):
-    """How the leading directions are found, from static shapes alone."""
-    if n >= d:
-        return _leading_columns
-    return _leading_sketched if n >= 4 * (dim + _OVERSAMPLED) else _leading_rows
+def leading_basis(rows: jax.Array, dim: int) -> jax.Array:
+    """Orthonormal columns (d, dim) that span where rows (n, d) have most energy; how, static shapes decide.
+
+    Where min(n, d) is at least 4 (dim + 64), all but a few ten-thousandths of the most, see `top_eigenspace`.
+    """
+    n, d = rows.shape
+    if min(n, d) >= 4 * (dim + _OVERSAMPLED):
+        return _leading_sketched(rows, dim)
+    return _leading_columns(rows, dim) if n >= d else _leading_rows(rows, dim)
 
 
 def _leading_columns(rows, dim):

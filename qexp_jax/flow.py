@@ -52,6 +52,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qexp_jax.directions import Directions, along, combine
+
 _HIGHEST = jax.lax.Precision.HIGHEST
 _SAMPLING = 1.5
 _COMMON_SHIFT, _LARGEST_SHIFT = 5e-3, 0.5
@@ -78,7 +80,7 @@ class Spectrum(NamedTuple):
       loss_scale: root mean square of the public losses at the anchor; infinite where nobody measured it.
     """
 
-    directions: jax.Array
+    directions: Directions | jax.Array
     curvature: jax.Array
     moments: jax.Array
     dims: jax.Array
@@ -243,7 +245,7 @@ def _measured(belief, spectrum, seen, noise_var, tuned):
 
 def _products(directions, x, y):
     """x_j y_j of the leading coordinates, and their sum over all others (r + 1,)."""
-    a, b = (jnp.matmul(directions, v, precision=_HIGHEST) for v in (x, y))
+    a, b = (along(directions, v) for v in (x, y))
     return jnp.append(a * b, jnp.vdot(x, y, precision=_HIGHEST) - jnp.vdot(a, b, precision=_HIGHEST))
 
 
@@ -262,18 +264,16 @@ def signal_curvature(spectrum: Spectrum) -> jax.Array:
     return spectrum.curvature.at[-1].set(spectrum.curvature[:-1].min())
 
 
-def energies(directions: jax.Array, x: jax.Array) -> jax.Array:
+def energies(directions: Directions | jax.Array, x: jax.Array) -> jax.Array:
     """x_j^2 of the leading coordinates, and the mean square of the others, (k,) -> (r + 1,)."""
     squares = _products(directions, x, x)
     return squares.at[-1].set(jnp.maximum(squares[-1], 0) / max(1, len(x) - len(directions)))
 
 
-def scale(directions: jax.Array, factors: jax.Array, x: jax.Array) -> jax.Array:
+def scale(directions: Directions | jax.Array, factors: jax.Array, x: jax.Array) -> jax.Array:
     """x (k,) with its leading coordinates and all others multiplied by `factors` (r + 1,)."""
     rest = factors[-1]
-    leading = jnp.matmul(directions, x, precision=_HIGHEST) * (factors[:-1] - rest)
-    # From the left: XLA's CPU product with the transpose is slower.
-    return jnp.matmul(leading, directions, precision=_HIGHEST) + rest * x
+    return combine(directions, along(directions, x) * (factors[:-1] - rest)) + rest * x
 
 
 def pooled_signal(belief: Belief, spectrum: Spectrum, num_units: int) -> jax.Array:

@@ -6,10 +6,12 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from qexp_jax import outer_products
 from qexp_jax.convolutions import as_products
 from qexp_jax.operations import count_bytes, count_flops
+from qexp_jax.outer_products import Rows
 from qexp_jax.records import LossFn, Params, Record, vary
-from qexp_jax.subspace import Layout, Subspace, tuned_leaves, with_tuned_leaves
+from qexp_jax.subspace import Layout, Subspace, is_whole, tuned_leaves, with_tuned_leaves
 
 Mode = Literal["auto", "reverse", "forward"]
 # Forming one number of a record's gradient takes the time of so many floating-point operations; measured on a CPU.
@@ -42,12 +44,7 @@ def projected_gradients(
       axis_name: mapped device axis, if any; see `records.vary`.
     """
     layout = subspace.layout
-    leaves = vary(tuned_leaves(layout, params), axis_name)
-
-    @as_products
-    def loss(tuned, record):
-        return loss_fn(with_tuned_leaves(layout, params, tuned), record).astype(layout.dtype)
-
+    leaves, loss = vary(tuned_leaves(layout, params), axis_name), _loss_of_leaves(loss_fn, params, layout)
     if mode == "auto":
         mode = faster_mode(loss_fn, params, subspace, records)
     if mode == "reverse":
@@ -64,6 +61,41 @@ def projected_gradients(
         return jax.jvp(lambda tuned: jax.vmap(loss, in_axes=(None, 0))(tuned, records), (leaves,), (tangent,))[1]
 
     return jax.lax.map(derivative, jnp.eye(subspace.dim, dtype=layout.dtype)).T
+
+
+def gradient_rows(
+    loss_fn: LossFn,
+    params: Params,
+    subspace: Subspace,
+    records: Record,
+    *,
+    mode: Mode = "auto",
+    axis_name: str | None = None,
+) -> Rows:
+    """The gradients of `projected_gradients` in parts, of wide matrices as outer products.
+
+    That is in a whole space and in reverse mode; else they are one part.
+    """
+    layout = subspace.layout
+    if mode == "auto":
+        mode = faster_mode(loss_fn, params, subspace, records)
+    if mode != "reverse" or not is_in_factors(subspace):
+        return [projected_gradients(loss_fn, params, subspace, records, mode=mode, axis_name=axis_name)]
+    leaves, loss = vary(tuned_leaves(layout, params), axis_name), _loss_of_leaves(loss_fn, params, layout)
+    return jax.vmap(lambda record: outer_products.gradient(loss, leaves, record, axis_name))(records)
+
+
+def is_in_factors(subspace: Subspace) -> bool:
+    """Whether gradients may be outer products: in a whole space with a wide matrix."""
+    return is_whole(subspace) and any(map(outer_products.is_wide, subspace.layout.tuned_shapes))
+
+
+def _loss_of_leaves(loss_fn, params, layout):
+    @as_products
+    def loss(tuned, record):
+        return loss_fn(with_tuned_leaves(layout, params, tuned), record).astype(layout.dtype)
+
+    return loss
 
 
 def faster_mode(loss_fn: LossFn, params: Params, subspace: Subspace, records: Record) -> Mode:

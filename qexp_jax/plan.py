@@ -116,6 +116,7 @@ from qexp_jax import precision as precisions
 from qexp_jax import survey as surveys
 from qexp_jax.accuracy import noise_cost
 from qexp_jax.clip_norms import Gradients
+from qexp_jax.directions import Directions
 from qexp_jax.flow import Belief, Spectrum
 from qexp_jax.precision import Precision
 from qexp_jax.records import LossFn, Params, Record
@@ -278,7 +279,7 @@ def _on_device(tree, dtype):
 
 
 @jax.jit
-def precision_of(directions: jax.Array, eigenvalues: jax.Array) -> Precision:
+def precision_of(directions: Directions | jax.Array, eigenvalues: jax.Array) -> Precision:
     """M of a geometry."""
     return precisions.spectral(eigenvalues[-1], directions, eigenvalues[:-1])
 

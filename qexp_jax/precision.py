@@ -5,7 +5,7 @@ Precision is the matrix that is factored; the draw has covariance `H^{-1} / beta
     whiten(H, g)    R^{-1} g      a gradient into the norm in which it is clipped
     color(H, x)     R^{-T} x      white noise into N(0, H^{-1}); a whitened gradient into a Newton step
     uncolor(H, w)   R^T w         |R^T w|^2 = w^T H w
-    whitened_norm   |R^{-1} g|    at about half the cost of whitening where H is low rank
+    whitened_norms  |R^{-1} g|    of many gradients, at about half the cost of whitening where H is low rank
 
 `dense` factors a k x k matrix by Cholesky; `spectral` and `low_rank` are a scaled identity plus low rank on the whole
 parameter space, in O(d r) time and memory. The mechanism depends on H alone, not on which root R is taken.
@@ -19,16 +19,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from qexp_jax.directions import Directions, along, along_each, combine
+from qexp_jax.outer_products import Rows, squares, whole
+
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class _Root(NamedTuple):
-    """R^{-1} x, R^{-T} x, R^T x and |R^{-1} x|^2 as module-level functions of (arrays, x)."""
+    """R^{-1} x, R^{-T} x, R^T x of (arrays, x), and |R^{-1} g|^2 (m,) of (arrays, rows), as module-level functions."""
 
     whiten: Callable[[Any, jax.Array], jax.Array]
     color: Callable[[Any, jax.Array], jax.Array]
     uncolor: Callable[[Any, jax.Array], jax.Array]
-    square: Callable[[Any, jax.Array], jax.Array]
+    squares: Callable[[Any, Rows], jax.Array]
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["arrays", "log_det"], meta_fields=["dim", "root"])
@@ -54,9 +57,14 @@ def whiten(precision: Precision, gradient: jax.Array) -> jax.Array:
     return precision.root.whiten(precision.arrays, gradient)
 
 
+def whitened_norms(precision: Precision, rows: Rows) -> jax.Array:
+    """|R^{-1} g| (m,) of m gradients, never less than it up to rounding; what clipping needs of a record."""
+    return jnp.sqrt(precision.root.squares(precision.arrays, rows))
+
+
 def whitened_norm(precision: Precision, gradient: jax.Array) -> jax.Array:
-    """|R^{-1} g|, never less than it up to rounding; what clipping needs of a record."""
-    return jnp.sqrt(precision.root.square(precision.arrays, gradient))
+    """That of one gradient (k,)."""
+    return whitened_norms(precision, [gradient[None]])[0]
 
 
 def color(precision: Precision, x: jax.Array) -> jax.Array:
@@ -149,7 +157,7 @@ _DENSE = _Root(
     whiten=_dense_whiten,
     color=_dense_color,
     uncolor=_dense_uncolor,
-    square=lambda factor, g: jnp.sum(_dense_whiten(factor, g) ** 2),
+    squares=lambda factor, rows: jax.vmap(lambda g: jnp.sum(_dense_whiten(factor, g) ** 2))(whole(rows)),
 )
 
 
@@ -174,10 +182,8 @@ def _scale_by(power):
 
     def apply(arrays, x):
         rest, vectors, eigenvalues = arrays
-        inside = jnp.matmul(vectors, x, precision=_HIGHEST)
         change = eigenvalues**power - rest**power
-        # From the left: XLA's CPU product with the transpose takes ten times as long.
-        return rest**power * x + jnp.matmul(change * inside, vectors, precision=_HIGHEST)
+        return rest**power * x + combine(vectors, change * along(vectors, x))
 
     return apply
 
@@ -186,21 +192,20 @@ def _scale_by(power):
 _SLACK = 1e-5
 
 
-def _low_rank_square(arrays, x):
-    """x^T H^{-1} x, from the r leading coordinates and the norm of x alone."""
+def _low_rank_squares(arrays, rows):
+    """g^T H^{-1} g, from the r leading coordinates and the norm of g alone."""
     rest, vectors, eigenvalues = arrays
-    inside = jnp.matmul(vectors, x, precision=_HIGHEST) ** 2
-    total = jnp.sum(x**2)
-    outside = jnp.maximum(total - jnp.sum(inside), 0) + _SLACK * total
-    return outside / rest + jnp.sum(inside / eigenvalues)
+    inside, total = along_each(vectors, rows) ** 2, squares(rows)
+    outside = jnp.maximum(total - jnp.sum(inside, axis=1), 0) + _SLACK * total
+    return outside / rest + jnp.sum(inside / eigenvalues, axis=1)
 
 
 # The symmetric root H^{1/2} is its own transpose, so whitening and coloring are one function.
-_LOW_RANK = _Root(_scale_by(-0.5), _scale_by(-0.5), _scale_by(0.5), _low_rank_square)
+_LOW_RANK = _Root(_scale_by(-0.5), _scale_by(-0.5), _scale_by(0.5), _low_rank_squares)
 
 
 @jax.jit
-def spectral(rest: jax.Array, vectors: jax.Array, eigenvalues: jax.Array) -> Precision:
+def spectral(rest: jax.Array, vectors: Directions | jax.Array, eigenvalues: jax.Array) -> Precision:
     """H = rest (I - V^T V) + sum_j eigenvalues_j v_j v_j^T on R^d.
 
     Args:
@@ -209,7 +214,7 @@ def spectral(rest: jax.Array, vectors: jax.Array, eigenvalues: jax.Array) -> Pre
       vectors: (r, d) orthonormal rows v_j.
       eigenvalues: (r,) positive.
     """
-    if vectors.ndim != 2 or eigenvalues.shape != vectors.shape[:1]:
+    if len(vectors.shape) != 2 or eigenvalues.shape != vectors.shape[:1]:
         raise ValueError(f"Expected vectors (r, d) and values (r,), found {vectors.shape=}, {eigenvalues.shape=}.")
     r, d = vectors.shape
     rest = jnp.asarray(rest, vectors.dtype)
@@ -217,7 +222,7 @@ def spectral(rest: jax.Array, vectors: jax.Array, eigenvalues: jax.Array) -> Pre
     return Precision(dim=d, root=_LOW_RANK, arrays=(rest, vectors, eigenvalues), log_det=log_det)
 
 
-def low_rank(scale: jax.Array, vectors: jax.Array, values: jax.Array) -> Precision:
+def low_rank(scale: jax.Array, vectors: Directions | jax.Array, values: jax.Array) -> Precision:
     """H = scale I + sum_j values_j v_j v_j^T on R^d, `spectral` by another name.
 
     Args:

@@ -97,7 +97,8 @@ def estimate(
     space = surveys.tuned_space(jax.random.key(0), params, curved, subspace)
     rank = min(precision_rank, space.dim, curved)
     held = -(-min(batch_size or num_units, num_units) // num_devices)
-    target = Target(params, _shapes(space), _low_rank(space, rank), 1.0)
+    directions = _directions(loss_fn, params, record, num_public, rank, space)
+    target = Target(params, _shapes(space), _low_rank(directions), 1.0)
     units, mask = _batch(record, held), jax.ShapeDtypeStruct((held,), bool)
     static = {"microbatch_size": microbatch_size, "mode": mode}
     temporary, result = _held(passes.device_sum.lower(loss_fn, target, units, mask, **static))
@@ -111,7 +112,7 @@ def estimate(
         public_bytes=public_bytes,
         microbatch_bytes=temporary,
         pass_bytes=parameter_bytes + released_bytes + data_bytes + public_bytes + temporary + result,
-        plan_bytes=parameter_bytes + _plan_bytes(loss_fn, params, record, num_public, rank, space),
+        plan_bytes=parameter_bytes + _plan_bytes(loss_fn, params, record, num_public, space, directions),
         flops=flops / held * num_units * rounds,
         dim=space.dim,
         num_params=space.layout.num_params,
@@ -145,15 +146,21 @@ def _bytes(tree: Any) -> int:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
 
 
-def _low_rank(space, rank):
-    dtype = space.layout.dtype
-    vectors = jax.ShapeDtypeStruct((rank, space.dim), dtype)
-    return jax.eval_shape(precisions.low_rank, jax.ShapeDtypeStruct((), dtype), vectors, vectors.update(shape=(rank,)))
+def _directions(loss_fn, params, record, num_public, rank, space):
+    curved = _batch(record, surveys.num_curved(num_public))
+    return jax.eval_shape(
+        lambda *a: surveys.leading_directions(loss_fn, *a, rank, _shapes(space)), params, curved
+    )  # fmt: skip
 
 
-def _plan_bytes(loss_fn, params, record, num_public, rank, space):
+def _low_rank(directions):
+    values = jax.ShapeDtypeStruct((len(directions),), directions.dtype)
+    return jax.eval_shape(precisions.low_rank, values.update(shape=()), directions, values)
+
+
+def _plan_bytes(loss_fn, params, record, num_public, space, directions):
     """Of the leading directions, which hold a sample of gradients, or a Hessian-vector product, which holds two."""
-    shapes, directions = _shapes(space), jax.ShapeDtypeStruct((rank, space.dim), space.layout.dtype)
+    shapes, rank = _shapes(space), len(directions)
     curved = _batch(record, surveys.num_curved(num_public))
     few = _batch(record, max(1, min(surveys.SCALING_RECORDS, num_public - surveys.num_curved(num_public))))
     steps = (

@@ -28,6 +28,7 @@ from qexp_jax import subspace as subspaces
 from qexp_jax.accuracy import noise_cost
 from qexp_jax.checkpoint import Progress
 from qexp_jax.clipping import ClipInfo
+from qexp_jax.directions import combine
 from qexp_jax.flow import Belief, Spectrum
 from qexp_jax.gradients import Mode
 from qexp_jax.mechanism import Quadratic
@@ -224,8 +225,7 @@ def follow(
       The draw w, the multiples of it that are followed, the cost of their noise, and the walk after it.
     """
     num_units, share = quadratic.num_units, geometry.share
-    pull = jnp.matmul(geometry.pull, spectrum.directions, precision=jax.lax.Precision.HIGHEST)
-    corrected = noisy - num_units * pull
+    corrected = noisy - num_units * combine(spectrum.directions, geometry.pull)
     w = mechanism.release_step(quadratic, corrected)
     seen, noise_var = corrected / (share * num_units), (noise_std / (share * num_units)) ** 2
     belief = flow.observe(walk.belief, spectrum, seen, noise_var, geometry.tuned)

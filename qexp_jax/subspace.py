@@ -184,6 +184,14 @@ def _concatenate(layout, _, leaves):
     return jnp.concatenate([x.ravel() for x in leaves])
 
 
+_WHOLE = _Operator(_split, _concatenate)
+
+
+def is_whole(subspace: Subspace) -> bool:
+    """Whether its coordinates are those of the tuned leaves, one after the other."""
+    return subspace.operator == _WHOLE
+
+
 def full(params: Params, *, where: str | None = None) -> Subspace:
     """All coordinates of the tuned leaves: P is the identity, or a selection of leaves by path.
 
@@ -195,7 +203,7 @@ def full(params: Params, *, where: str | None = None) -> Subspace:
     return Subspace(
         dim=layout.num_params,
         layout=layout,
-        operator=_Operator(_split, _concatenate),
+        operator=_WHOLE,
         orthonormal=True,
         name="full" if where is None else f"leaves matching {where!r}",
         arrays=None,

@@ -18,11 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qexp_jax import directions as directions_of
 from qexp_jax import precision as precisions
 from qexp_jax import subspace as subspaces
 from qexp_jax.accuracy import noise_tolerance
 from qexp_jax.curvature import hessian_product, mean_loss, top_eigenspace
-from qexp_jax.gradients import at_a_time, projected_gradients
+from qexp_jax.directions import Directions
+from qexp_jax.gradients import at_a_time, gradient_rows
+from qexp_jax.outer_products import squares
 from qexp_jax.precision import Precision
 from qexp_jax.records import LossFn, Params, Record, microbatches, num_records, take
 from qexp_jax.subspace import Subspace
@@ -48,7 +51,7 @@ class Survey(NamedTuple):
     """
 
     subspace: Subspace
-    directions: jax.Array
+    directions: Directions | jax.Array
     curvature: np.ndarray
     leading: np.ndarray
     squares: np.ndarray
@@ -89,7 +92,7 @@ def survey(
     curved, held_out = _samples(record_key, public)
     space = _tuned_space(sketch_key, loss_fn, params, curved, public, subspace, subspace_dim)
     rank = min(precision_rank, space.dim, num_records(curved))
-    directions = leading_directions(loss_fn, params, curved, rank, space).arrays[1].T
+    directions = leading_directions(loss_fn, params, curved, rank, space)
     leading, squares = _gradients(loss_fn, params, space, directions, held_out)
     curvature = _curvature(loss_fn, params, space, directions, squares, held_out)
     if clip_loss_fn is not loss_fn:
@@ -139,22 +142,34 @@ def _tuned_space(key, loss_fn, params, curved, public, subspace, dim):
             f"subspace_dim={dim} needs as many public records, found {num_records(records)}; or give a subspace, "
             "such as count_sketch."
         )
-    return leading_directions(loss_fn, params, take(records, slice(0, max(dim, num_records(curved)))), dim, whole)
+    return _top_eigenspace(loss_fn, params, take(records, slice(0, max(dim, num_records(curved)))), dim, whole)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def leading_directions(loss_fn: LossFn, params: Params, records: Record, dim: int, within: Subspace) -> Subspace:
+def _top_eigenspace(loss_fn, params, records, dim, within):
     """That of `curvature.top_eigenspace`, with microbatches that fit."""
     size = at_a_time(loss_fn, params, within.layout, records)
     return top_eigenspace(loss_fn, params, records, dim, within=within, microbatch_size=size)[0]
 
 
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def leading_directions(
+    loss_fn: LossFn, params: Params, records: Record, rank: int, space: Subspace
+) -> Directions | jax.Array:
+    """Those of `directions.leading`, of the records' gradients."""
+    batches, _ = microbatches(records, at_a_time(loss_fn, params, space.layout, records))
+    rows = jax.lax.map(lambda batch: gradient_rows(loss_fn, params, space, batch), batches)
+    rows = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1])[: num_records(records)], rows)
+    return directions_of.leading(rows, rank)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def curvature_along(
-    loss_fn: LossFn, params: Params, space: Subspace, directions: jax.Array, index: int, records: Record
+    loss_fn: LossFn, params: Params, space: Subspace, directions: Directions | jax.Array, index: int, records: Record
 ) -> jax.Array:
     """v^T H v of one of the directions, by `curvature.hessian_product` with microbatches that fit."""
-    size, v = at_a_time(loss_fn, params, space.layout, records), directions[index]
+    size = at_a_time(loss_fn, params, space.layout, records)
+    v = directions_of.combine(directions, jax.nn.one_hot(index, len(directions), dtype=directions.dtype))
     product = hessian_product(loss_fn, params, space, v, records, microbatch_size=size)
     return jnp.vdot(v, product, precision=jax.lax.Precision.HIGHEST)
 
@@ -165,10 +180,8 @@ def _surveyed_gradients(loss_fn, params, space, directions, records):
     batches, _ = microbatches(records, at_a_time(loss_fn, params, space.layout, records))
 
     def along(batch):
-        gradients = projected_gradients(loss_fn, params, space, batch)
-        # Directions from the left: XLA's CPU product takes two thirds of the time.
-        leading = jnp.matmul(directions, gradients.T, precision=jax.lax.Precision.HIGHEST)
-        return leading, jnp.sum(gradients**2, axis=1)
+        rows = gradient_rows(loss_fn, params, space, batch)
+        return directions_of.along_each(directions, rows).T, squares(rows)
 
     return jax.lax.map(along, batches)
 

@@ -80,3 +80,20 @@ def quadratic_from(matrix, gradient_sum, num_units):
     """The library's quadratic for a gradient sum in R^k."""
     factored = precision.dense(matrix)
     return Quadratic(factored, precision.whiten(factored, gradient_sum), num_units)
+
+
+def wide_layer_loss(params, record):
+    return jnp.sum((jnp.tanh(record["x"] @ params["wide"]) @ params["head"] + params["b"] - record["y"]) ** 2) / 2
+
+
+def wide_layer_network(key, num_records=37):
+    """A network whose first layer has a long axis, d = 367, and records that vary in few directions of it."""
+    keys = jax.random.split(key, 5)
+    params = {
+        "b": jnp.ones(2),
+        "head": jax.random.normal(keys[0], (5, 2)) / 2,
+        "wide": jax.random.normal(keys[1], (71, 5)) / 8,
+    }
+    scales = jnp.geomspace(1, 1e-2, 71)
+    x = jax.random.normal(keys[2], (num_records, 71)) * scales @ jnp.linalg.qr(jax.random.normal(keys[3], (71, 71)))[0]
+    return params, {"x": x, "y": jax.random.normal(keys[4], (num_records, 2))}

@@ -6,10 +6,10 @@ import pathlib
 import qexp_jax
 
 ROOMS = [
-    "keys", "records", "operations", "sketching", "subspace", "convolutions", "gradients", "curvature", "precision",
-    "clipping", "privacy", "ledger", "mechanism", "hardened", "truncated", "pure", "accuracy", "flow", "clip_norms",
-    "validation", "survey", "plan", "certificate", "verification", "stream", "passes", "checkpoint", "rounds",
-    "preflight", "finetune", "audit", "__init__",
+    "keys", "records", "operations", "sketching", "subspace", "convolutions", "outer_products", "gradients",
+    "curvature", "directions", "precision", "clipping", "privacy", "ledger", "mechanism", "hardened", "truncated",
+    "pure", "accuracy", "flow", "clip_norms", "validation", "survey", "plan", "certificate", "verification", "stream",
+    "passes", "checkpoint", "rounds", "preflight", "finetune", "audit", "__init__",
 ]  # fmt: skip
 PACKAGE = pathlib.Path(qexp_jax.__file__).parent
 

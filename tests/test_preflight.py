@@ -33,7 +33,8 @@ found = preflight.estimate(
     loss, shapes, record, num_units=n, num_public=4, subspace=space, precision_rank=rank, microbatch_size=microbatch
 )
 space = subspace.full(shapes) if space is None else space
-target = passes.Target(shapes, space, preflight._low_rank(space, min(rank, 2)), 1.0)
+directions = preflight._directions(loss, shapes, record, 4, min(rank, 2), space)
+target = passes.Target(shapes, space, preflight._low_rank(directions), 1.0)
 units = jax.tree.map(lambda x: jax.ShapeDtypeStruct((n, *x.shape), x.dtype), record)
 mask = jax.ShapeDtypeStruct((n,), bool)
 run = passes.device_sum.lower(loss, target, units, mask, microbatch_size=microbatch, mode="auto").compile()

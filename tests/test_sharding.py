@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import damped_precision, linear_loss, network, network_loss
+from problems import damped_precision, linear_loss, network, network_loss, wide_layer_loss, wide_layer_network
 
 import qexp_jax
-from qexp_jax import clipping, curvature, passes, precision, records, sketching, subspace
+from qexp_jax import clipping, curvature, directions, passes, precision, records, sketching, subspace, survey
 
 SPEC = jax.sharding.PartitionSpec
 KEY = jax.random.key(11)
@@ -53,6 +53,23 @@ def test_the_private_pass_equals_one_device_with_an_active_clip(how, mode):
     (total, info), (expected, one) = on_devices(how, private_pass, data), private_pass(data, None, None)
     np.testing.assert_allclose(total, expected, atol=2e-5)
     assert info == one and info.num_clipped > 5
+
+
+@pytest.mark.parametrize("how", ["shard_map", "pmap"])
+def test_a_pass_in_outer_products_equals_one_device_with_an_active_clip(how):
+    params, data = wide_layer_network(KEY)
+    data["y"] = data["y"].at[5].set(1e4)
+    space = subspace.full(params)
+    found = survey.leading_directions(wide_layer_loss, params, data, 6, space)
+    geometry = precision.spectral(0.1, found, jnp.linspace(2.0, 0.5, 6))
+
+    def private_pass(units, mask, axis_name="data"):
+        settings = {"mask": mask, "l2_clip_norm": 0.5, "axis_name": axis_name}
+        return clipping.clipped_sum(wide_layer_loss, params, space, geometry, units, **settings)
+
+    (total, info), (expected, one) = on_devices(how, private_pass, data), private_pass(data, None, None)
+    np.testing.assert_allclose(total, expected, atol=2e-5)
+    assert isinstance(found, directions.Directions) and info == one and info.num_clipped > 5
 
 
 @pytest.mark.parametrize("how", ["shard_map", "pmap"])

@@ -14,7 +14,7 @@ import numpy as np
 from experiments.benchmarks import peers
 from experiments.benchmarks.cases import Case
 from experiments.benchmarks.timing import Contestants, Row, race, row
-from qexp_jax import clipping, precision, subspace
+from qexp_jax import clipping, directions, precision, subspace, survey
 from qexp_jax.convolutions import as_products
 from qexp_jax.precision import Precision
 from qexp_jax.records import microbatches, num_records
@@ -63,7 +63,7 @@ def setups(case: Case, dim: int, rank: int) -> Iterator[Setup]:
     key = jax.random.key(2)
     if case.where is None:
         whole = subspace.full(case.params)
-        yield _low_rank(whole, rank)
+        yield _low_rank(case, whole, rank)
         dense = subspace.orthonormal(key, case.params, dim)
         rows = jnp.concatenate([b.reshape(dim, -1) for b in dense.arrays], axis=1)
         yield _dense(f"orthonormal {dim} of {whole.dim}", dense, project=_product, basis=rows.T)
@@ -82,9 +82,11 @@ def _dense(name, space, project=None, basis=None):
     return Setup(f"{name}, dense H", space, precision.dense(matrix), project, basis, _solve, upper, cheap)
 
 
-def _low_rank(space, rank):
-    vectors = jnp.linalg.qr(jax.random.normal(jax.random.key(4), (space.dim, rank)))[0].T
-    geometry = precision.low_rank(0.1, vectors, jnp.linspace(1.0, 0.1, rank))
+def _low_rank(case, space, rank):
+    """As in a release."""
+    found = survey.leading_directions(case.loss_fn, case.params, case.records, rank, space)
+    geometry = precision.low_rank(0.1, found, jnp.linspace(1.0, 0.1, rank))
+    vectors = jax.vmap(functools.partial(directions.combine, found))(jnp.eye(rank))
     return Setup(
         f"all {space.dim}, H of rank {rank} + identity", space, geometry, None, None, _product, vectors.T, False
     )

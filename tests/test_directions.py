@@ -1,0 +1,109 @@
+"""Directions within those of each axis, against arrays of the same rows."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import wide_layer_loss, wide_layer_network
+
+from qexp_jax import directions, fine_tune, gradients, outer_products, precision
+from qexp_jax.curvature import leading_basis
+from qexp_jax.outer_products import Outer
+
+KEY = jax.random.key(32)
+R = 9
+
+
+def rows_of(sizes, n=100):
+    """Gradients of an (a, b) matrix and of others, in factors that vary in few directions."""
+    a, b, others = sizes
+    keys = jax.random.split(KEY, 3)
+    steep = lambda key, size: jax.random.normal(key, (n, size)) * jnp.geomspace(1, 1e-3, size)
+    return [steep(keys[0], others), Outer(steep(keys[1], a), steep(keys[2], b))]
+
+
+SIZES = {"one long axis": (200, 4, 7), "the other": (4, 200, 7), "two": (90, 80, 3)}
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def example(request):
+    rows = rows_of(SIZES[request.param])
+    found = jax.jit(directions.leading, static_argnums=1)(rows, R)
+    return rows, found, np.asarray(jax.vmap(lambda c: directions.combine(found, c))(jnp.eye(R)), np.float64)
+
+
+def test_they_are_orthonormal(example):
+    _, found, array = example
+    assert found.shape == array.shape and len(found) == R and found.dtype == jnp.float32
+    np.testing.assert_allclose(array @ array.T, np.eye(R), atol=5e-6)
+
+
+def test_products_are_those_of_the_array_for_gradients_whole_and_in_factors(example):
+    rows, found, array = example
+    whole = np.asarray(outer_products.whole(rows), np.float64)
+    parts = [rows[0], outer_products.whole(rows[1:])]
+    for gradients_ in (rows, parts, [outer_products.whole(rows)]):
+        np.testing.assert_allclose(directions.along_each(found, gradients_), whole @ array.T, atol=1e-4)
+        np.testing.assert_allclose(
+            directions.along_each(jnp.asarray(array, jnp.float32), gradients_), whole @ array.T, atol=1e-4
+        )
+    np.testing.assert_allclose(directions.along(found, outer_products.whole(rows)[3]), whole[3] @ array.T, atol=1e-4)
+
+
+def test_they_hold_nearly_the_energy_of_the_leading_ones(example):
+    rows, _, array = example
+    whole = np.asarray(outer_products.whole(rows), np.float64)
+    best = np.asarray(leading_basis(outer_products.whole(rows), R), np.float64)
+    energy = lambda basis: np.sum((whole @ basis) ** 2)
+    assert energy(array.T) > 0.98 * energy(best)
+    random = np.linalg.qr(np.random.default_rng(0).normal(size=array.T.shape))[0]
+    assert energy(random) < 0.5 * energy(best)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "n", "rank"), [((200, 2, 1), 150, 140), ((300, 3, 2), 250, 205), ((90, 80, 1), 5, 5)]
+)
+def test_there_are_as_many_as_asked_for(sizes, n, rank):
+    found = directions.leading(rows_of(sizes, n), rank)
+    array = jax.vmap(lambda c: directions.combine(found, c))(jnp.eye(rank))
+    np.testing.assert_allclose(array @ array.T, np.eye(rank), atol=5e-6)
+
+
+def test_whole_gradients_have_an_array_of_directions():
+    rows = rows_of((200, 4, 7))
+    np.testing.assert_array_equal(directions.leading([rows[0]], 3), leading_basis(rows[0], 3).T)
+
+
+def test_a_precision_of_directions_is_that_of_the_array(example):
+    rows, found, array = example
+    values, rest = jnp.geomspace(1, 1e-2, R), 0.1
+    operator = precision.spectral(rest, found, values)
+    root = np.sqrt(rest) * (np.eye(array.shape[1]) - array.T @ array) + array.T * np.sqrt(values) @ array
+    whole = np.asarray(outer_products.whole(rows), np.float64)
+    x, expected = outer_products.whole(rows)[0], np.linalg.solve(root, whole[0])
+    scale = np.linalg.norm(expected)
+    for transform in (precision.whiten, precision.color):
+        np.testing.assert_allclose(transform(operator, x) / scale, expected / scale, atol=1e-5)
+    np.testing.assert_allclose(precision.uncolor(operator, x), root @ whole[0], atol=1e-4)
+    norms = np.linalg.norm(np.linalg.solve(root, whole.T), axis=0)
+    found_norms = precision.whitened_norms(operator, rows)
+    np.testing.assert_allclose(found_norms, norms, rtol=1e-4)
+    assert np.all(found_norms >= norms * (1 - 1e-6))
+    np.testing.assert_allclose(operator.log_det, 2 * np.linalg.slogdet(root)[1], rtol=1e-5)
+
+
+def test_a_round_in_factors_has_the_sum_of_whole_gradients(monkeypatch):
+    params, data = wide_layer_network(KEY, 400)
+    public, private = (jax.tree.map(lambda x, s=s: x[s], data) for s in (slice(0, 150), slice(150, 400)))
+
+    def round_of(release_loss):
+        settings = {"epsilon": 2.0, "delta": 1e-5, "precision_rank": 8, "rounds": 1, "diagnostics": True}
+        return fine_tune(KEY, release_loss, params, public=public, private=private, **settings)[1][0]
+
+    found = round_of(wide_layer_loss)
+    assert found.plan.spectrum.directions.shape == (8, 367) and found.clip_info.num_clipped > 10
+    monkeypatch.setattr("qexp_jax.clipping.gradient_rows", lambda *a, **k: [gradients.projected_gradients(*a, **k)])
+    expected = round_of(lambda params, record: wide_layer_loss(params, record))  # compiled anew
+    whole, sums = expected.quadratic.whitened_sum, found.quadratic.whitened_sum
+    np.testing.assert_allclose(sums, whole, atol=1e-6 * jnp.linalg.norm(whole))
+    assert found.clip_info == expected.clip_info
