@@ -26,7 +26,7 @@ from qexp_jax.records import LossFn, Params, Record
 from qexp_jax.subspace import Subspace, displace
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-_BISECTIONS, _CLOSE = 24, 1.1
+_EVALUATIONS, _CLOSE = 24, 1.1
 
 
 def expected_excess(dim: int, noise_std: float, num_units: int) -> float:
@@ -134,21 +134,28 @@ def taylor_ratio(
 
 
 def noise_tolerance(cost: Callable[[float], float], limit: float) -> float:
-    """The noise scale at which `cost`, the rise of a loss, reaches `limit`; on the host, in about ten evaluations.
+    """The noise scale at which `cost`, the rise of a loss, reaches `limit`; on the host, in about five evaluations.
 
-    Bisection, until a power law between the two ends is as good. A cost that is not finite counts as too high.
+    Where a power law through the two ends reaches it, or a quadratic through one, until the ends are close; else by
+    bisection. A cost that is not finite counts as too high.
 
     >>> round(noise_tolerance(lambda scale: scale**2, limit=0.01), 4)
     0.1
     """
     low, high, below, above = 1e-8, 1e4, 0.0, math.inf
-    for _ in range(_BISECTIONS):
-        if high < _CLOSE * low and below > 0 and math.isfinite(above):
-            return low * (high / low) ** (math.log(limit / below) / math.log(above / below))
-        middle = math.sqrt(low * high)
-        found = cost(middle)
+    aim = math.sqrt(low * high)
+    for _ in range(_EVALUATIONS):
+        found = cost(aim)
         if found <= limit:
-            low, below = middle, found
+            low, below = aim, found
         else:
-            high, above = middle, found
+            high, above = aim, found
+        has_ends = below > 0 and math.isfinite(above)
+        power = math.log(above / below) / math.log(high / low) if has_ends else 2.0
+        reached = aim * (limit / found) ** (1 / power) if found > 0 else 0.0
+        if has_ends and high < _CLOSE * low:
+            return reached
+        # A little beyond, so that both ends close in.
+        aim = reached * _CLOSE ** (0.25 if found <= limit else -0.25)
+        aim = aim if low < aim < high else math.sqrt(low * high)
     return low
