@@ -68,7 +68,13 @@ def sha256_of(tree: Any) -> str:
 
 
 def make_provenance(params: Any, public: Any, subspace: Subspace | None) -> dict[str, Any]:
-    """Digests of the public inputs from which subspace, curvature and clip norm were made."""
+    """Digests of the public inputs from which subspace, curvature and clip norm were made.
+
+    Args:
+      params: the anchor.
+      public: the records that the plan read (`plan.looked_at`).
+      subspace: as given.
+    """
     return {
         "anchor_sha256": sha256_of(params),
         "public_records_sha256": sha256_of(public),

@@ -20,7 +20,7 @@ from qexp_jax.certificate import make_certificate, make_provenance
 from qexp_jax.checkpoint import Checkpoint
 from qexp_jax.gradients import Mode
 from qexp_jax.ledger import Ledger
-from qexp_jax.plan import make_plan
+from qexp_jax.plan import looked_at, make_plan
 from qexp_jax.records import LossFn, Params, Record, group_by_unit, num_records, unit_loss
 from qexp_jax.subspace import Subspace
 
@@ -163,11 +163,14 @@ def fine_tune(
             num_devices=passes.num_shares(local), batch_size=batch_size,
         )  # fmt: skip
         preflight.check(found, memory_budget)
-    # Beside the rounds: hashing a hundred megabytes takes as long as a release on an accelerator.
-    provenance = ThreadPoolExecutor(1).submit(make_provenance, params, public, subspace)
+    plan_key, reads_all = jax.random.key(_PLAN_SEED), not (public_unit_ids is None and subspace_dim is None)
+    # Beside the rounds, and of what the plan reads alone: hashing a hundred megabytes takes longer than a release.
+    provenance = ThreadPoolExecutor(1).submit(
+        lambda: make_provenance(params, public if reads_all else looked_at(plan_key, public), subspace)
+    )
     walks.announce(progress, "public curvature")
     plan = make_plan(
-        jax.random.key(_PLAN_SEED), loss_fn, subspaces.working(layout, params), public, public_fn, public_units,
+        plan_key, loss_fn, subspaces.working(layout, params), public, public_fn, public_units,
         num_units=num_units, noise_multiplier=privacy.noise_multiplier(mu, neighboring_relation), rounds=rounds,
         precision_rank=precision_rank, subspace=subspace, subspace_dim=subspace_dim, damping=damping,
         l2_clip_norm=l2_clip_norm,

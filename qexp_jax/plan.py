@@ -224,7 +224,7 @@ def make_plan(
     Raises:
       ValueError: if the public curvature is unusable, or public gradients vanish; no private record has been read then.
     """
-    *keys, trial_key = jax.random.split(key, 4)
+    *keys, trial_key = _keys(key)
     surveyed = surveys.survey(
         keys, loss_fn, params, public, clip_loss_fn, public_units,
         precision_rank=precision_rank, subspace=subspace, subspace_dim=subspace_dim,
@@ -271,6 +271,16 @@ def make_plan(
         "clip_norm_share_under_heavy_shift": share,
     }
     return Plan(space, damping, rounds, most_rounds, spectrum, geometries, expected_cost, evidence)
+
+
+def looked_at(key: jax.Array, public: Record) -> Record:
+    """The public records that a plan of this key reads; more where it has units, or a `subspace_dim`."""
+    return surveys.looked_at(_keys(key)[0], public)
+
+
+def _keys(key):
+    """Of records, units, sketch and trials."""
+    return jax.random.split(key, 4)
 
 
 def _on_device(tree, dtype):
