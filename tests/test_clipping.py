@@ -135,6 +135,10 @@ def test_records_at_a_time_suit_the_device_and_the_memory(monkeypatch):
     held = 16 * 2**24 + 2 * 4 * (100 * 4096 + 1)
     assert gradients.at_a_time(network_loss, params, layout, data) == 32
     assert gradients.at_a_time(deep, wide, subspace.full(wide).layout, one) == 2 < 2**30 // held
+    layer, rows = {"w": jnp.zeros((700, 9))}, {"x": jax.ShapeDtypeStruct((5, 700), jnp.float32)}
+    in_factors = [(lambda p, r: jnp.sum(r["x"] @ p["w"]), 128), (lambda p, r: jnp.sum(jnp.outer(r["x"], r["x"])), 32)]
+    for loss, most in in_factors:  # the second forms megabytes
+        assert gradients.at_a_time(loss, layer, subspace.full(layer).layout, rows) == most
     # 2^27 bytes hold 13 of these, which is no power of two.
     some = {"w": jnp.zeros(600_000)}
     assert gradients.at_a_time(lambda p, r: jnp.sum(r["x"]), some, subspace.full(some).layout, one) == 8

@@ -12,7 +12,8 @@ from flax import nnx
 from problems import network, network_loss
 
 import qexp_jax
-from qexp_jax import accuracy, clipping, flow, plan, privacy, rounds, subspace
+from qexp_jax import accuracy, clipping, finetune, flow, plan, privacy, rounds, subspace
+from qexp_jax import certificate as certificates
 
 KEY = jax.random.key(17)
 BUDGET = {"epsilon": 1.0, "delta": 1e-5}
@@ -45,6 +46,27 @@ def test_the_private_model_is_better_than_the_pretrained_one():
 
     assert mean_loss(tune().params) < 0.9 * mean_loss({"w": jnp.ones(3)})
     assert mean_loss(tune(epsilon=8.0).params) < 0.2 * mean_loss({"w": jnp.ones(3)})
+
+
+def test_the_certificate_has_a_digest_of_the_public_records_that_the_plan_reads_and_of_no_others():
+    data = regression(n=9600)
+    public = jax.tree.map(np.asarray, data["public"])
+    read = qexp_jax.plan.looked_at(jax.random.key(finetune._PLAN_SEED), public)
+    is_read = np.isin(public["y"], np.asarray(read["y"]))
+    assert 0 < np.sum(~is_read) < 200
+
+    def release(at=None, **changes):
+        y = public["y"].copy()
+        y[at] += 0.0 if at is None else 1.0
+        found = tune(public=public | {"y": y}, private=data["private"], rounds=1, **changes)
+        return found.params["w"], found.certificate["provenance"]["public_records_sha256"]
+
+    w, digest = release()
+    assert digest == certificates.sha256_of(read)
+    unread, seen = release(np.argmin(is_read)), release(np.argmax(is_read))
+    np.testing.assert_array_equal(unread[0], w)
+    assert unread[1] == digest and seen[1] != digest
+    assert release(public_unit_ids=np.arange(3200))[1] == certificates.sha256_of(public)
 
 
 def test_where_there_is_nothing_but_noise_the_model_hardly_gets_worse():

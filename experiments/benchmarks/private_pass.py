@@ -23,7 +23,7 @@ from qexp_jax.subspace import Subspace, tuned_leaves, with_tuned_leaves
 PATH = "private pass"
 CLIP_NORM = 1.0
 # Of ours, of its parts and of the peers, who are also given all records at once; the fastest counts.
-ON_CPU, ON_ACCELERATOR = (16, 32), (8192,)
+ON_CPU, ON_ACCELERATOR = (16, 32, 128), (8192,)
 # No goal: what Opacus's ghost clipping saves, per-record gradients, a projection needs; and jax_privacy's users do not
 # have our convolutions.
 RIVALS = {
