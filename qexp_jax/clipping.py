@@ -99,7 +99,7 @@ def clipped_sum(
     private value.
     """
     n = num_records(units)
-    size = min(microbatch_size or at_a_time(loss_fn, params, subspace.layout, units), max(1, n))
+    size = min(microbatch_size or at_a_time(loss_fn, params, subspace, units), max(1, n))
     batches, masks = microbatches(units, size, mask)
 
     def step(carry, batch):

@@ -11,7 +11,7 @@ from qexp_jax.convolutions import as_products
 from qexp_jax.operations import count_bytes, count_flops
 from qexp_jax.outer_products import Rows
 from qexp_jax.records import LossFn, Params, Record, vary
-from qexp_jax.subspace import Layout, Subspace, is_whole, tuned_leaves, with_tuned_leaves
+from qexp_jax.subspace import Subspace, is_whole, tuned_leaves, with_tuned_leaves
 
 Mode = Literal["auto", "reverse", "forward"]
 # Forming one number of a record's gradient takes the time of so many floating-point operations; measured on a CPU.
@@ -111,7 +111,7 @@ def faster_mode(loss_fn: LossFn, params: Params, subspace: Subspace, records: Re
     return "forward" if subspace.dim < even + tuned / total + _TRAFFIC * tuned / max(1, flops) else "reverse"
 
 
-def at_a_time(loss_fn: LossFn, params: Params, layout: Layout, records: Record) -> int:
+def at_a_time(loss_fn: LossFn, params: Params, subspace: Subspace, records: Record) -> int:
     """Records whose gradients are formed together where nobody says how many, from static shapes alone.
 
     On a CPU a power of two, 2 to 32, so few that they stay in cache: 32 at a time took three times as long as 8 at
@@ -123,15 +123,15 @@ def at_a_time(loss_fn: LossFn, params: Params, layout: Layout, records: Record) 
     Args:
       loss_fn: loss of one record.
       params: all parameters.
-      layout: says which are tuned.
+      subspace: says which are tuned.
       records: pytree with a leading axis.
     """
-    formed = 2 * bytes_of_one(loss_fn, params, records)
+    layout, formed = subspace.layout, 2 * bytes_of_one(loss_fn, params, records)
     held = 16 * layout.num_params + formed
     if jax.default_backend() != "cpu":
         return max(1, min(HELD_BYTES // held, _ON_ACCELERATOR))
     most = min(_ON_CPU, _power_of_two(_CACHED_BYTES // held))
-    if any(map(outer_products.is_wide, layout.tuned_shapes)):
+    if is_in_factors(subspace):
         factors = sum(sum(s) if outer_products.is_wide(s) else math.prod(s) for s in layout.tuned_shapes)
         most = max(most, min(_ON_CPU_IN_FACTORS, _power_of_two(_FAST_BYTES // (16 * factors + formed))))
     return max(1, min(HELD_BYTES // held, most))

@@ -157,7 +157,7 @@ def _tuned_space(key, loss_fn, params, curved, public, subspace, dim):
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _top_eigenspace(loss_fn, params, records, dim, within):
     """That of `curvature.top_eigenspace`, with microbatches that fit."""
-    size = at_a_time(loss_fn, params, within.layout, records)
+    size = at_a_time(loss_fn, params, within, records)
     return top_eigenspace(loss_fn, params, records, dim, within=within, microbatch_size=size)[0]
 
 
@@ -166,7 +166,7 @@ def leading_directions(
     loss_fn: LossFn, params: Params, records: Record, rank: int, space: Subspace
 ) -> Directions | jax.Array:
     """Those of `directions.leading`, of the records' gradients."""
-    batches, _ = microbatches(records, at_a_time(loss_fn, params, space.layout, records))
+    batches, _ = microbatches(records, at_a_time(loss_fn, params, space, records))
     rows = jax.lax.map(lambda batch: gradient_rows(loss_fn, params, space, batch), batches)
     rows = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1])[: num_records(records)], rows)
     return directions_of.leading(rows, rank)
@@ -177,7 +177,7 @@ def curvature_along(
     loss_fn: LossFn, params: Params, space: Subspace, directions: Directions | jax.Array, index: int, records: Record
 ) -> jax.Array:
     """v^T H v of one of the directions, by `curvature.hessian_product` with microbatches that fit."""
-    size = at_a_time(loss_fn, params, space.layout, records)
+    size = at_a_time(loss_fn, params, space, records)
     v = directions_of.combine(directions, jax.nn.one_hot(index, len(directions), dtype=directions.dtype))
     product = hessian_product(loss_fn, params, space, v, records, microbatch_size=size)
     return jnp.vdot(v, product, precision=jax.lax.Precision.HIGHEST)
@@ -186,7 +186,7 @@ def curvature_along(
 @functools.partial(jax.jit, static_argnums=0)
 def _surveyed_gradients(loss_fn, params, space, directions, records):
     """Of each microbatch: gradients along the directions (batches, r, size), and sums of their squares."""
-    batches, _ = microbatches(records, at_a_time(loss_fn, params, space.layout, records))
+    batches, _ = microbatches(records, at_a_time(loss_fn, params, space, records))
 
     def along(batch):
         rows = gradient_rows(loss_fn, params, space, batch)
@@ -260,14 +260,14 @@ def _noise_moves(key, shape, space):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _losses(loss_fn, params, space, records):
-    size = at_a_time(loss_fn, params, space.layout, records)
+    size = at_a_time(loss_fn, params, space, records)
     return jax.lax.map(lambda record: loss_fn(params, record), records, batch_size=size)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _moved_losses(loss_fn, params, space, moves, scale, records):
     """Mean losses of the parameters after each of several moves, times a scale."""
-    size = at_a_time(loss_fn, params, space.layout, records)
+    size = at_a_time(loss_fn, params, space, records)
 
     def moved_loss(move):
         return mean_loss(loss_fn, subspaces.displace(space, params, scale * move), records, microbatch_size=size)

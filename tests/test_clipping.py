@@ -128,25 +128,26 @@ def test_the_automatic_mode_is_forward_for_few_directions_of_a_loss_that_uses_ea
 
 def test_records_at_a_time_suit_the_device_and_the_memory(monkeypatch):
     params, data = network(KEY)
-    layout = subspace.full(params).layout
+    whole = subspace.full(params)
     wide = {"w": jax.ShapeDtypeStruct((4096, 4096), jnp.float32)}
     one = {"x": jax.ShapeDtypeStruct((9, 4096), jnp.float32)}
     deep = lambda p, r: jax.lax.scan(lambda x, _: (jnp.tanh(x), None), r["x"], None, length=100)[0].sum()
     held = 16 * 2**24 + 2 * 4 * (100 * 4096 + 1)
-    assert gradients.at_a_time(network_loss, params, layout, data) == 32
-    assert gradients.at_a_time(deep, wide, subspace.full(wide).layout, one) == 2 < 2**30 // held
+    assert gradients.at_a_time(network_loss, params, whole, data) == 32
+    assert gradients.at_a_time(deep, wide, subspace.full(wide), one) == 2 < 2**30 // held
     layer, rows = {"w": jnp.zeros((700, 9))}, {"x": jax.ShapeDtypeStruct((5, 700), jnp.float32)}
     in_factors = [(lambda p, r: jnp.sum(r["x"] @ p["w"]), 128), (lambda p, r: jnp.sum(jnp.outer(r["x"], r["x"])), 32)]
     for loss, most in in_factors:  # the second forms megabytes
-        assert gradients.at_a_time(loss, layer, subspace.full(layer).layout, rows) == most
+        assert gradients.at_a_time(loss, layer, subspace.full(layer), rows) == most
+    assert gradients.at_a_time(in_factors[0][0], layer, subspace.count_sketch(KEY, layer, 3), rows) == 32
     # 2^27 bytes hold 13 of these, which is no power of two.
     some = {"w": jnp.zeros(600_000)}
-    assert gradients.at_a_time(lambda p, r: jnp.sum(r["x"]), some, subspace.full(some).layout, one) == 8
+    assert gradients.at_a_time(lambda p, r: jnp.sum(r["x"]), some, subspace.full(some), one) == 8
     huge = {"w": jax.ShapeDtypeStruct((2**26,), jnp.float32)}
-    assert gradients.at_a_time(lambda p, r: jnp.sum(r["x"]), huge, subspace.full(huge).layout, one) == 1
+    assert gradients.at_a_time(lambda p, r: jnp.sum(r["x"]), huge, subspace.full(huge), one) == 1
     monkeypatch.setattr(gradients.jax, "default_backend", lambda: "gpu")
-    assert gradients.at_a_time(network_loss, params, layout, data) == 8192
-    assert gradients.at_a_time(deep, wide, subspace.full(wide).layout, one) == 2**30 // held
+    assert gradients.at_a_time(network_loss, params, whole, data) == 8192
+    assert gradients.at_a_time(deep, wide, subspace.full(wide), one) == 2**30 // held
     small = {"w": jnp.zeros(3)}
-    many = gradients.at_a_time(deep, small, subspace.full(small).layout, one)
+    many = gradients.at_a_time(deep, small, subspace.full(small), one)
     assert many == pytest.approx(2**30 / (2 * 4 * 100 * 4096), abs=1)

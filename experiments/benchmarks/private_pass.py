@@ -24,8 +24,7 @@ PATH = "private pass"
 CLIP_NORM = 1.0
 # Of ours, of its parts and of the peers, who are also given all records at once; the fastest counts.
 ON_CPU, ON_ACCELERATOR = (16, 32, 128), (8192,)
-# No goal: what Opacus's ghost clipping saves, per-record gradients, a projection needs; and jax_privacy's users do not
-# have our convolutions.
+# No goal: Opacus runs in another framework, and jax_privacy's users do not have our convolutions.
 RIVALS = {
     "jax_privacy": ("jax_privacy clipped_grad", 1.0),
     "products": ("jax_privacy clipped_grad, convolutions as our products", ""),
