@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 from problems import wide_layer_loss, wide_layer_network
 
-from qexp_jax import directions, fine_tune, gradients, outer_products, precision
+from qexp_jax import (
+    clipping,
+    directions,
+    fine_tune,
+    gradients,
+    hardened,
+    outer_products,
+    precision,
+    records,
+    subspace,
+    survey,
+)
 from qexp_jax.curvature import leading_basis
 from qexp_jax.outer_products import Outer
 
@@ -112,3 +123,29 @@ def test_a_round_in_factors_has_the_sum_of_whole_gradients(monkeypatch):
     whole, sums = expected.quadratic.whitened_sum, found.quadratic.whitened_sum
     np.testing.assert_allclose(sums, whole, atol=1e-6 * jnp.linalg.norm(whole))
     assert found.clip_info == expected.clip_info
+
+
+def test_a_pass_over_units_of_several_records_is_that_in_the_array_of_the_directions():
+    params, data = wide_layer_network(KEY, 60)
+    space = subspace.full(params)
+    found = survey.leading_directions(wide_layer_loss, params, data, 6, space)
+    units = records.group_by_unit(data, np.arange(60) // 3)
+    sums = []
+    for rows in (found, jax.vmap(lambda c: directions.combine(found, c))(jnp.eye(6))):
+        geometry = precision.spectral(0.1, rows, jnp.linspace(2.0, 0.5, 6))
+        loss = records.unit_loss(wide_layer_loss)
+        sums.append(clipping.clipped_sum(loss, params, space, geometry, units, l2_clip_norm=0.5))
+    (total, info), (expected, same) = sums
+    np.testing.assert_allclose(total, expected, atol=2e-5)
+    assert info == same and info.num_units == 20 and info.num_clipped > 5
+
+
+def test_a_hardened_unit_is_clipped_in_the_same_norm():
+    params, data = wide_layer_network(KEY, 20)
+    space = subspace.full(params)
+    found = survey.leading_directions(wide_layer_loss, params, data, 6, space)
+    geometry = precision.spectral(0.1, found, jnp.linspace(2.0, 0.5, 6))
+    exact, info = hardened.integer_sum(wide_layer_loss, params, space, geometry, data, l2_clip_norm=0.5)
+    total, same = clipping.clipped_sum(wide_layer_loss, params, space, geometry, data, l2_clip_norm=0.5)
+    np.testing.assert_allclose(exact * 0.5 / hardened.INTEGER_CLIP_NORM, total, atol=1e-4)
+    assert info.num_clipped == same.num_clipped > 3
