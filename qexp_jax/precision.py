@@ -62,11 +62,6 @@ def whitened_norms(precision: Precision, rows: Rows) -> jax.Array:
     return jnp.sqrt(precision.root.squares(precision.arrays, rows))
 
 
-def whitened_norm(precision: Precision, gradient: jax.Array) -> jax.Array:
-    """That of one gradient (k,)."""
-    return whitened_norms(precision, [gradient[None]])[0]
-
-
 def color(precision: Precision, x: jax.Array) -> jax.Array:
     """R^{-T} x, (k,) -> (k,)."""
     return precision.root.color(precision.arrays, x)

@@ -148,9 +148,7 @@ def _bytes(tree: Any) -> int:
 
 def _directions(loss_fn, params, record, num_public, rank, space):
     curved = _batch(record, surveys.num_curved(num_public))
-    return jax.eval_shape(
-        lambda *a: surveys.leading_directions(loss_fn, *a, rank, _shapes(space)), params, curved
-    )  # fmt: skip
+    return surveys.leading_directions.eval_shape(loss_fn, params, curved, rank, _shapes(space))
 
 
 def _low_rank(directions):

@@ -19,13 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from qexp_jax import directions as directions_of
+from qexp_jax import outer_products
 from qexp_jax import precision as precisions
 from qexp_jax import subspace as subspaces
 from qexp_jax.accuracy import noise_tolerance
 from qexp_jax.curvature import hessian_product, mean_loss, top_eigenspace
 from qexp_jax.directions import Directions
 from qexp_jax.gradients import at_a_time, gradient_rows
-from qexp_jax.outer_products import squares
 from qexp_jax.precision import Precision
 from qexp_jax.records import LossFn, Params, Record, microbatches, num_records, take
 from qexp_jax.subspace import Subspace
@@ -190,7 +190,7 @@ def _surveyed_gradients(loss_fn, params, space, directions, records):
 
     def along(batch):
         rows = gradient_rows(loss_fn, params, space, batch)
-        return directions_of.along_each(directions, rows).T, squares(rows)
+        return directions_of.along_each(directions, rows).T, outer_products.squares(rows)
 
     return jax.lax.map(along, batches)
 

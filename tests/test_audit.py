@@ -142,7 +142,7 @@ def test_gradients_summed_over_devices_before_clipping_are_caught():
 
     def naive(units):
         gradients = jax.vmap(jax.grad(linear_loss), in_axes=(None, 0))(PARAMS, units)["w"]
-        norms = jax.vmap(lambda g: precision.whitened_norm(H, g))(gradients)
+        norms = precision.whitened_norms(H, [gradients])
         clipped = jax.vmap(clipping.clip, in_axes=(0, 0, None))(gradients, norms, CLIP)[0]
         total = precision.whiten(H, jnp.sum(clipped, axis=0))
         return jax.lax.psum(jax.lax.pcast(total, "data", to="varying"), "data")

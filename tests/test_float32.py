@@ -45,18 +45,18 @@ def wide_loss(params, record):
     return jnp.sum((jnp.matmul(record["x"].ravel(), params["w"], precision=HIGHEST[0]) - 1) ** 2)
 
 
-RELEASES = {
-    "in whole gradients": (loss_fn, PARAMS, DATA),
-    "in outer products": (wide_loss, {"w": jnp.ones((80, 3))}, {"x": jax.random.normal(KEY, (300, 80)) + 2}),
-}
+RELEASES = (
+    (loss_fn, PARAMS, DATA),
+    (wide_loss, {"w": jnp.ones((80, 3))}, {"x": jax.random.normal(KEY, (300, 80)) + 2}),
+)
 
 
-@pytest.mark.parametrize("kind", RELEASES)
-def test_all_products_of_a_release_are_in_float32(products, kind):
-    loss, params, data = RELEASES[kind]
-    public, private = ({"x": data["x"][s]} for s in (slice(0, 100), slice(100, 300)))
-    fine_tune(KEY, loss, params, public=public, private=private, epsilon=1.0, delta=1e-5, rounds=2)
-    assert len(products) > 8 and set(products) == {HIGHEST}
+def test_all_products_of_a_release_are_in_float32(products):
+    """Of one in whole gradients, and one in outer products."""
+    for loss, params, data in RELEASES:
+        public, private = ({"x": data["x"][s]} for s in (slice(0, 100), slice(100, 300)))
+        fine_tune(KEY, loss, params, public=public, private=private, epsilon=1.0, delta=1e-5, rounds=2)
+    assert len(products) > 10 and set(products) == {HIGHEST}
 
 
 @pytest.mark.parametrize("name", subspaces(KEY, PARAMS))
