@@ -91,7 +91,7 @@ def parse_args(argv=None):
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--vocabulary", type=int, default=50257)
-    parser.add_argument("--private", type=int, default=16)
+    parser.add_argument("--private", type=int, default=128)
     parser.add_argument("--public", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--epsilon", type=float, default=8.0)
