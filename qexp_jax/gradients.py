@@ -74,7 +74,8 @@ def gradient_rows(
 ) -> Rows:
     """The gradients of `projected_gradients` in parts, of wide matrices as outer products.
 
-    That is in a whole space and in reverse mode; else they are one part.
+    That is in a whole space and in reverse mode; else they are one part. The count-sketch of a wide matrix's gradient
+    is made of its two factors.
     """
     layout = subspace.layout
     if mode == "auto":
@@ -82,12 +83,15 @@ def gradient_rows(
     if mode != "reverse" or not is_in_factors(subspace):
         return [projected_gradients(loss_fn, params, subspace, records, mode=mode, axis_name=axis_name)]
     leaves, loss = vary(tuned_leaves(layout, params), axis_name), _loss_of_leaves(loss_fn, params, layout)
-    return jax.vmap(lambda record: outer_products.gradient(loss, leaves, record, axis_name))(records)
+    rows = jax.vmap(lambda record: outer_products.gradient(loss, leaves, record, axis_name))(records)
+    project_rows = subspace.operator.project_rows
+    return [project_rows(layout, subspace.arrays, rows)] if project_rows else rows
 
 
 def is_in_factors(subspace: Subspace) -> bool:
-    """Whether gradients may be outer products: in a whole space with a wide matrix."""
-    return is_whole(subspace) and any(map(outer_products.is_wide, subspace.layout.tuned_shapes))
+    """Whether gradients may be outer products: in a whole space, or a count-sketch of it, with a wide matrix."""
+    takes_rows = is_whole(subspace) or subspace.operator.project_rows is not None
+    return takes_rows and any(map(outer_products.is_wide, subspace.layout.tuned_shapes))
 
 
 def _loss_of_leaves(loss_fn, params, layout):

@@ -10,7 +10,8 @@ panel of about `_PANEL` numbers, whatever d is.
 buckets by one random cyclic shift, with random signs: no bucket is empty, columns have disjoint supports, and two
 coordinates of different blocks collide with probability 1/k, so that E|P^T g|^2 and its variance are those of Charikar,
 Chen and Farach-Colton (2002), up to the scale k/d of an orthonormal basis. Signs are the bits of d/32 random words: a
-random number a coordinate would cost more than the gradient.
+random number a coordinate would cost more than the gradient. Of gradients that are outer products, the two factors are
+dealt to the buckets and their products never formed.
 """
 
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from typing import NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from qexp_jax.outer_products import Outer, Rows
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 _PANEL = 2**18
@@ -162,12 +165,45 @@ def count_sketch_lift(shapes: Shapes, key: jax.Array, w: jax.Array) -> list[jax.
 def count_sketch_project(shapes: Shapes, key: jax.Array, dim: int, arrays: list[jax.Array]) -> jax.Array:
     """P^T x: from arrays to (k,), the exact adjoint of the lift."""
     deal = _deal(key, size_of(shapes), dim, arrays[0].dtype)
-    total = jnp.zeros(dim, arrays[0].dtype)
-    for x, (size, offset) in zip(arrays, _arrays(shapes), strict=True):
-        flat = x.ravel()
-        for run in _runs(size, offset, dim):
-            total += _run_into_buckets(deal, flat[run.start : run.start + run.length], run, dim)
-    return total * deal.scale
+    parts = zip(arrays, _arrays(shapes), strict=True)
+    return sum(_array_into_buckets(deal, x, *at, dim) for x, at in parts) * deal.scale
+
+
+def _array_into_buckets(deal, x, size, offset, dim):
+    flat, total = x.ravel(), jnp.zeros(dim, x.dtype)
+    for run in _runs(size, offset, dim):
+        total += _run_into_buckets(deal, flat[run.start : run.start + run.length], run, dim)
+    return total
+
+
+def count_sketch_project_rows(shapes: Shapes, key: jax.Array, dim: int, rows: Rows) -> jax.Array:
+    """P^T g of each of m gradients, (m, k); they are those of arrays of the given shapes, in parts."""
+    dtype = jax.tree.leaves(rows)[0].dtype
+    deal, parts = _deal(key, size_of(shapes), dim, dtype), zip(rows, _arrays(shapes), strict=True)
+    return sum(_part_into_buckets(deal, part, *at, dim) for part, at in parts) * deal.scale
+
+
+def _part_into_buckets(deal, part, size, offset, dim):
+    if not isinstance(part, Outer):
+        return jax.vmap(lambda x: _array_into_buckets(deal, x, size, offset, dim))(part)
+    # Records last: a coordinate of all of them is one stretch of memory.
+    left, right = part.left.T, part.right.T
+    return sum(_products_into_buckets(deal, left, right, run, dim) for run in _runs(size, offset, dim)).T
+
+
+def _products_into_buckets(deal, left, right, run, dim):
+    """A run of the coordinates left_i right_j (a, m) x (b, m), block by block, (k, m)."""
+
+    def of_block(block):
+        signs, shifts = _signs_and_shifts(deal, block, 1, left.dtype)
+        source = (jnp.arange(dim) - shifts[0]) % dim
+        place = source - run.position  # from where the run meets this block
+        is_inside = (place >= 0) & (place < run.length)
+        i, j = jnp.divmod(run.start + (block - run.block) * dim + jnp.where(is_inside, place, 0), len(right))
+        return left[i] * right[j] * jnp.where(is_inside, signs[0, source], 0)[:, None]
+
+    blocks = run.block + jnp.arange(1, max(1, run.length // dim))
+    return jax.lax.scan(lambda total, block: (total + of_block(block), None), of_block(run.block), blocks)[0]
 
 
 # --- Gaussian ---

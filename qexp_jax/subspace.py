@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qexp_jax import sketching
+from qexp_jax.outer_products import Rows
 from qexp_jax.records import Params
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -53,12 +54,13 @@ class Layout:
 
 class _Operator(NamedTuple):
     """A lift on tuned leaves and its adjoint, as functions of (layout, arrays, argument) that compare equal where they
-    are; and P^T P, where there is a way cheaper than k lifts.
+    are; P^T P, where there is a way cheaper than k lifts; and the adjoint on `Rows`, where it need not form gradients.
     """
 
     lift: Callable[[Layout, Any, jax.Array], list[jax.Array]]
     project: Callable[[Layout, Any, list[jax.Array]], jax.Array]
     gram: Callable[[Layout, Any], jax.Array] | None = None
+    project_rows: Callable[[Layout, Any, Rows], jax.Array] | None = None
 
 
 @functools.partial(
@@ -273,10 +275,12 @@ def _key_operator(kind: str, dim: int) -> _Operator:
     """One operator for each kind and dimension, so that equal constructions compile once."""
     lift, project = getattr(sketching, f"{kind}_lift"), getattr(sketching, f"{kind}_project")
     gram = getattr(sketching, f"{kind}_gram", None)
+    project_rows = getattr(sketching, f"{kind}_project_rows", None)
     return _Operator(
         lift=lambda layout, key, w: lift(layout.tuned_shapes, key, w),
         project=lambda layout, key, leaves: project(layout.tuned_shapes, key, dim, leaves),
         gram=gram and (lambda layout, key: gram(layout.tuned_shapes, key, dim, layout.dtype)),
+        project_rows=project_rows and (lambda layout, key, rows: project_rows(layout.tuned_shapes, key, dim, rows)),
     )
 
 

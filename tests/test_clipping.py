@@ -139,7 +139,8 @@ def test_records_at_a_time_suit_the_device_and_the_memory(monkeypatch):
     in_factors = [(lambda p, r: jnp.sum(r["x"] @ p["w"]), 128), (lambda p, r: jnp.sum(jnp.outer(r["x"], r["x"])), 32)]
     for loss, most in in_factors:  # the second forms megabytes
         assert gradients.at_a_time(loss, layer, subspace.full(layer), rows) == most
-    assert gradients.at_a_time(in_factors[0][0], layer, subspace.count_sketch(KEY, layer, 3), rows) == 32
+    assert gradients.at_a_time(in_factors[0][0], layer, subspace.count_sketch(KEY, layer, 3), rows) == 128
+    assert gradients.at_a_time(in_factors[0][0], layer, subspace.gaussian(KEY, layer, 3), rows) == 32
     # 2^27 bytes hold 13 of these, which is no power of two.
     some = {"w": jnp.zeros(600_000)}
     assert gradients.at_a_time(lambda p, r: jnp.sum(r["x"]), some, subspace.full(some), one) == 8

@@ -6,7 +6,7 @@ import pathlib
 import qexp_jax
 
 ROOMS = [
-    "keys", "records", "operations", "sketching", "subspace", "convolutions", "outer_products", "gradients",
+    "keys", "records", "operations", "convolutions", "outer_products", "sketching", "subspace", "gradients",
     "curvature", "directions", "precision", "clipping", "privacy", "ledger", "mechanism", "hardened", "truncated",
     "pure", "accuracy", "flow", "clip_norms", "validation", "survey", "plan", "certificate", "verification", "stream",
     "passes", "checkpoint", "rounds", "preflight", "finetune", "audit", "__init__",

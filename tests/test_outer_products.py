@@ -87,20 +87,29 @@ def clipped(params, space, geometry, data, clip_norm=0.5, **options):
     return clipping.clipped_sum(wide_layer_loss, params, space, geometry, data, l2_clip_norm=clip_norm, **options)
 
 
-def test_a_pass_in_factors_is_that_of_whole_gradients(monkeypatch):
+@pytest.mark.parametrize("dim", [None, 50])
+def test_a_pass_in_factors_is_that_of_whole_gradients(dim, monkeypatch):
     params, data = wide_layer_network(KEY)
     data["y"] = data["y"].at[5].set(1e4).at[7].set(jnp.nan)
-    space = subspace.full(params)
+    space = subspace.count_sketch(KEY, params, dim) if dim else subspace.full(params)
     directions = jnp.linalg.qr(jax.random.normal(KEY, (space.dim, 6)))[0].T
     geometry = precision.low_rank(0.1, directions, jnp.linspace(2.0, 0.5, 6))
     mask = jnp.arange(len(data["x"])) % 4 > 0
     found = clipped(params, space, geometry, data, mask=mask, microbatch_size=7)
     rows = gradients.gradient_rows(wide_layer_loss, params, space, data)
-    assert [isinstance(x, Outer) for x in rows] == [False, False, True]
+    assert [isinstance(x, Outer) for x in rows] == ([False] if dim else [False, False, True])
     monkeypatch.setattr(gradients, "is_in_factors", lambda space: False)
     expected = clipped(params, space, geometry, data, mask=mask, microbatch_size=7)
     np.testing.assert_allclose(found[0], expected[0], atol=2e-5)
     assert found[1] == expected[1] and found[1].num_clipped > 3 and found[1].num_nonfinite == 1
+
+
+@pytest.mark.parametrize("make", [subspace.count_sketch, subspace.gaussian])
+def test_a_count_sketch_forms_no_gradient_of_a_wide_matrix(make):
+    params, data = wide_layer_network(KEY)
+    space = make(KEY, params, 50)
+    rows = lambda data: gradients.gradient_rows(wide_layer_loss, params, space, data, mode="reverse")
+    assert ("37,71,5]" in str(jax.make_jaxpr(rows)(data))) == (make is subspace.gaussian)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-10, 1.0, 1e10, 1e15])

@@ -22,9 +22,10 @@ import jax, jax.numpy as jnp, numpy as np
 from experiments.measure import live_bytes, peak, reset_peak, resident
 from qexp_jax import passes, precision, preflight, subspace
 
-width, k, rank, microbatch, n = json.loads(sys.argv[1])
+width, k, rank, microbatch, n, tokens = json.loads(sys.argv[1])
 def loss(params, record):
-    return jnp.sum((jnp.tanh(record["x"] @ params["a"]) @ params["b"] - record["y"]) ** 2)
+    x = jnp.tile(record["x"], (tokens, 1))  # of several, gradients are formed whole
+    return jnp.sum((jnp.tanh(x @ params["a"]) @ params["b"] - record["y"]) ** 2)
 
 shapes = {name: jax.ShapeDtypeStruct((width, width), jnp.float32) for name in "ab"}
 record = {"x": jax.ShapeDtypeStruct((width,), jnp.float32), "y": jax.ShapeDtypeStruct((width,), jnp.float32)}
@@ -49,7 +50,9 @@ print(json.dumps([found.pass_bytes, held + peak() - before]))
 """
 
 
-@pytest.mark.parametrize("case", [(2048, 64, 2, 4, 8), (2048, 0, 2, 1, 4), (512, 64, 2, 32, 32)])
+@pytest.mark.parametrize(
+    "case", [(2048, 64, 2, 32, 64, 1), (2048, 64, 2, 4, 8, 2), (2048, 0, 2, 1, 4, 1), (512, 64, 2, 32, 32, 2)]
+)
 def test_bytes_are_within_a_quarter_of_the_resident_memory(case):
     command = [sys.executable, "-c", MEASURE, json.dumps(case)]
     found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=240)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from qexp_jax import sketching, subspace
+from qexp_jax.outer_products import Outer, whole
 
 KEY = jax.random.key(4)
 SHAPES = ((3, 5), (0, 3), (), (50, 3), (2,))  # leaves that begin and end inside a block, span several, or are empty
@@ -34,6 +35,19 @@ def test_the_count_sketch_does_not_depend_on_the_panels(monkeypatch):
     monkeypatch.setattr(sketching, "_PANEL", 12)
     np.testing.assert_array_equal(columns(SHAPES, "count_sketch", 6), whole)
     np.testing.assert_allclose(whole @ whole.T, np.eye(6), atol=1e-6)
+
+
+@pytest.mark.parametrize("dim", [1, 6, 33, 300, 407])
+def test_the_count_sketch_of_outer_products_is_that_of_the_gradients_that_they_are(dim):
+    """Matrices that begin and end inside a block, span several, or lie within one."""
+    shapes = ((3, 5), (70, 3), (2,), (2, 90))
+    rows = [jax.random.normal(jax.random.fold_in(KEY, i), (4, np.prod(shape))) for i, shape in enumerate(shapes)]
+    for i, (a, b) in ((1, shapes[1]), (3, shapes[3])):
+        rows[i] = Outer(jax.random.normal(KEY, (4, a)).at[2, 0].set(jnp.nan), jax.random.normal(KEY, (4, b)))
+    found = jax.jit(lambda x: sketching.count_sketch_project_rows(shapes, KEY, dim, x))(rows)
+    expected = whole(rows)[jnp.array([0, 1, 3])] @ columns(shapes, "count_sketch", dim).T
+    np.testing.assert_allclose(found[jnp.array([0, 1, 3])], expected, rtol=2e-5, atol=2e-5)
+    assert jnp.any(jnp.isnan(found[2]))
 
 
 def test_on_a_gpu_each_record_has_the_same_count_sketch_and_keeps_its_nan(monkeypatch):
