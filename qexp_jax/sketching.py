@@ -14,8 +14,9 @@ random number a coordinate would cost more than the gradient. Of gradients that 
 dealt to the buckets and their products never formed.
 """
 
+import functools
 from collections.abc import Iterator
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -125,17 +126,21 @@ def _run_into_buckets(deal, flat, run, dim):
     if run.length < dim:
         row = jnp.zeros((1, dim), flat.dtype).at[0, run.position : run.position + run.length].set(flat)
         return _into_buckets(deal, row, run.block)
-    per_panel, panels, left = _panels(run.length // dim, dim)
 
-    def step(total, i):
-        rows = jax.lax.dynamic_slice(flat, (i * per_panel * dim,), (per_panel * dim,)).reshape(per_panel, dim)
-        return total + _into_buckets(deal, rows, run.block + i * per_panel), None
+    def add(total, block, count):
+        rows = jax.lax.dynamic_slice(flat, (block * dim,), (count * dim,)).reshape(count, dim)
+        return total + _into_buckets(deal, rows, run.block + block)
 
-    first = _into_buckets(deal, flat[: per_panel * dim].reshape(per_panel, dim), run.block)
-    total, _ = jax.lax.scan(step, first, jnp.arange(1, panels)) if panels > 1 else (first, None)
-    if left:
-        total += _into_buckets(deal, flat[run.length - left * dim :].reshape(left, dim), run.block + panels * per_panel)
-    return total
+    return _add_panels(add, 0, run.length // dim, dim)
+
+
+def _add_panels(add, total, num_blocks, dim):
+    """Of all blocks to a total; `add(total, block, count)` adds `count` of them."""
+    per_panel, panels, left = _panels(num_blocks, dim)
+    # The carry starts from a panel, not from zeros, so that it varies over a mapped axis where the panels do.
+    total = add(total, 0, per_panel)
+    total, _ = jax.lax.scan(lambda total, i: (add(total, i * per_panel, per_panel), None), total, jnp.arange(1, panels))
+    return add(total, panels * per_panel, left) if left else total
 
 
 def _run_out_of_buckets(deal, w, run):
@@ -178,32 +183,44 @@ def _array_into_buckets(deal, x, size, offset, dim):
 
 def count_sketch_project_rows(shapes: Shapes, key: jax.Array, dim: int, rows: Rows) -> jax.Array:
     """P^T g of each of m gradients, (m, k); they are those of arrays of the given shapes, in parts."""
-    dtype = jax.tree.leaves(rows)[0].dtype
-    deal, parts = _deal(key, size_of(shapes), dim, dtype), zip(rows, _arrays(shapes), strict=True)
-    return sum(_part_into_buckets(deal, part, *at, dim) for part, at in parts) * deal.scale
+    deal, products = _deal(key, size_of(shapes), dim, jax.tree.leaves(rows)[0].dtype), []
+    total: Any = 0
+    for part, (size, offset) in zip(rows, _arrays(shapes), strict=True):
+        if isinstance(part, Outer):
+            # Records last: a coordinate of all of them is one stretch of memory.
+            products += [(part.left.T, part.right.T, run) for run in _runs(size, offset, dim)]
+        else:
+            into_buckets = functools.partial(_array_into_buckets, deal, size=size, offset=offset, dim=dim)
+            total += jax.vmap(into_buckets)(part).T
+    # The longest loop last: what is added after it, XLA may do again wherever the result is used.
+    for left, right, run in sorted(products, key=lambda x: x[2].length):
+        total = _add_products(total, deal, left, right, run, dim)
+    return total.T * deal.scale
 
 
-def _part_into_buckets(deal, part, size, offset, dim):
-    if not isinstance(part, Outer):
-        return jax.vmap(lambda x: _array_into_buckets(deal, x, size, offset, dim))(part)
-    # Records last: a coordinate of all of them is one stretch of memory.
-    left, right = part.left.T, part.right.T
-    return sum(_products_into_buckets(deal, left, right, run, dim) for run in _runs(size, offset, dim)).T
+def _add_products(total, deal, left, right, run, dim):
+    """To a total (k, m) a run of the coordinates left_i right_j, of (a, m) and (b, m), one block after the other."""
+
+    def add_block(total, i, j, weights):
+        return total + left[i] * right[j] * weights[:, None]
+
+    def add(total, block, count):
+        rows = _sources(deal, run, len(right), block, count)
+        total = add_block(total, *(x[0] for x in rows))
+        return jax.lax.scan(lambda total, row: (add_block(total, *row), None), total, [x[1:] for x in rows])[0]
+
+    return _add_panels(add, total, max(1, run.length // dim), dim)
 
 
-def _products_into_buckets(deal, left, right, run, dim):
-    """A run of the coordinates left_i right_j (a, m) x (b, m), block by block, (k, m)."""
-
-    def of_block(block):
-        signs, shifts = _signs_and_shifts(deal, block, 1, left.dtype)
-        source = (jnp.arange(dim) - shifts[0]) % dim
-        place = source - run.position  # from where the run meets this block
-        is_inside = (place >= 0) & (place < run.length)
-        i, j = jnp.divmod(run.start + (block - run.block) * dim + jnp.where(is_inside, place, 0), len(right))
-        return left[i] * right[j] * jnp.where(is_inside, signs[0, source], 0)[:, None]
-
-    blocks = run.block + jnp.arange(1, max(1, run.length // dim))
-    return jax.lax.scan(lambda total, block: (total + of_block(block), None), of_block(run.block), blocks)[0]
+def _sources(deal, run, width, block, count):
+    """Row, column and sign of the entry that each bucket gets from each of a run's blocks, (count, k); 0 for none."""
+    dim = len(deal.scale)
+    signs, shifts = _signs_and_shifts(deal, run.block + block, count, deal.scale.dtype)
+    source = (jnp.arange(dim) - shifts) % dim
+    place = (block + jnp.arange(count)[:, None]) * dim + source - run.position
+    is_in_run = (place >= 0) & (place < run.length)
+    i, j = jnp.divmod(run.start + jnp.where(is_in_run, place, 0), width)
+    return i, j, jnp.where(is_in_run, jnp.take_along_axis(signs, source, axis=1), 0)
 
 
 # --- Gaussian ---
