@@ -5,10 +5,10 @@
     keys         release keys from the system's entropy
     records      records and privacy units
     operations   floating-point operations of a trace
-    sketching    random projections made again from their keys
-    subspace     public directions: lift R^k -> params, project params -> R^k
     convolutions convolutions as matrix products, for CPUs
     outer_products gradients of dense layers by their factors
+    sketching    random projections made again from their keys
+    subspace     public directions: lift R^k -> params, project params -> R^k
     gradients    projected gradients of single records
     curvature    public curvature P^T H P
     directions   where public gradients are large

@@ -78,10 +78,9 @@ degrees, 4000 records):
   .0003, .0002 and .0002 (+- .0001), twelve changed nothing. With four, steps that begin at half or twice the length,
   grow or shrink from round to round, or spend what those before left, lost .0003 to .001 more. The best of 15 multiples
   of the length (1/4 to 4) and numbers of rounds (4, 16, the rule's) in each of 58 cells, picked on the test set as
-  rivals' settings are, would gain .0006. A length of its own for the block of all others changed nothing.
-  Steps bounded by the public curvature overshot in every round on PhysioNet by ICU. Means of the last
-  iterates, and moves 15 % longer or shorter, changed little, for better and worse. 160 rounds under a heavy shift
-  gained at most .005 in twice the time.
+  rivals' settings are, would gain .0006. A length of its own for the block of all others changed nothing. Steps bounded
+  by the public curvature overshot in every round on PhysioNet by ICU. Means of the last iterates, and moves 15 % longer
+  or shorter, changed little, for better and worse. 160 rounds under a heavy shift gained up to .005 in twice the time.
 * *Steps under a heavy shift.* On turned images 80 rounds without any noise reach .888: a few private directions are
   steep and set the pace. Momentum, three or four times the length and means of iterates changed +-.003 there; steps
   three to ten times as long, or growing, gained up to .1 in tables of inverted labels and lost .015 to .04 on
