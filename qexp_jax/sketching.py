@@ -206,7 +206,7 @@ def _add_products(total, deal, left, right, run, dim):
 
     def add(total, block, count):
         rows = _sources(deal, run, len(right), block, count)
-        total = add_block(total, *(x[0] for x in rows))
+        total = add_block(total, *(x[0] for x in rows))  # before the scan, as in `_add_panels`
         return jax.lax.scan(lambda total, row: (add_block(total, *row), None), total, [x[1:] for x in rows])[0]
 
     return _add_panels(add, total, max(1, run.length // dim), dim)

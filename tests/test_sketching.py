@@ -37,9 +37,10 @@ def test_the_count_sketch_does_not_depend_on_the_panels(monkeypatch):
     np.testing.assert_allclose(whole @ whole.T, np.eye(6), atol=1e-6)
 
 
-@pytest.mark.parametrize("dim", [1, 6, 33, 300, 407])
-def test_the_count_sketch_of_outer_products_is_that_of_the_gradients_that_they_are(dim):
-    """Matrices that begin and end inside a block, span several, or lie within one."""
+@pytest.mark.parametrize(("dim", "panel"), [(1, 8), (6, 12), (33, 66), (33, 2**18), (300, 8), (407, 8)])
+def test_the_count_sketch_of_outer_products_is_that_of_the_gradients_that_they_are(dim, panel, monkeypatch):
+    """Matrices that begin and end inside a block, span several, or lie within one; panels of one block or several."""
+    monkeypatch.setattr(sketching, "_PANEL", panel)
     shapes = ((3, 5), (70, 3), (2,), (2, 90))
     rows = [jax.random.normal(jax.random.fold_in(KEY, i), (4, np.prod(shape))) for i, shape in enumerate(shapes)]
     for i, (a, b) in ((1, shapes[1]), (3, shapes[3])):
