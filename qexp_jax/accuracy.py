@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.stats import chi2
 
+from qexp_jax import arguments
 from qexp_jax.curvature import mean_loss
 from qexp_jax.records import LossFn, Params, Record
 from qexp_jax.subspace import Subspace, displace
@@ -35,7 +36,9 @@ def expected_excess(dim: int, noise_std: float, num_units: int) -> float:
     >>> expected_excess(dim=100, noise_std=5.0, num_units=1000)
     0.00125
     """
-    return dim * noise_std**2 / (2 * num_units**2)
+    dim = arguments.count("dim", dim)
+    noise_std = arguments.not_negative("noise_std", noise_std)
+    return dim * noise_std**2 / (2 * arguments.count("num_units", num_units) ** 2)
 
 
 def excess_quantile(probability: float, mean: float, degrees: float) -> float:
@@ -49,8 +52,9 @@ def excess_quantile(probability: float, mean: float, degrees: float) -> float:
     >>> round(excess_quantile(0.95, mean=0.00125, degrees=100), 6)
     0.001554
     """
-    if not 0 < probability < 1:
-        raise ValueError(f"Expected a probability in (0, 1), found {probability}.")
+    probability = arguments.proportion("probability", probability)
+    mean = arguments.not_negative("mean", mean)
+    degrees = arguments.positive("degrees", degrees)
     return mean * float(chi2.ppf(probability, degrees)) / degrees
 
 
@@ -94,6 +98,7 @@ def subspace_bias(gradient: jax.Array, full_precision: jax.Array, basis: jax.Arr
 
 def clipping_bias(whitened: np.ndarray, l2_clip_norm: float) -> float:
     """Quadratic loss per record by which clipping shifts the minimiser, `|mean v - mean clip(v)|^2 / 2`; v (n, k)."""
+    l2_clip_norm = arguments.positive("l2_clip_norm", l2_clip_norm)
     norms = np.maximum(np.linalg.norm(whitened, axis=1, keepdims=True), np.finfo(whitened.dtype).tiny)
     lost = whitened * (1 - np.minimum(1, l2_clip_norm / norms))
     return float(np.sum(np.mean(lost, axis=0) ** 2) / 2)
@@ -142,6 +147,7 @@ def noise_tolerance(cost: Callable[[float], float], limit: float) -> float:
     >>> round(noise_tolerance(lambda scale: scale**2, limit=0.01), 4)
     0.1
     """
+    limit = arguments.positive("limit", limit)
     low, high, below, above = 1e-8, 1e4, 0.0, math.inf
     aim = math.sqrt(low * high)
     for _ in range(_EVALUATIONS):

@@ -26,8 +26,8 @@ import numpy as np
 from dp_accounting import NeighboringRelation
 from scipy.stats import beta, norm
 
-from qexp_jax import privacy
-from qexp_jax.records import Record
+from qexp_jax import arguments, privacy
+from qexp_jax.records import Record, num_records
 
 Mechanism = Callable[[jax.Array, Any], jax.Array]
 
@@ -40,6 +40,7 @@ def attained_mu(whitened_sum: jax.Array, other_sum: jax.Array, noise_std: float)
     >>> attained_mu(jnp.array([3.0, 4.0]), jnp.zeros(2), noise_std=10.0)
     0.5
     """
+    noise_std = arguments.positive("noise_std", noise_std)
     distance = float(np.linalg.norm(np.asarray(whitened_sum, np.float64) - np.asarray(other_sum, np.float64)))
     return distance / noise_std if math.isfinite(distance) else math.inf
 
@@ -50,7 +51,9 @@ def attained_delta(mu: float, epsilon: float) -> float:
     >>> attained_delta(0.0, 1.0), round(attained_delta(1.0, 1.0), 6), attained_delta(math.inf, 1.0)
     (0.0, 0.126937, 1.0)
     """
-    if mu == 0 or math.isinf(mu):
+    mu = arguments.real("mu", mu)
+    epsilon = arguments.not_negative("epsilon", epsilon)
+    if mu in (0, math.inf):
         return float(mu > 0)
     return privacy.delta_from_mu(mu, epsilon)
 
@@ -86,8 +89,16 @@ def worst_neighbour(
       candidates: records to try, pytree with leading axis m.
       noise_std: C z.
       relation: REPLACE_ONE tries all pairs of candidates; otherwise each is added to `dataset`.
-      ascent_steps: steps that each candidate first goes uphill on |S - S'|, at a tenth of its norm.
+      ascent_steps: random moves that each candidate first tries, a tenth of its norm each; kept where |S - S'| grows.
+
+    Raises:
+      ValueError: for numbers that make no search.
     """
+    noise_std = arguments.positive("noise_std", noise_std)
+    ascent_steps = arguments.count("ascent_steps", ascent_steps, least=0)
+    relation = arguments.neighboring_relation(relation)
+    if num_records(candidates) == 0:
+        raise ValueError("Expected at least one of the candidates, found leading axis 0.")
     base = sum_fn(dataset)
     sum_with = lambda record: sum_fn(jax.tree.map(lambda x, r: jnp.concatenate([x, r[None]]), dataset, record))
     moved = lambda record: jnp.linalg.norm(sum_with(record) - base)
@@ -103,21 +114,30 @@ def worst_neighbour(
 
 
 def _ascend(objective, record, steps):
-    """Normalised gradient ascent over the floating-point leaves of a record."""
+    """Random moves of the floating-point leaves of a record, each kept if the objective grows.
+
+    A sum of integers has no slope to follow.
+    """
+
+    def step(state, key):
+        held, value = state
+        tried = _moved(key, held)
+        found = objective(tried)
+        is_better = found > value
+        held = jax.tree.map(lambda old, new: jnp.where(is_better, new, old), held, tried)
+        return (held, jnp.where(is_better, found, value)), None
+
+    keys = jax.random.split(jax.random.key(0), steps)
+    return jax.lax.scan(step, (record, objective(record)), keys)[0][0]
+
+
+def _moved(key, record):
+    """By a tenth of the record's norm, in a random direction."""
     leaves, treedef = jax.tree.flatten(record)
-    real = [jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
-    free, fixed = ([x for x, f in zip(leaves, real, strict=True) if f is want] for want in (True, False))
-
-    def merged(free):
-        mine, theirs = iter(free), iter(fixed)
-        return jax.tree.unflatten(treedef, [next(mine) if f else next(theirs) for f in real])
-
-    def step(free, _):
-        slope = jax.grad(lambda x: objective(merged(x)))(free)
-        size = 0.1 * _norm(free) / jnp.maximum(_norm(slope), 1e-30)
-        return [jnp.where(jnp.isfinite(size * g), x + size * g, x) for x, g in zip(free, slope, strict=True)], None
-
-    return merged(jax.lax.scan(step, free, length=steps)[0])
+    real = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.floating)]
+    noise = {i: jax.random.normal(jax.random.fold_in(key, i), leaves[i].shape, leaves[i].dtype) for i in real}
+    size = 0.1 * _norm([leaves[i] for i in real]) / _norm(noise.values())
+    return jax.tree.unflatten(treedef, [x + size * noise[i] if i in noise else x for i, x in enumerate(leaves)])
 
 
 def _norm(leaves):
@@ -164,21 +184,28 @@ def falsify(
         clipped sum, is best computed before and passed as the dataset.
       dataset: one of the neighbours.
       neighbour: the other.
-      delta: at which epsilon is bounded.
-      num_draws: draws from each.
-      confidence: with which both bounds hold.
+      delta: in (0, 1), at which epsilon is bounded.
+      num_draws: draws from each, at least `least_draws`.
+      confidence: in (0, 1), with which both bounds hold.
       batch_size: draws at a time.
 
     Returns:
       `LowerBound`. Scores tried are the log-likelihood ratios of Gaussians fitted to the outputs with one covariance
       and with two, and with two to outputs and their products; an output that is not finite is a symbol of its own.
+
+    Raises:
+      ValueError: for a confidence or delta outside (0, 1), and for fewer draws than could ever refute anything.
     """
+    confidence = arguments.proportion("confidence", confidence)
+    delta = arguments.proportion("delta", delta)
+    num_draws = arguments.count("num_draws", num_draws, least=least_draws(confidence, delta))
+    batch_size = arguments.count("batch_size", batch_size)
     keys = jax.random.split(key, (2, num_draws))
     pairs = zip(keys, (dataset, neighbour), strict=True)
     draws = [np.asarray(_outputs(mechanism, k, data, batch_size), np.float64) for k, data in pairs]
     quarter = num_draws // 4
     fit, choose, test = zip(*(np.split(x, [quarter, 2 * quarter]) for x in draws), strict=True)
-    level = (1 - confidence) / 4  # two counts for each of two bounds
+    level = (1 - confidence) / _BOUNDS
     bounds: dict[str, Callable] = {"mu": mu_bound, "epsilon": functools.partial(epsilon_bound, delta=delta)}
     best: dict[str, tuple[float, str, float]] = dict.fromkeys(bounds, (-math.inf, "none", 0.0))
     scores = _scores(*fit)
@@ -196,6 +223,26 @@ def falsify(
     return LowerBound(found["mu"], found["epsilon"], delta, confidence, best["mu"][1])
 
 
+_BOUNDS = 4  # two counts for each of mu and epsilon
+_LEAST_TO_FIT = 2
+
+
+def least_draws(confidence: float, delta: float) -> int:
+    """The draws below which `falsify` finds nothing, even of a mechanism that shows its data.
+
+    Half of the draws are tested. Without a single error among m of them, either error rate is only known to be below
+    b = 1 - level^(1/m), and mu and epsilon are above 0 where 1 - b - delta > b.
+
+    >>> least_draws(0.999, 1e-5)
+    24
+    """
+    confidence = arguments.proportion("confidence", confidence)
+    delta = arguments.proportion("delta", delta)
+    level = (1 - confidence) / _BOUNDS
+    tested = math.floor(math.log(level) / math.log((1 + delta) / 2)) + 1
+    return max(2 * tested, 4 * _LEAST_TO_FIT)
+
+
 def mu_bound(false_positives: Any, false_negatives: Any) -> Any:
     """mu that error rates at most these imply, by the trade-off curve of Gaussian DP: Phi^{-1}(1 - a) - Phi^{-1}(b)."""
     return norm.isf(false_positives) - norm.ppf(false_negatives)
@@ -203,6 +250,7 @@ def mu_bound(false_positives: Any, false_negatives: Any) -> Any:
 
 def epsilon_bound(false_positives: Any, false_negatives: Any, delta: float) -> Any:
     """epsilon that error rates at most these imply, in the better of both orders."""
+    delta = arguments.proportion("delta", delta)
     with np.errstate(divide="ignore"):
         return np.maximum(*(
             np.log(np.maximum(0, 1 - a - delta)) - np.log(b)
@@ -291,6 +339,9 @@ def _whitener(covariance):
 
 def make_canaries(key: jax.Array, num_canaries: int, dim: int, l2_clip_norm: float) -> jax.Array:
     """Whitened gradients (num_canaries, dim) on the clip boundary: orthogonal up to `dim` of them, random beyond."""
+    num_canaries = arguments.count("num_canaries", num_canaries)
+    dim = arguments.count("dim", dim)
+    l2_clip_norm = arguments.positive("l2_clip_norm", l2_clip_norm)
     if num_canaries > dim:
         vectors = jax.random.normal(key, (num_canaries, dim))
         return l2_clip_norm * vectors / jnp.linalg.norm(vectors, axis=1, keepdims=True)
@@ -316,17 +367,22 @@ def one_run_epsilon(
       mechanism: `(key, included) -> noisy sum (k,)`, run once; `included` (m,) bool says which canaries take part. From
         a draw w the noisy sum is -N R^T w.
       canaries: (m, k), what each adds to the whitened sum; a canary's score is its inner product with the noisy sum.
-      delta: > 0.
-      confidence: of the bound, given that the true trade-off curve is Gaussian.
-      guessed: share of canaries, those of highest score, that are guessed to be in.
+      delta: in (0, 1).
+      confidence: in (0, 1), of the bound, given that the true trade-off curve is Gaussian.
+      guessed: in (0, 1), share of canaries, those of highest score, that are guessed to be in.
 
     Raises:
       ImportError: without jax_privacy.
+      ValueError: for a share outside (0, 1), and for fewer guesses than could ever refute anything.
     """
+    delta = arguments.proportion("delta", delta)
+    confidence = arguments.proportion("confidence", confidence)
+    guessed = arguments.proportion("guessed", guessed)
     try:
         from jax_privacy import auditing
     except ImportError as error:
         raise ImportError("one_run_epsilon needs jax_privacy: pip install 'jax_privacy>=2.0,<3'.") from error
+    _check_guesses(canaries, confidence, guessed)
     coin_key, noise_key = jax.random.split(key)
     included = jax.random.bernoulli(coin_key, 0.5, (len(canaries),))
     scores = np.asarray(jnp.matmul(canaries, mechanism(noise_key, included), precision="highest"), np.float64)
@@ -335,3 +391,17 @@ def one_run_epsilon(
     # A quantile of all scores, which no coin has entered, so that nothing is lost to choosing it.
     threshold = auditing.Explicit(float(np.quantile(scores, 1 - guessed)))
     return float(auditor.epsilon_one_run_fdp(1 - confidence, delta, threshold_strategy=threshold))
+
+
+def _check_guesses(canaries, confidence, guessed):
+    """Coins alone make all of r guesses right with probability 2^-r: a bound above 0 takes more than that rules out."""
+    if np.ndim(canaries) != 2:
+        raise ValueError(f"Expected canaries of shape (m, k), found {np.shape(canaries)}.")
+    number = len(canaries)
+    found = number - math.ceil((1 - guessed) * (number - 1) - 1e-9)  # not below the quantile
+    least = math.floor(-math.log2(1 - confidence)) + 1
+    if found < least:
+        raise ValueError(
+            f"Expected at least {least} canaries guessed to be in at {confidence=}, found {found} of {number} at "
+            f"{guessed=}."
+        )

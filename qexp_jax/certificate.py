@@ -6,16 +6,17 @@ Its fields are those of one versioned schema. `verification.verify` derives the 
 import functools
 import hashlib
 import importlib.metadata
+import re
 from typing import Any
 
 import numpy as np
 from dp_accounting import NeighboringRelation
 
-from qexp_jax import privacy
+from qexp_jax import arguments, privacy
 from qexp_jax.hardened import DiscreteNoise
 from qexp_jax.plan import Plan
 from qexp_jax.records import absorb
-from qexp_jax.subspace import Subspace
+from qexp_jax.subspace import Subspace, certified_name
 
 SCHEMA = "qexp_jax/certificate/1"
 NEIGHBORS = {
@@ -29,31 +30,42 @@ MECHANISMS = {
     True: "exponential mechanism with quadratic utility on an integer grid: one exact discrete Gaussian draw a round; "
     "geometry and step, and whether the budget left is split over more rounds, are functions of released sums",
 }
+ONE_RECORD, ONE_ID = "one record", "all records with one unit id"
+PRIVACY_UNITS = ONE_RECORD, ONE_ID
+PRNG_IMPL = "threefry2x32"  # all noise is made by it
+_NOT_INSTALLED = "not installed"  # run from a source tree
+VERSIONS = re.compile(
+    r"(\d+!)?\d+(\.\d+)*((a|b|rc)\d+)?(\.post\d+)?(\.dev\d+)?(\+[a-z0-9]+([._-][a-z0-9]+)*)?|" + _NOT_INSTALLED
+)
 _STANDING_ASSUMPTIONS = (
     "No private unit contributed to the pretrained parameters, to feature statistics, to the public records or to any "
     "choice of settings made before.",
-    "num_units, the subspace, the precisions, the clip norms and the settings are public.",
-    "The curator who runs the mechanism is trusted and releases nothing else: no diagnostics, sums, keys or logs.",
+    "num_units, the cap on a unit's records (where none was given, the size of the largest unit), the length of a "
+    "stream's pieces, the subspace, the precisions, the clip norms and the settings are public.",
+    "The curator who runs the mechanism is trusted and releases nothing else: no diagnostics, sums, keys or logs, nor "
+    "how long it took.",
 )
 _HARDENED_ASSUMPTIONS = (
     "The program of one unit returns integers that depend on that unit and on public values alone; they are clipped, "
     "added and noised exactly, whatever floating point did before.",
     "The noise is OpenDP's exact discrete Gaussian; its random bits are a cryptographic generator's, seeded by the "
-    "operating system, and taken for random. How long the release takes is not hidden.",
+    "operating system, and taken for random.",
 )
 _CURVE = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 
-def assumptions(hardened: bool, prng_impl: str) -> list[str]:
+def assumptions(hardened: bool) -> list[str]:
     """In words."""
     if hardened:
         return [*_STANDING_ASSUMPTIONS, *_HARDENED_ASSUMPTIONS]
-    bits = "64-bit threefry" if prng_impl == "threefry2x32" else prng_impl
     return [
         *_STANDING_ASSUMPTIONS,
         "The key is secret, drawn from strong randomness and used for one release; computational DP, as strong as a "
-        f"{bits} key.",
-        "Idealised numerics: real arithmetic and ideal Gaussian noise; floating-point noise is not hardened.",
+        "64-bit threefry key.",
+        "Ideal Gaussian noise: that of floating point has gaps, and is not hardened.",
+        "What rounding adds to a unit's part is within the clip norm: a share is kept free for it, stated with each "
+        "geometry, which assumes that matrix products add up at most 1024 terms at a time in float32, and that the "
+        "gradient of a unit does not depend on the units beside it.",
     ]
 
 
@@ -92,6 +104,7 @@ def make_certificate(
     unit: str,
     noise_multiplier: float,
     plan: Plan,
+    roundings: list[float],
     provenance: dict[str, Any],
     prng_impl: str,
     discrete_noise: DiscreteNoise | None = None,
@@ -104,16 +117,20 @@ def make_certificate(
       relation: neighbouring relation.
       num_units: public N.
       num_units_from: `"slots"` or `"public_count"`.
-      unit: what one unit is, in words.
+      unit: what one unit is, of `PRIVACY_UNITS`.
       noise_multiplier: z of each round.
       plan: public plan of the rounds.
+      roundings: of each geometry, the share of the clip norm that is kept for what rounding adds (`clipping.rounding`).
       provenance: of `make_provenance`.
-      prng_impl: name of the key's generator.
+      prng_impl: name of the noise's generator, `PRNG_IMPL`.
       discrete_noise: of a hardened release; `noise_multiplier` is its multiplier.
     """
-    hardened, dim = discrete_noise is not None, plan.subspace.dim
+    epsilon, delta = privacy.check_budget(epsilon, delta)
+    rounds = arguments.count("rounds", plan.rounds)
+    noise_multiplier = arguments.positive("noise_multiplier", noise_multiplier)
+    hardened, dim = discrete_noise is not None, round(float(np.sum(plan.spectrum.dims)))
     mu_per_round = privacy.mu_from_noise(noise_multiplier, relation)
-    mu = privacy.compose([mu_per_round] * plan.rounds)
+    mu = privacy.compose([mu_per_round] * rounds)
     rho_per_round, rho = privacy.zcdp_rho(mu_per_round), privacy.zcdp_rho(mu)
     share = {
         "purpose": "gradient",
@@ -125,45 +142,54 @@ def make_certificate(
         "schema": SCHEMA,
         "mechanism": MECHANISMS[hardened],
         "hardened": hardened,
-        "epsilon": float(epsilon),
-        "delta": float(delta),
+        "epsilon": epsilon,
+        "delta": delta,
         "mu": None if hardened else mu,
         "zcdp_rho": rho,
         "privacy_curve": [
             {"epsilon": e, "delta": privacy.delta_from_rho(rho, e) if hardened else privacy.delta_from_mu(mu, e)}
-            for e in (float(epsilon) * factor for factor in _CURVE)
+            for e in (epsilon * factor for factor in _CURVE)
         ],
-        "budget": [dict(share) for _ in range(plan.rounds)],
+        "budget": [dict(share) for _ in range(rounds)],
         "neighboring_relation": relation.name,
         "neighbors": NEIGHBORS[relation],
         "privacy_unit": unit,
-        "num_units": num_units,
+        "num_units": arguments.count("num_units", num_units),
         "num_units_from": num_units_from,
-        "rounds": plan.rounds,
-        "most_rounds": plan.most_rounds,
+        "rounds": rounds,
+        "most_rounds": arguments.count("most_rounds", plan.most_rounds),
         "mu_per_round": share["mu"],
         "noise_multiplier": noise_multiplier,
-        "geometries": _geometries(plan),
+        "geometries": _geometries(plan, roundings),
         "discrete_noise": None if discrete_noise is None else discrete_noise._asdict(),
-        "subspace": plan.subspace.name,
+        "subspace": certified_name(plan.subspace),
         "subspace_dim": dim,
         "precision_rank": len(plan.spectrum.directions),
-        "damping": float(plan.damping),
-        "expected_excess_loss_per_round": plan.expected_cost,
-        "public_evidence": dict(plan.evidence),
+        "damping": arguments.real("damping", plan.damping),
+        "expected_excess_loss_per_round": arguments.real("expected_cost", plan.expected_cost),
+        "public_evidence": {name: _plain(name, value) for name, value in plan.evidence.items()},
         "provenance": provenance,
         "dtype": str(plan.subspace.layout.dtype),
         "prng_impl": prng_impl,
-        "assumptions": assumptions(hardened, prng_impl),
+        "assumptions": assumptions(hardened),
         "versions": _versions(),
     }
 
 
-def _geometries(plan):
-    """How many dimensions each tunes, and C."""
+def _geometries(plan, roundings):
+    """How many dimensions each tunes, C, and the share of C that holds what rounding adds to a unit's part."""
     tuned = np.asarray(plan.geometries.tuned, np.float64) @ np.asarray(plan.spectrum.dims, np.float64)
     norms = np.asarray(plan.geometries.l2_clip_norm)
-    return [{"tuned_dim": round(t), "l2_clip_norm": float(c)} for t, c in zip(tuned, norms, strict=True)]
+    return [
+        {"tuned_dim": round(t), "l2_clip_norm": float(c), "rounding": float(r)}
+        for t, c, r in zip(tuned, norms, roundings, strict=True)
+    ]
+
+
+def _plain(name, value):
+    """As JSON knows numbers: whatever scalar the plan made it."""
+    is_integer = np.asarray(value).dtype.kind in "iu"
+    return int(value) if is_integer else arguments.real(name, value)
 
 
 def _versions():
@@ -174,5 +200,5 @@ def _versions():
 def _version(name):
     try:
         return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:  # run from a source tree
-        return "not installed"
+    except importlib.metadata.PackageNotFoundError:
+        return _NOT_INSTALLED

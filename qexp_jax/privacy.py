@@ -13,34 +13,67 @@ beside it (under REPLACE_ONE an accountant would double the sensitivity again).
 Discrete Gaussian noise is not mu-GDP for the mu of its continuous twin, but it is rho-zCDP for the same rho. That is
 converted by the best conversion known (Canonne, Kamath and Steinke, arXiv:2004.00010, Proposition 12), which asks for
 about a tenth more noise than the exact conversion of mu.
+
+**Range.** Budgets have epsilon in [1e-4, 1e4] and delta in [1e-30, 0.999]. There delta(epsilon) is exact to a relative
+2e-13 and conversions round towards more noise, as `tests/test_privacy.py` checks with 50 digits. Beyond, a promise is
+empty or lost in the rounding of what verifies it. Numbers may be scalars of NumPy and JAX of any precision: what counts
+is `float(number)`, and all arithmetic is Python's.
 """
 
 import math
-import sys
 from collections.abc import Iterable
+from typing import Any
 
+import numpy as np
 from dp_accounting import ComposedDpEvent, GaussianDpEvent, NeighboringRelation, ZCDpEvent
 from scipy.optimize import brentq
 from scipy.special import erfcx, ndtr
 
+from qexp_jax import arguments
 from qexp_jax.clipping import sensitivity
+
+EPSILON_RANGE = 1e-4, 1e4
+DELTA_RANGE = 1e-30, 0.999
+# Relative, of mu and rho: more than the rounding of a conversion and of the noise multiplier made from it.
+_MARGIN = 2e-14
+_LARGEST_MU, _LARGEST_RHO = 1e6, 1e12  # a larger one has no epsilon that double precision resolves
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(64)
+_TAIL = 40.0  # what the integral leaves out is below exp(-40) of it
 
 
 def delta_from_mu(mu: float, epsilon: float) -> float:
     """The exact delta at which mu-GDP gives (epsilon, delta)-DP.
 
+    Args:
+      mu: finite, > 0.
+      epsilon: finite, >= 0.
+
     >>> round(delta_from_mu(1.0, 1.0), 6)
     0.126937
     """
-    if not mu > 0:
-        raise ValueError(f"Expected mu > 0, found {mu}.")
-    if not epsilon >= 0:
-        raise ValueError(f"Expected epsilon >= 0, found {epsilon}.")
-    a, b = mu / 2 - epsilon / mu, -mu / 2 - epsilon / mu
+    mu = arguments.positive("mu", mu)
+    epsilon = arguments.not_negative("epsilon", epsilon)
+    a = mu / 2 - epsilon / mu
+    b = -mu / 2 - epsilon / mu
     # e^epsilon phi(b) = phi(a), which removes the overflow; erfcx would overflow itself for large positive a.
     scaled = 0.5 * math.exp(-a * a / 2)
+    if a <= 0 and scaled == 0:
+        return 0.0
+    if a <= 0 and mu < 1:
+        return scaled * _erfcx_drop(-a / math.sqrt(2), mu / math.sqrt(2))
     upper = ndtr(a) if a > 0 else scaled * erfcx(-a / math.sqrt(2))
     return float(max(0.0, upper - scaled * erfcx(-b / math.sqrt(2))))
+
+
+def _erfcx_drop(u, step):
+    """erfcx(u) - erfcx(u + step), u >= 0, 0 < step < 1, as the integral of a positive function: no difference cancels.
+
+    erfcx(u) = 2/sqrt(pi) int_0^inf exp(-s^2 - 2 u s) ds.
+    """
+    reach = _TAIL / (u + math.sqrt(u * u + _TAIL))
+    s = reach * (_NODES + 1) / 2
+    heights = np.exp(-s * (s + 2 * u)) * -np.expm1(-2 * step * s)
+    return float(reach * np.sum(_WEIGHTS * heights) / math.sqrt(math.pi))
 
 
 def mu_from_budget(epsilon: float, delta: float) -> float:
@@ -54,23 +87,21 @@ def mu_from_budget(epsilon: float, delta: float) -> float:
 
 def _largest(delta_from, epsilon, delta, least):
     """The largest parameter at which an increasing `delta_from(parameter, epsilon)` is at most delta."""
-    check_budget(epsilon, delta)
-    lower, upper = least, 1.0
+    epsilon, delta = check_budget(epsilon, delta)
+    upper = 1.0
     while delta_from(upper, epsilon) < delta:
         upper *= 2
-    if delta_from(lower, epsilon) >= delta:
-        raise ValueError(f"The budget {epsilon=}, {delta=} is too small to be met in double precision.")
     log_root = brentq(
         lambda x: delta_from(math.exp(x), epsilon) - delta,
-        math.log(lower),
+        math.log(least),
         math.log(upper),
         xtol=1e-14,
         rtol=1e-14,
     )
     root = math.exp(log_root)
     while delta_from(root, epsilon) > delta:  # never above the budget by the root's last bits
-        root = math.nextafter(root * (1 - 1e-15), 0)
-    return root
+        root *= 1 - _MARGIN
+    return root * (1 - _MARGIN)
 
 
 def epsilon_from_mu(mu: float, delta: float) -> float:
@@ -79,18 +110,28 @@ def epsilon_from_mu(mu: float, delta: float) -> float:
     >>> round(epsilon_from_mu(0.2681, 1e-5), 3)
     1.0
     """
+    mu = _up_to("mu", mu, _LARGEST_MU)
     return _smallest_epsilon(delta_from_mu, mu, delta)
 
 
+def _up_to(name, parameter, largest):
+    number = arguments.positive(name, parameter)
+    if number > largest:
+        raise ValueError(f"Expected {name} in (0, {largest:g}], found {number}.")
+    return number
+
+
 def _smallest_epsilon(delta_from, parameter, delta):
-    if not 0 < delta < 1:
-        raise ValueError(f"Expected delta in (0, 1), found {delta}.")
+    delta = _check_delta(delta)
     if delta_from(parameter, 0.0) <= delta:
         return 0.0
     upper = 1.0
     while delta_from(parameter, upper) > delta:
         upper *= 2
-    return float(brentq(lambda epsilon: delta_from(parameter, epsilon) - delta, 0.0, upper, xtol=1e-13, rtol=1e-13))
+    root = float(brentq(lambda epsilon: delta_from(parameter, epsilon) - delta, 0.0, upper, xtol=1e-18, rtol=1e-13))
+    while delta_from(parameter, root) > delta:  # never below what is known by the root's last bits
+        root += 1e-13 * max(root, 1e-4)
+    return root
 
 
 def delta_from_rho(rho: float, epsilon: float) -> float:
@@ -103,10 +144,8 @@ def delta_from_rho(rho: float, epsilon: float) -> float:
     >>> round(delta_from_rho(0.5, 1.0), 4)
     0.2468
     """
-    if not (0 < rho < math.inf):
-        raise ValueError(f"Expected a finite rho > 0, found {rho}.")
-    if not (0 <= epsilon < math.inf):
-        raise ValueError(f"Expected a finite epsilon >= 0, found {epsilon}.")
+    rho = arguments.positive("rho", rho)
+    epsilon = arguments.not_negative("epsilon", epsilon)
 
     def slope(x):  # x = log(alpha - 1); log(1 - 1/alpha) = -log(1 + 1/(alpha - 1))
         return (1 + 2 * math.exp(x)) * rho - epsilon - math.log1p(math.exp(-x))
@@ -129,42 +168,72 @@ def rho_from_budget(epsilon: float, delta: float) -> float:
 
 def epsilon_from_rho(rho: float, delta: float) -> float:
     """The smallest epsilon for which rho-zCDP is known to imply (epsilon, delta)-DP."""
+    rho = _up_to("rho", rho, _LARGEST_RHO)
     return _smallest_epsilon(delta_from_rho, rho, delta)
 
 
-def check_budget(epsilon: float, delta: float) -> None:
-    """Raises ValueError unless 0 < epsilon < inf and 0 < delta < 1."""
-    if not 0 < epsilon <= sys.float_info.max:
-        raise ValueError(f"Expected a finite epsilon > 0, found {epsilon=}.")
-    if not 0 < delta < 1:
-        raise ValueError(f"Expected delta in (0, 1), found {delta=}.")
+def check_budget(epsilon: Any, delta: Any) -> tuple[float, float]:
+    """The budget as Python floats.
+
+    Args:
+      epsilon: one real number in [1e-4, 1e4].
+      delta: one real number in [1e-30, 0.999].
+
+    Raises:
+      ValueError: for anything else.
+
+    >>> check_budget(np.float32(0.5), 1e-5)
+    (0.5, 1e-05)
+    """
+    return check_epsilon(epsilon), _check_delta(delta)
+
+
+def check_epsilon(epsilon: Any) -> float:
+    """One real number in [1e-4, 1e4] as a Python float; ValueError for anything else."""
+    epsilon = arguments.real("epsilon", epsilon)
+    least, most = EPSILON_RANGE
+    if not least <= epsilon <= most:
+        raise ValueError(f"Expected epsilon in [{least:g}, {most:g}], found {epsilon=}.")
+    return epsilon
+
+
+def _check_delta(delta):
+    delta = arguments.real("delta", delta)
+    least, most = DELTA_RANGE
+    if not least <= delta <= most:
+        raise ValueError(f"Expected delta in [{least:g}, {most:g}], found {delta=}.")
+    return delta
 
 
 def noise_multiplier(mu: float, relation: NeighboringRelation) -> float:
     """z, the standard deviation of the noise on S in units of the clip norm: Delta / (C mu)."""
-    return sensitivity(1.0, relation) / mu
+    return _unit_sensitivity(relation) / arguments.positive("mu", mu)
 
 
 def mu_from_noise(noise_multiplier: float, relation: NeighboringRelation) -> float:
     """The exact mu of one release with noise multiplier z."""
-    return sensitivity(1.0, relation) / noise_multiplier
+    return _unit_sensitivity(relation) / arguments.positive("noise_multiplier", noise_multiplier)
+
+
+def _unit_sensitivity(relation):
+    return sensitivity(1.0, arguments.neighboring_relation(relation))
 
 
 def compose(mus: Iterable[float]) -> float:
     """mu of several releases on the same data, each of which may depend on those before it."""
-    return math.sqrt(math.fsum(mu * mu for mu in mus))
+    return math.hypot(*(arguments.not_negative("mu", mu) for mu in mus))
 
 
 def zcdp_rho(mu: float) -> float:
     """rho of zero-concentrated DP; rho adds over releases."""
-    return mu * mu / 2
+    return arguments.not_negative("mu", mu) ** 2 / 2
 
 
 def zcdp_event(rhos: Iterable[float]) -> ComposedDpEvent:
     """Releases that are rho-zCDP as a dp_accounting event, for its RDP accountant."""
-    return ComposedDpEvent([ZCDpEvent(rho) for rho in rhos])
+    return ComposedDpEvent([ZCDpEvent(arguments.positive("rho", rho)) for rho in rhos])
 
 
 def dp_event(mus: Iterable[float]) -> ComposedDpEvent:
     """The releases as a dp_accounting event, for any accountant under ADD_OR_REMOVE_ONE."""
-    return ComposedDpEvent([GaussianDpEvent(1 / mu) for mu in mus])
+    return ComposedDpEvent([GaussianDpEvent(1 / arguments.positive("mu", mu)) for mu in mus])

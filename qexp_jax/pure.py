@@ -40,7 +40,7 @@ from dp_accounting import NeighboringRelation
 from scipy.optimize import brentq
 from scipy.stats import gamma
 
-from qexp_jax import truncated
+from qexp_jax import arguments, privacy, truncated
 from qexp_jax.clipping import sensitivity
 from qexp_jax.mechanism import Quadratic, protecting_key, release_step
 from qexp_jax.precision import uncolor
@@ -58,7 +58,7 @@ def knorm_draw(
       key: secret, typed.
       quadratic: utility.
       l2_clip_norm: C.
-      epsilon: > 0.
+      epsilon: in [1e-4, 1e4].
       relation: neighbouring relation.
 
     Formal guarantee: epsilon-DP, hence zCDP with rho = epsilon^2 / 2, for real arithmetic and ideal noise.
@@ -91,6 +91,8 @@ def knorm_expected_excess(
     >>> round(knorm_expected_excess(10, 1.0, 1.0, NeighboringRelation.REPLACE_SPECIAL, 1000), 8)
     5.5e-05
     """
+    dim = arguments.count("dim", dim)
+    num_units = arguments.count("num_units", num_units)
     return dim * (dim + 1) * _knorm_scale(l2_clip_norm, epsilon, relation) ** 2 / (2 * num_units**2)
 
 
@@ -103,13 +105,16 @@ def knorm_excess_quantile(
     num_units: int,
 ) -> float:
     """The exact quantile of the same excess, a squared Gamma(k) variable."""
+    probability = arguments.proportion("probability", probability)
+    dim = arguments.count("dim", dim)
+    num_units = arguments.count("num_units", num_units)
     length = _knorm_scale(l2_clip_norm, epsilon, relation) * float(gamma.ppf(probability, dim))
     return length**2 / (2 * num_units**2)
 
 
 def _knorm_scale(l2_clip_norm, epsilon, relation):
-    _check_positive(l2_clip_norm=l2_clip_norm, epsilon=epsilon)
-    return sensitivity(l2_clip_norm, relation) / epsilon
+    clip_norm = arguments.positive("l2_clip_norm", l2_clip_norm)
+    return sensitivity(clip_norm, arguments.neighboring_relation(relation)) / privacy.check_epsilon(epsilon)
 
 
 class Ball(NamedTuple):
@@ -156,24 +161,28 @@ def calibrate_ball(
       dim: k.
       num_units: N, public.
       l2_clip_norm: C.
-      epsilon: > 0.
+      epsilon: in [1e-4, 1e4].
       relation: neighbouring relation.
       radius: r, public; by default B/N, so that the ball just holds the minimiser of every allowed sum.
       sum_bound: B, public, at most N C, which is the default. Sums beyond it are moved to it: bias instead of noise.
 
     Raises:
-      ValueError: for numbers that are not positive, or so large that the draw would need more than 2^20 cells.
+      ValueError: for numbers that are not positive or beyond their range, or so large that the draw would need more
+        than 2^20 cells.
 
     >>> zero_out = NeighboringRelation.REPLACE_SPECIAL
     >>> ball = calibrate_ball(dim=3, num_units=100, l2_clip_norm=1.0, epsilon=1.0, relation=zero_out, radius=2.0)
     >>> round(ball.inverse_temperature / (1.0 / (2 * 2.0 * 1.0)), 2)  # over the textbook's
     1.33
     """
-    _check_positive(dim=dim, num_units=num_units, l2_clip_norm=l2_clip_norm, epsilon=epsilon)
-    delta = sensitivity(l2_clip_norm, relation)
-    sum_bound = num_units * l2_clip_norm if sum_bound is None else min(sum_bound, num_units * l2_clip_norm)
-    radius = sum_bound / num_units if radius is None else radius
-    _check_positive(radius=radius, sum_bound=sum_bound)
+    dim = arguments.count("dim", dim)
+    num_units = arguments.count("num_units", num_units)
+    l2_clip_norm = arguments.positive("l2_clip_norm", l2_clip_norm)
+    epsilon = privacy.check_epsilon(epsilon)
+    delta = sensitivity(l2_clip_norm, arguments.neighboring_relation(relation))
+    largest_sum = num_units * l2_clip_norm
+    sum_bound = largest_sum if sum_bound is None else min(arguments.positive("sum_bound", sum_bound), largest_sum)
+    radius = sum_bound / num_units if radius is None else arguments.positive("radius", radius)
 
     def spent(beta):
         return exact_epsilon(dim, num_units, delta, radius, sum_bound, beta)
@@ -185,7 +194,9 @@ def calibrate_ball(
     cells = max(_LEAST_CELLS, math.ceil(math.sqrt(eta / (_ERROR_SHARE * epsilon))))
     if cells > _MOST_CELLS:
         raise ValueError(f"Expected a ball draw of at most 2^20 cells, found {cells}: {num_units=}, {radius=}, {dim=}.")
-    beta = brentq(lambda beta: spent(beta) - target, textbook / 2, 2 * textbook, xtol=1e-14, rtol=1e-12)
+    # In units of the textbook's: beta may be of any scale, and a tolerance is not.
+    multiple = brentq(lambda multiple: spent(multiple * textbook) - target, 0.5, 2.0, xtol=1e-14, rtol=1e-12)
+    beta = multiple * textbook
     concentration = beta * num_units * radius**2
     error = truncated.density_error(dim, concentration, centre, cells)
     mu = delta * math.sqrt(beta / num_units)
@@ -197,6 +208,12 @@ def exact_epsilon(
     dim: int, num_units: int, delta: float, radius: float, sum_bound: float, inverse_temperature: float
 ) -> float:
     """beta r Delta + log Z(B) - log Z(B - Delta): the pure epsilon of the exact ball law at beta; Delta is `delta`."""
+    dim = arguments.count("dim", dim)
+    num_units = arguments.count("num_units", num_units)
+    delta = arguments.positive("delta", delta)
+    radius = arguments.positive("radius", radius)
+    sum_bound = arguments.positive("sum_bound", sum_bound)
+    inverse_temperature = arguments.positive("inverse_temperature", inverse_temperature)
     concentration = inverse_temperature * num_units * radius**2
     upper, lower = (s / (num_units * radius) for s in (sum_bound, max(0.0, sum_bound - delta)))
     # log Z(s) = log int exp(-kappa |y - m|^2 / 2) + kappa m^2 / 2, with m = s / (N r).
@@ -255,11 +272,5 @@ def ball_expected_excess(ball: Ball, sum_norm: float) -> float:
       sum_norm: a **public** guess of |S|, at most `ball.sum_bound`; the actual one is private.
     """
     concentration = ball.inverse_temperature * ball.num_units * ball.radius**2
-    centre = min(sum_norm, ball.sum_bound) / (ball.num_units * ball.radius)
+    centre = min(arguments.not_negative("sum_norm", sum_norm), ball.sum_bound) / (ball.num_units * ball.radius)
     return ball.radius**2 * truncated.mean_excess(ball.dim, concentration, centre)
-
-
-def _check_positive(**values):
-    for name, value in values.items():
-        if not 0 < value < math.inf:
-            raise ValueError(f"Expected a finite {name} > 0, found {value}.")

@@ -34,6 +34,8 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.special import logsumexp
 
+from qexp_jax import arguments
+
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(32)
 _TAIL = 32.0  # what J leaves out is below exp(-32) of it
 
@@ -44,7 +46,10 @@ def density_error(dim: int, concentration: float, max_centre: float, num_cells: 
     >>> density_error(10, 1000.0, 1.0, num_cells=4096) < 1e-3
     True
     """
-    width = math.pi / (2 * num_cells)
+    dim = arguments.count("dim", dim)
+    concentration = arguments.positive("concentration", concentration)
+    max_centre = arguments.not_negative("max_centre", max_centre)
+    width = math.pi / (2 * arguments.count("num_cells", num_cells))
     across = dim + 3 + concentration * (2 * max(0.5, max_centre) + 1)
     return width**2 * (across * (dim > 1) + 2 * concentration / math.pi**2)
 
@@ -57,11 +62,16 @@ def log_mass(dim: int, concentration: float, centre: float) -> float:
       concentration: kappa > 0.
       centre: |m| >= 0.
     """
+    concentration = arguments.positive("concentration", concentration)
+    centre = arguments.not_negative("centre", centre)
     return log_excess_mass(dim, concentration, centre) - concentration * max(0.0, centre - 1) ** 2 / 2
 
 
 def log_excess_mass(dim: int, concentration: float, centre: float) -> float:
     """The same for exp(-kappa (|y - m|^2 - d^2) / 2), where d is the distance of m from the ball."""
+    dim = arguments.count("dim", dim)
+    concentration = arguments.positive("concentration", concentration)
+    centre = arguments.not_negative("centre", centre)
     if dim == 1:
         return float(_log_mean(concentration, centre, np.ones(1), np)[0] + np.log(2))
     # The midpoint rule in chi: its integrand is smooth and needs no end, so that it converges like a spectral method.
@@ -73,6 +83,7 @@ def log_excess_mass(dim: int, concentration: float, centre: float) -> float:
 
 def mean_excess(dim: int, concentration: float, centre: float) -> float:
     """E[|y - m|^2 - d^2] / 2, by central differences of `log_excess_mass` in kappa, to about 1e-6 of it."""
+    concentration = arguments.positive("concentration", concentration)
     step = 1e-3 * concentration
     low, high = (log_excess_mass(dim, concentration + sign * step, centre) for sign in (-1, 1))
     return (low - high) / (2 * step)
@@ -87,6 +98,8 @@ def draw(key: jax.Array, mean: jax.Array, concentration: float, num_cells: int) 
       concentration: kappa > 0, static.
       num_cells: static; `density_error` says how exact it makes the draw.
     """
+    concentration = arguments.positive("concentration", concentration)
+    num_cells = arguments.count("num_cells", num_cells)
     cell_key, point_key, direction_key = jax.random.split(key, 3)
     # Gumbel-max needs no cumulative sum, which would lose cells of small mass.
     gumbels = jax.random.gumbel(cell_key, (2, num_cells), mean.dtype, mode="high")

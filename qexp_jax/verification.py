@@ -4,26 +4,35 @@
     shares       each share's mu and rho from its noise multiplier and the sensitivity of the relation
     composition  mu^2 = sum mu_t^2, rho = sum rho_t
     curve        delta(epsilon) from mu, exactly, or from rho where the release is hardened
-    accountant   dp_accounting's, on an event made from the noise multipliers alone: its privacy loss distribution, or
-                 RDP where the release is hardened
+    accountant   delta(epsilon) of dp_accounting from the noise multipliers alone: by its privacy loss distribution, or
+                 by RDP where the release is hardened or delta below 1e-12
+    words        texts and names that carry a promise are among those that this library writes
 
 What it cannot check is in the certificate's assumptions: that the release was made as the certificate says.
 """
 
+import collections
+import functools
 import math
 import re
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from dp_accounting import NeighboringRelation, pld, rdp
+import numpy as np
+from dp_accounting import NeighboringRelation, rdp
+from dp_accounting.pld import privacy_loss_distribution as pld
 
 from qexp_jax import privacy
-from qexp_jax.certificate import MECHANISMS, NEIGHBORS, SCHEMA, assumptions
+from qexp_jax.certificate import MECHANISMS, NEIGHBORS, PRIVACY_UNITS, PRNG_IMPL, SCHEMA, VERSIONS, assumptions
 from qexp_jax.clipping import sensitivity
+from qexp_jax.hardened import INTEGER_CLIP_NORM
+from qexp_jax.subspace import is_certified_name
 
 _RELATIVE = 1e-9
-_PLD_UP_TO, _PLD_DELTA_FROM = 5.0, 1e-15  # beyond, a privacy loss distribution takes seconds or is truncated
+_PLD_DELTA_FROM = 1e-12  # below, a privacy loss distribution is lost in the rounding of its convolutions
+_CELLS_PER_MU, _MOST_CELLS = 1000, 1e6
+_ORDERS = (1 + np.geomspace(1e-3, 1e10, 400)).tolist()
 _SHARE_SENSITIVITY = {"gradient": sensitivity}  # in units of the share's clip norm
 
 
@@ -44,23 +53,30 @@ def _one_of(values):
     return _Kind(f"one of {list(values)}", lambda x: isinstance(x, str) and x in values)
 
 
-_NUMBER = _Kind("a finite number", _is_number)
+def _within(least, most):
+    return _Kind(f"a number in [{least:g}, {most:g}]", lambda x: _is_number(x) and least <= x <= most)
+
+
 _NOT_NEGATIVE = _Kind("a finite number >= 0", lambda x: _is_number(x) and x >= 0)
 _POSITIVE = _Kind("a finite number > 0", lambda x: _is_number(x) and x > 0)
-_PROBABILITY = _Kind("a number in [0, 1]", lambda x: _is_number(x) and 0 <= x <= 1)
+_PROBABILITY = _within(0, 1)
+_SHARE = _within(0, 1 + 1e-6)  # of float32 numbers, which add up to one within their rounding
 _POSITIVE_OR_NONE = _Kind("null or a finite number > 0", lambda x: x is None or (_is_number(x) and x > 0))
+_ROUNDING = _Kind("a number in [0, 0.25)", lambda x: _is_number(x) and 0 <= x < 0.25)
 _COUNT = _Kind("an integer in [1, 2^63)", lambda x: _is_integer(x) and 1 <= x < 2**63)
 _TEXT = _Kind("a text", lambda x: isinstance(x, str) and x != "")
 _SHA256 = _Kind("a SHA-256 digest", lambda x: isinstance(x, str) and re.fullmatch("[0-9a-f]{64}", x) is not None)
 _SHA256_OR_NONE = _Kind("null or a SHA-256 digest", lambda x: x is None or _SHA256.holds(x))
+_SUBSPACE = _Kind("a name of a subspace of this library", lambda x: isinstance(x, str) and is_certified_name(x))
+_VERSION = _Kind("the number of a version", lambda x: isinstance(x, str) and VERSIONS.fullmatch(x) is not None)
 _FLAG = _Kind("true or false", lambda x: isinstance(x, bool))
 
 _FIELDS: dict[str, Any] = {
     "schema": _Kind(repr(SCHEMA), lambda x: isinstance(x, str) and x == SCHEMA),
     "mechanism": _TEXT,
     "hardened": _FLAG,
-    "epsilon": _POSITIVE,
-    "delta": _Kind("a number in (0, 1)", lambda x: _is_number(x) and 0 < x < 1),
+    "epsilon": _within(*privacy.EPSILON_RANGE),
+    "delta": _within(*privacy.DELTA_RANGE),
     "mu": _POSITIVE_OR_NONE,
     "zcdp_rho": _POSITIVE,
     "privacy_curve": [{"epsilon": _NOT_NEGATIVE, "delta": _PROBABILITY}],
@@ -74,26 +90,36 @@ _FIELDS: dict[str, Any] = {
     ],
     "neighboring_relation": _one_of([relation.name for relation in NeighboringRelation]),
     "neighbors": _TEXT,
-    "privacy_unit": _TEXT,
+    "privacy_unit": _one_of(PRIVACY_UNITS),
     "num_units": _COUNT,
     "num_units_from": _one_of(["slots", "public_count"]),
     "rounds": _COUNT,
     "most_rounds": _COUNT,
     "mu_per_round": _POSITIVE_OR_NONE,
     "noise_multiplier": _POSITIVE,
-    "geometries": [{"tuned_dim": _COUNT, "l2_clip_norm": _POSITIVE}],
+    "geometries": [{"tuned_dim": _COUNT, "l2_clip_norm": _POSITIVE, "rounding": _ROUNDING}],
     "discrete_noise": _Kind("null or a mapping", lambda x: x is None or isinstance(x, dict)),
-    "subspace": _TEXT,
+    "subspace": _SUBSPACE,
     "subspace_dim": _COUNT,
     "precision_rank": _COUNT,
     "damping": _POSITIVE,
     "expected_excess_loss_per_round": _NOT_NEGATIVE,
-    "public_evidence": _Kind("a mapping", lambda x: isinstance(x, dict) and all(isinstance(name, str) for name in x)),
+    "public_evidence": {
+        "largest_curvature": _POSITIVE,
+        "leading_share_of_energy": _SHARE,
+        "tolerated_noise": _POSITIVE,
+        "longest_length": _NOT_NEGATIVE,
+        "expected_length": _NOT_NEGATIVE,
+        "tuned_at_first": _COUNT,
+        "public_fraction_clipped": _SHARE,
+        "clipping_pull_in_clip_norms": _NOT_NEGATIVE,
+        "clip_norm_share_under_heavy_shift": _SHARE,
+    },
     "provenance": {"anchor_sha256": _SHA256, "public_records_sha256": _SHA256, "subspace_sha256": _SHA256_OR_NONE},
     "dtype": _one_of(["float32", "float64"]),
-    "prng_impl": _TEXT,
+    "prng_impl": _one_of([PRNG_IMPL]),
     "assumptions": [_TEXT],
-    "versions": {"qexp_jax": _TEXT, "jax": _TEXT, "dp_accounting": _TEXT},
+    "versions": {"qexp_jax": _VERSION, "jax": _VERSION, "dp_accounting": _VERSION},
 }
 _DISCRETE_NOISE = {"l2_clip_norm": _COUNT, "scale": _COUNT}
 
@@ -115,8 +141,6 @@ def verify(certificate: dict[str, Any]) -> None:
       Gaussian).
     """
     _conform(certificate, _FIELDS, "certificate")
-    for name, value in certificate["public_evidence"].items():
-        _conform(value, _NUMBER, f"public_evidence.{name}")
     relation = NeighboringRelation[certificate["neighboring_relation"]]
     _check_words(certificate, relation)
     _check_counts(certificate, relation)
@@ -154,8 +178,7 @@ def _expect(field, found, expected, relative=_RELATIVE):
 def _check_words(certificate, relation):
     _expect("neighbors", certificate["neighbors"], NEIGHBORS[relation])
     _expect("mechanism", certificate["mechanism"], MECHANISMS[certificate["hardened"]])
-    expected = assumptions(certificate["hardened"], certificate["prng_impl"])
-    _expect("assumptions", certificate["assumptions"], expected)
+    _expect("assumptions", certificate["assumptions"], assumptions(certificate["hardened"]))
 
 
 def _check_counts(certificate, relation):
@@ -174,6 +197,10 @@ def _check_counts(certificate, relation):
         )
     dims = sorted({certificate["subspace_dim"], certificate["precision_rank"]}, reverse=True)
     _expect("geometries.tuned_dim", [geometry["tuned_dim"] for geometry in certificate["geometries"]], dims)
+    tuned = [geometry["tuned_dim"] for geometry in certificate["geometries"]]
+    first = certificate["public_evidence"]["tuned_at_first"]
+    if first not in tuned:
+        raise ValueError(f"Certificate field 'public_evidence.tuned_at_first': expected one of {tuned}, found {first}.")
 
 
 def _check_shares(certificate, relation):
@@ -191,6 +218,7 @@ def _check_discrete_noise(certificate):
     if not certificate["hardened"]:
         return _expect("discrete_noise", noise, None)
     _conform(noise, _DISCRETE_NOISE, "discrete_noise")
+    _expect("discrete_noise.l2_clip_norm", noise["l2_clip_norm"], INTEGER_CLIP_NORM)
     _expect("discrete_noise.scale", noise["scale"] / noise["l2_clip_norm"], certificate["noise_multiplier"])
 
 
@@ -217,16 +245,37 @@ def _slack(certificate):
 
 
 def _check_accountant(certificate, relation):
-    """dp_accounting on the noise multipliers alone; its epsilons are upper bounds, and coarse where they are small."""
+    """dp_accounting on the noise multipliers alone, at the certificate's epsilon."""
     mus = [_SHARE_SENSITIVITY[s["purpose"]](1.0, relation) / s["noise_multiplier"] for s in certificate["budget"]]
     epsilon, delta = certificate["epsilon"], certificate["delta"]
     if certificate["hardened"]:
-        accountant = rdp.RdpAccountant().compose(privacy.zcdp_event(mu**2 / 2 for mu in mus))
-        least = 0.9 * accountant.get_epsilon(delta) - 0.05
-    elif privacy.compose(mus) <= _PLD_UP_TO and delta >= _PLD_DELTA_FROM:
-        accountant = pld.PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE).compose(privacy.dp_event(mus))
-        least = 0.999 * accountant.get_epsilon(delta) - 0.001
+        least = 0.85 * _delta_of_rdp(mus, epsilon)  # up to a tenth above the least over all orders
+    elif delta >= _PLD_DELTA_FROM:
+        least = 0.99 * _least_delta_of_pld(mus, epsilon)
     else:
-        return
-    if epsilon < least:
-        raise ValueError(f"Certificate field 'epsilon': dp_accounting finds at least {least!r}, found {epsilon!r}.")
+        least = 0.02 * _delta_of_rdp(mus, epsilon)  # up to 25 times the exact one of a Gaussian
+    if delta < least:
+        raise ValueError(f"Certificate field 'delta': dp_accounting finds at least {least!r}, found {delta!r}.")
+
+
+def _delta_of_rdp(mus, epsilon):
+    """An upper bound, of orders a tenth apart."""
+    accountant = rdp.RdpAccountant(_ORDERS).compose(privacy.zcdp_event(mu**2 / 2 for mu in mus))
+    return float(accountant.get_delta(epsilon))
+
+
+def _least_delta_of_pld(mus, epsilon):
+    """A lower bound, by up to a tenth for 300 rounds: losses are rounded down to cells, small beside a share's mu."""
+    cell = max(max(mus) / _CELLS_PER_MU, 20 * privacy.compose(mus) / _MOST_CELLS)
+    distributions = [
+        pld.from_gaussian_mechanism(
+            1 / mu,
+            pessimistic_estimate=False,
+            value_discretization_interval=cell,
+            use_connect_dots=False,
+            neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE,
+        ).self_compose(times)
+        for mu, times in collections.Counter(mus).items()
+    ]
+    total = functools.reduce(lambda one, other: one.compose(other), distributions)
+    return float(total.get_delta_for_epsilon(epsilon))

@@ -211,7 +211,77 @@ def test_bounds_hold_at_the_stated_confidence():
     assert 0.9 < np.median(bounds) < 1
 
 
+def shown(key, data):
+    return data + 0 * jax.random.normal(key, (1,))
+
+
+@pytest.mark.parametrize(("confidence", "delta"), [(0.999, 1e-5), (0.6, 0.3), (0.01, 1e-5), (1 - 1e-9, 0.5)])
+def test_the_fewest_draws_find_the_plainest(confidence, delta):
+    """A mechanism that shows its data is found by the least number of draws, and no bound passes 0 with fewer."""
+    least = audit.least_draws(confidence, delta)
+    options = {"confidence": confidence, "delta": delta}
+    bound = audit.falsify(KEY, shown, jnp.zeros(1), jnp.ones(1), num_draws=least, **options)
+    assert bound.mu > 0 and bound.epsilon > 0
+    tested = least // 2 - 1
+    level = (1 - confidence) / 4
+    error = 1 - level ** (1 / tested)
+    assert least == 8 or audit.epsilon_bound(error, error, delta) <= 0
+    with pytest.raises(ValueError, match=f"num_draws >= {least}"):
+        audit.falsify(KEY, shown, jnp.zeros(1), jnp.ones(1), num_draws=least - 1, **options)
+
+
+BAD_AUDITS = [
+    *(("confidence", value) for value in (95, 0.0, 1.0, -1, float("nan"), "0.9", None)),
+    *(("delta", value) for value in (0.0, 1.0, -1e-5, float("nan"), "1e-5")),
+    *(("num_draws", value) for value in (0, 1, 7, 23, -1, 1e5, True, "many")),
+    *(("batch_size", value) for value in (0, -1, 2.0, True, None)),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_AUDITS)
+def test_audits_that_find_nothing_are_refused(name, value):
+    with pytest.raises(ValueError, match=name):
+        audit.falsify(KEY, shown, jnp.zeros(1), jnp.ones(1), **{name: value})
+
+
+def test_audits_take_scalars():
+    """Of NumPy and JAX, as their Python numbers."""
+    options = {"confidence": np.float32(0.9), "delta": jnp.bfloat16(0.01)}
+    found = audit.falsify(
+        KEY, shown, jnp.zeros(1), jnp.ones(1), num_draws=np.int64(80), batch_size=jnp.int32(7), **options
+    )
+    plain = {name: float(value) for name, value in options.items()}
+    assert found == audit.falsify(KEY, shown, jnp.zeros(1), jnp.ones(1), num_draws=80, batch_size=7, **plain)
+    assert found.confidence == float(np.float32(0.9))
+
+
 # --- Exact ---
+
+
+BAD_SEARCHES = {
+    "noise_std": {"noise_std": 0.0},
+    "noise_std ": {"noise_std": "1"},
+    "ascent_steps": {"ascent_steps": -1},
+    "ascent_steps ": {"ascent_steps": 2.0},
+    "candidates": {"candidates": {"g": jnp.zeros((0, K))}},
+    "neighboring_relation": {"relation": "REPLACE_ONE"},
+}
+
+
+@pytest.mark.parametrize("name", BAD_SEARCHES)
+def test_searches_for_nothing_are_refused(name):
+    arguments = {"candidates": {"g": BASE}, "noise_std": 1.0, "relation": ZERO_OUT} | BAD_SEARCHES[name]
+    with pytest.raises(ValueError, match=name.strip()):
+        audit.worst_neighbour(lambda data: library_sum(data["g"]), {"g": BASE}, **arguments)
+
+
+def test_exact_curves_check_their_numbers():
+    for mu, epsilon, name in ((np.nan, 1.0, "mu"), (-1.0, 1.0, "mu"), ("1", 1.0, "mu"), (0.0, np.nan, "epsilon")):
+        with pytest.raises(ValueError, match=name):
+            audit.attained_delta(mu, epsilon)
+    with pytest.raises(ValueError, match="noise_std"):
+        audit.attained_mu(jnp.ones(2), jnp.zeros(2), 0.0)
+    assert audit.attained_delta(jnp.float32(np.inf), np.float32(1)) == 1.0
 
 
 def test_the_worst_neighbour_attains_the_claim_and_no_more():
@@ -279,3 +349,28 @@ def test_canaries_beyond_the_dimension_keep_their_norm_and_jax_privacy_is_asked_
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match="pip install 'jax_privacy"):
         audit.one_run_epsilon(KEY, lambda k, included: canaries[0], canaries)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("guessed", 0.0), ("guessed", 1.0), ("guessed", 10), ("confidence", 95), ("delta", 0.0), ("delta", "1e-5")],
+)
+def test_one_run_takes_shares(name, value):
+    with pytest.raises(ValueError, match=name):
+        audit.one_run_epsilon(KEY, lambda k, included: included @ jnp.eye(90), jnp.eye(90), **{name: value})
+
+
+def test_too_few_guesses_are_refused():
+    """Five right guesses of coins have a chance of 1/32: at a confidence of .95 four could never refute anything."""
+    pytest.importorskip("jax_privacy")
+    canaries = 100 * jnp.eye(50)
+    release = lambda key, included: included @ canaries[:, :50]
+    assert audit.one_run_epsilon(KEY, release, canaries) > 0
+    for few in (canaries[:40], canaries[:1], canaries[:0]):
+        with pytest.raises(ValueError, match="at least 5 canaries"):
+            audit.one_run_epsilon(KEY, lambda key, included, few=few: included @ few, few)
+    with pytest.raises(ValueError, match="canaries of shape"):
+        audit.one_run_epsilon(KEY, release, canaries[0])
+    for bad in ({"num_canaries": 0}, {"dim": 2.0}, {"l2_clip_norm": -1.0}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            audit.make_canaries(KEY, **({"num_canaries": 3, "dim": 4, "l2_clip_norm": 1.0} | bad))

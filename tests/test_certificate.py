@@ -1,8 +1,12 @@
 """A certificate verifies as issued and after JSON; each corrupted one is refused with the field's name."""
 
 import copy
+import dataclasses
+import decimal
+import fractions
 import hashlib
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -35,19 +39,19 @@ def make_plan(rounds=3):
 PLAN = make_plan()
 
 
-def issued(relation=NeighboringRelation.REPLACE_SPECIAL, epsilon=1.0, delta=1e-5, discrete=False, **changes):
+def issued(relation=NeighboringRelation.REPLACE_SPECIAL, epsilon=1.0, delta=1e-5, discrete=False, plan=PLAN, **changes):
     """A certificate as `fine_tune` issues it."""
-    rho = privacy.rho_from_budget(epsilon, delta)
-    mu = (2 * rho) ** 0.5 if discrete else privacy.mu_from_budget(epsilon, delta)
-    z = privacy.noise_multiplier(mu / PLAN.rounds**0.5, relation)
+    mu = (hardened if discrete else privacy).mu_from_budget(epsilon, delta)
+    z = privacy.noise_multiplier(mu / plan.rounds**0.5, relation)
     noise = None
     if discrete:
         noise = hardened.discrete_noise(z, 3)
         z = noise.multiplier
     arguments = {
         "epsilon": epsilon, "delta": delta, "relation": relation, "num_units": 50, "num_units_from": "public_count",
-        "unit": "one record", "noise_multiplier": z, "plan": PLAN, "discrete_noise": noise, "prng_impl": "threefry2x32",
+        "unit": "one record", "noise_multiplier": z, "plan": plan, "discrete_noise": noise, "prng_impl": "threefry2x32",
         "provenance": certificates.make_provenance(PARAMS, PUBLIC, None),
+        "roundings": [0.0] * len(PLAN.geometries.l2_clip_norm),
     }  # fmt: skip
     return certificates.make_certificate(**arguments | changes)
 
@@ -69,14 +73,163 @@ def test_other_budgets_verify(epsilon, delta, discrete):
     qexp_jax.verify(issued(epsilon=epsilon, delta=delta, discrete=discrete))
 
 
+def random_budgets(count):
+    """Log-uniform over the documented range."""
+    rng = np.random.default_rng(0)
+    for _ in range(count):
+        epsilon, delta = (math.exp(rng.uniform(*np.log(ends))) for ends in (privacy.EPSILON_RANGE, privacy.DELTA_RANGE))
+        relation = RELATIONS[rng.integers(len(RELATIONS))]
+        rounds = int(rng.choice([1, 2, 8, 12, 24, 80, 300]))
+        yield relation, epsilon, delta, bool(rng.integers(2)), PLAN._replace(rounds=rounds, most_rounds=rounds)
+
+
+def test_random_budgets_verify():
+    """What a release certifies is accepted, over the whole range, for all relations and numbers of rounds."""
+    refused = []
+    for budget in random_budgets(1000):
+        try:
+            qexp_jax.verify(issued(*budget))
+        except ValueError as error:
+            refused.append((*budget[:4], budget[4].rounds, str(error)))
+    assert not refused, (len(refused), refused[:5])
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+@pytest.mark.parametrize("epsilon", [1e-4, 1e4])
+@pytest.mark.parametrize("delta", [1e-30, 0.999])
+def test_corners_of_the_range_verify(epsilon, delta, discrete):
+    for rounds in (1, 80):
+        plan = PLAN._replace(rounds=rounds, most_rounds=rounds)
+        certificate = issued(NeighboringRelation.REPLACE_ONE, epsilon, delta, discrete, plan)
+        qexp_jax.verify(certificate)
+        assert certificate["noise_multiplier"] < 2**27
+
+
+@pytest.mark.parametrize(
+    "budget", [{"epsilon": 0.99e-4}, {"epsilon": 1.01e4}, {"delta": 0.99e-30}, {"delta": 0.9991}], ids=str
+)
+def test_budgets_outside_the_range_are_refused(budget):
+    """By who makes a certificate and by who reads one."""
+    with pytest.raises(ValueError, match=f"Expected {next(iter(budget))} in"):
+        issued(**budget)
+    with pytest.raises(ValueError, match=f"{next(iter(budget))}'"):
+        qexp_jax.verify(PLAIN | budget)
+
+
+SCALARS = [
+    np.float16, np.float32, np.float64, np.longdouble, jnp.float16, jnp.bfloat16, jnp.float32,
+    fractions.Fraction, decimal.Decimal, np.asarray,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+@pytest.mark.parametrize("scalar", SCALARS, ids=lambda scalar: scalar.__name__)
+def test_scalars_of_all_types_verify(scalar, discrete):
+    """The budget is `float(scalar)`: the certificate is that of the Python floats, and JSON knows all of it."""
+    epsilon, delta, count = scalar(0.7), scalar(1e-3), np.int16(50)
+    certificate = issued(epsilon=epsilon, delta=delta, discrete=discrete, num_units=count)
+    assert json.loads(json.dumps(certificate)) == issued(epsilon=float(epsilon), delta=float(delta), discrete=discrete)
+    qexp_jax.verify(certificate)
+
+
+def test_numbers_of_a_plan_may_be_scalars():
+    """Of NumPy and JAX, as arithmetic on them makes them."""
+    evidence = {k: np.int64(v) if isinstance(v, int) else np.float32(v) for k, v in PLAN.evidence.items()}
+    changes = {"rounds": np.int64(3), "most_rounds": jnp.int32(80), "damping": jnp.float32(0.5)}
+    plan = PLAN._replace(evidence=evidence, expected_cost=np.float32(0.1), **changes)
+    certificate = issued(plan=plan, noise_multiplier=np.float64(PLAIN["noise_multiplier"]))
+    qexp_jax.verify(json.loads(json.dumps(certificate)))
+
+
+@pytest.mark.parametrize("options", [{}, {"hardened": True}], ids=["plain", "hardened"])
+def test_releases_of_scalars_verify(options):
+    """Budget and counts as NumPy and JAX hold them."""
+    if options:
+        pytest.importorskip("opendp")
+    release = qexp_jax.fine_tune(
+        jax.random.key(0), loss, PARAMS, public=PUBLIC, private=jax.tree.map(lambda a: a[30:], DATA),
+        epsilon=np.float32(0.1), delta=jnp.bfloat16(1e-5), rounds=np.int64(2), public_count=np.int32(30), **options,
+    )  # fmt: skip
+    assert release.certificate["epsilon"] == float(np.float32(0.1))
+    assert release.certificate["delta"] == float(jnp.bfloat16(1e-5))
+    qexp_jax.verify(json.loads(json.dumps(release.certificate)))
+
+
+PROMISES = {
+    "prng_impl": ["rbg", "unsafe_rbg", "quantum", "threefry2x32 "],
+    "privacy_unit": ["everybody", "one Record", "one record of nobody"],
+    "subspace": [
+        "provably private", "full ", "directions in", "directions in nothing", "leaves matching head",
+        "given operator!", "leaves matching 'a' and provably private", "leaves matching 'it's'", "full, private",
+    ],
+    "versions.jax": ["latest", "1.0, audited", "v1", "1..2"],
+    "dtype": ["float16", "exact"],
+    "discrete_noise.l2_clip_norm": [2**19],
+    "public_evidence.audited": [1.0],
+    "public_evidence.public_fraction_clipped": [-0.1, 1.1],
+    "public_evidence.leading_share_of_energy": [-0.1, 1.1],
+    "public_evidence.clip_norm_share_under_heavy_shift": [-0.1, 1.1],
+    "public_evidence.tuned_at_first": [7],
+    "public_evidence.largest_curvature": [0.0, -1.0],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", PROMISES)
+def test_made_up_promises_are_refused(field):
+    """Fields that carry promises take known values only."""
+    certificate = HARDENED if field.startswith("discrete") else PLAIN
+    for value in PROMISES[field]:
+        with pytest.raises(ValueError, match=field.rpartition(".")[2]):
+            qexp_jax.verify(changed(certificate, field.split("."), value))
+
+
+def test_known_promises_verify():
+    for unit in certificates.PRIVACY_UNITS:
+        qexp_jax.verify(PLAIN | {"privacy_unit": unit})
+    for version in ("0.10", "1.2.3rc1", "0.11.0.dev20260101+0abc", "2!1.0.post1", "not installed"):
+        qexp_jax.verify(changed(PLAIN, ["versions", "jax"], version))
+
+
+WHERES = ["", "w", r"^w$|it's", r"w|\n", "w|\"|'", "w|é\n", "w|\\\\'"]
+
+
+def library_subspaces():
+    """One of each kind that the library makes, of the parameters of this module."""
+    key, space = jax.random.key(0), qexp_jax.subspace
+    full, gaussian = space.full(PARAMS), space.gaussian(key, PARAMS, 2)
+    composed = space.compose(gaussian, jnp.ones((2, 1)))
+    named = space.compose(full, jnp.eye(3)[:, :2], name="provably private")
+    top, _ = qexp_jax.curvature.top_eigenspace(loss, PARAMS, PUBLIC, 1, within=named)
+    quoted = [space.full(PARAMS, where=where) for where in WHERES]
+    return {
+        "directions in full": [named],
+        "directions in gaussian": [composed, space.compose(gaussian, jnp.ones((2, 1)), name="full")],
+        "gaussian": [gaussian, space.orthonormalise(gaussian), space.gaussian(key, PARAMS, 2, stored=False)],
+        "top eigenspace in directions in full": [space.compose(top, jnp.eye(1), name="provably private"), top],
+        "orthonormal": [space.orthonormal(key, PARAMS, 2)],
+        "count_sketch": [space.count_sketch(key, PARAMS, 2, where="w")],
+        "span": [space.span(PARAMS, {"w": jnp.eye(3)[:2]})],
+        "given operator": [dataclasses.replace(full, name="provably private")],
+    } | {f"leaves matching {where!r}": [s] for where, s in zip(WHERES, quoted, strict=True)}
+
+
+def test_names_of_subspaces_are_certified():
+    """Of whatever the library makes, and never a user's own text."""
+    for name, spaces in library_subspaces().items():
+        for space in spaces:
+            assert qexp_jax.subspace.certified_name(space) == name
+            plan = PLAN._replace(subspace=dataclasses.replace(PLAN.subspace, name=name))
+            qexp_jax.verify(PLAIN | {"subspace": issued(plan=plan)["subspace"]})
+
+
 def test_a_hardened_certificate_promises_zcdp_and_not_mu():
     assert HARDENED["mu"] is None and HARDENED["mu_per_round"] is None
     noise = HARDENED["discrete_noise"]
     rho = 3 * (noise["l2_clip_norm"] / noise["scale"]) ** 2 / 2
     np.testing.assert_allclose(HARDENED["zcdp_rho"], rho, rtol=1e-12)
     assert privacy.delta_from_rho(rho, 1.0) <= 1e-5
-    assert not any("Idealised" in words for words in HARDENED["assumptions"])
-    assert any("Idealised" in words for words in PLAIN["assumptions"])
+    assert not any("Ideal Gaussian" in words for words in HARDENED["assumptions"])
+    assert any("Ideal Gaussian" in words for words in PLAIN["assumptions"])
     assert HARDENED["noise_multiplier"] > PLAIN["noise_multiplier"]
 
 
@@ -125,7 +278,7 @@ def test_a_value_of_another_kind_is_refused_with_its_field(certificate, path, va
 
 @pytest.mark.parametrize(("certificate", "path", "value"), LEAVES, ids=IDS)
 def test_a_value_that_the_others_contradict_is_refused(certificate, path, value):
-    if path[0] in FREE or (path[0] == "geometries" and path[-1] == "l2_clip_norm"):
+    if path[0] in FREE or (path[0] == "geometries" and path[-1] != "tuned_dim"):
         return
     if isinstance(value, bool) or value is None or isinstance(value, str):
         others = [not value] if isinstance(value, bool) else [0.3] if value is None else [value + " "]

@@ -10,7 +10,7 @@ from dp_accounting import NeighboringRelation
 from problems import quadratic_from, spd
 from scipy import special, stats
 
-from qexp_jax import mechanism, precision, privacy, pure, truncated
+from qexp_jax import accuracy, mechanism, precision, privacy, pure, truncated
 
 KEY = jax.random.key(23)
 ZERO_OUT = NeighboringRelation.REPLACE_SPECIAL
@@ -253,6 +253,57 @@ def test_impossible_numbers_are_refused():
         with pytest.raises(ValueError, match="Expected"):
             calibrated(**bad)
     assert calibrated(num_units=1, epsilon=0.1, relation=NeighboringRelation.REPLACE_ONE).epsilon <= 0.1
+
+
+def test_calibration_holds_at_any_scale():
+    """Beta is a number of any scale: its search ends by a share of it, or the draw would spend more than was asked."""
+    for clip_norm in (1e-12, 1.0, 1e12):
+        for epsilon in (1e-4, 1.0, 30.0):
+            ball = pure.calibrate_ball(dim=2, num_units=3, l2_clip_norm=clip_norm, epsilon=epsilon, relation=ZERO_OUT)
+            assert 0.997 * epsilon < ball.epsilon <= epsilon
+
+
+SCALARS = [np.float16, np.float32, np.longdouble, jnp.bfloat16, jnp.float32]
+
+
+@pytest.mark.parametrize("scalar", SCALARS)
+def test_scalars_calibrate_as_floats(scalar):
+    counts = {"dim": np.int32(4), "num_units": jnp.int32(40)}
+    numbers = {"l2_clip_norm": scalar(1.5), "epsilon": scalar(0.7), "radius": scalar(2.1), "sum_bound": scalar(12)}
+    plain = {name: float(value) for name, value in numbers.items()}
+    expected = pure.calibrate_ball(dim=4, num_units=40, relation=ZERO_OUT, **plain)
+    found = pure.calibrate_ball(relation=ZERO_OUT, **counts, **numbers)
+    assert found == expected and [type(x) for x in found] == [type(x) for x in expected]
+    terms = ["l2_clip_norm", "epsilon"]
+    excess = pure.knorm_expected_excess(np.int64(4), *map(numbers.get, terms), ZERO_OUT, np.int64(40))
+    assert excess == pure.knorm_expected_excess(4, *map(plain.get, terms), ZERO_OUT, 40)
+    quantile = pure.knorm_excess_quantile(scalar(0.5), np.int64(4), *map(numbers.get, terms), ZERO_OUT, np.int64(40))
+    assert quantile == pure.knorm_excess_quantile(0.5, 4, *map(plain.get, terms), ZERO_OUT, 40)
+    assert accuracy.expected_excess(np.int64(4), scalar(0.7), np.int64(40)) == accuracy.expected_excess(
+        4, plain["epsilon"], 40
+    )
+
+
+BAD = {
+    "dim": [0, 2.0, True, "4", None],
+    "num_units": [0, 40.0, np.float32(40), False],
+    "epsilon": [0.0, 1e-300, 1e300, np.nan, "1", None, 1j, np.ones(2)],
+    "l2_clip_norm": [0.0, -1.0, np.inf, "1"],
+    "radius": [0.0, np.nan, "1"],
+    "sum_bound": [-1.0, np.inf, jnp.ones(1)],
+    "relation": ["REPLACE_ONE", None],
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_numbers_are_named(name):
+    good = {"dim": 4, "num_units": 40, "l2_clip_norm": 1.5, "epsilon": 1.0, "relation": ZERO_OUT}
+    for value in BAD[name]:
+        with pytest.raises(ValueError, match=name):
+            pure.calibrate_ball(**(good | {name: value}))
+        if name in ("dim", "num_units", "epsilon", "l2_clip_norm", "relation"):
+            with pytest.raises(ValueError, match=name):
+                pure.knorm_expected_excess(**(good | {name: value}))
 
 
 # --- The K-norm gradient mechanism ---
