@@ -28,6 +28,7 @@ import numpy as np
 
 from qexp_jax.curvature import leading_basis
 from qexp_jax.outer_products import Outer, Rows, whole
+from qexp_jax.rounding import of_sum
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 _AXES = 64
@@ -106,6 +107,33 @@ def along_each(directions: Directions | jax.Array, rows: Rows) -> jax.Array:
     return sum(found, start=_product(directions.others, whole(others).T).T if others else 0)
 
 
+def rounding(directions: Directions | jax.Array, rows: Rows) -> float:
+    """A bound on the error of `along_each` over a gradient's norm, |U g computed - U g| / |g|; of shapes alone."""
+    if not isinstance(directions, Directions):
+        return _rounding(directions.shape[1], len(directions))
+    others = directions.others.shape[1]
+    found = [_rounding(others, len(directions))] if others else []
+    for i, axes in enumerate(directions.factors):
+        is_outer = len(rows) > 1 and isinstance(rows[i], Outer)
+        found += [_rounding_along_products(axes, len(directions), is_outer)] if axes else []
+    return math.hypot(*found)
+
+
+def _rounding(length, rank):
+    """Of products with `rank` vectors of length 1, whose absolute values have a norm of at most sqrt(rank) together."""
+    return math.sqrt(min(length, rank)) * of_sum(length)
+
+
+def _rounding_along_products(axes, rank, is_outer):
+    """Products of orthonormal axes: the error of one factor is met by the whole of the other."""
+    lengths = [0 if axis.basis is None else len(axis.basis) for axis in axes]
+    dims = [len(axis.picks) for axis in axes]
+    found = sum(_rounding(length, dim) for length, dim in zip(lengths, dims, strict=True))
+    if is_outer:
+        return found + sum(_rounding(dim, dim) for dim in dims)
+    return found + _rounding(math.prod(dims), rank)
+
+
 def leading(rows: Rows, rank: int) -> Directions | jax.Array:
     """Directions of much energy: where gradients are outer products, `Directions`, else `curvature.leading_basis`.
 
@@ -166,6 +194,16 @@ def _picked(vectors, at):
         return tuple(_Axis(axis.basis, _picked(axis.picks, at)) for axis in vectors)
     inside = (at >= 0) & (at < vectors.shape[1])
     return jnp.where(inside, vectors[:, jnp.clip(at, 0, vectors.shape[1] - 1)], 0)
+
+
+def first(directions: Directions | jax.Array, count: int) -> Directions | jax.Array:
+    """The first `count` of them, of most energy."""
+    if not isinstance(directions, Directions):
+        return directions[:count]
+    cut = lambda axes: axes and tuple(_Axis(axis.basis, axis.picks[:, :count]) for axis in axes)
+    return dataclasses.replace(
+        directions, others=directions.others[:count], factors=tuple(map(cut, directions.factors))
+    )
 
 
 # --- what directions are made of ---

@@ -32,9 +32,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qexp_jax import privacy
+from qexp_jax import arguments, privacy
 from qexp_jax.clipping import ClipInfo, clip
 from qexp_jax.gradients import Mode, projected_gradients
+from qexp_jax.outer_products import norms
 from qexp_jax.precision import Precision, whiten
 from qexp_jax.records import LossFn, Params, Record, num_records
 from qexp_jax.subspace import Subspace
@@ -83,9 +84,11 @@ def discrete_noise(noise_multiplier: float, dim: int) -> DiscreteNoise:
     >>> noise.scale == 3 * 2**20, noise.multiplier
     (True, 3.0)
     """
-    scale = math.ceil(noise_multiplier * INTEGER_CLIP_NORM)
-    if not 1 <= scale < _LARGEST_SCALE:
+    dim = arguments.count("dim", dim)
+    noise_multiplier = arguments.real("noise_multiplier", noise_multiplier)
+    if not 0 < noise_multiplier < _LARGEST_SCALE / INTEGER_CLIP_NORM:
         raise ValueError(f"Expected a noise multiplier in (0, 2^33) of a hardened release, found {noise_multiplier}.")
+    scale = math.ceil(noise_multiplier * INTEGER_CLIP_NORM)
     if dim > _MOST_COORDINATES:
         raise ValueError(f"Expected at most {_MOST_COORDINATES} coordinates of a hardened release, found k = {dim}.")
     return DiscreteNoise(INTEGER_CLIP_NORM, scale)
@@ -132,7 +135,7 @@ def unit_steps(
     """One unit's whitened, clipped gradient in steps of the grid, int32 (k,), whether clipped, whether finite."""
     record = jax.tree.map(lambda x: jnp.asarray(x)[None], unit)
     whitened = whiten(precision, projected_gradients(loss_fn, params, subspace, record, mode=mode)[0])
-    clipped, was_clipped, finite = clip(whitened, jnp.linalg.norm(whitened), l2_clip_norm)
+    clipped, was_clipped, finite = clip(whitened, norms([whitened[None]])[0], l2_clip_norm)
     steps = jnp.round(clipped * (INTEGER_CLIP_NORM / l2_clip_norm))
     steps = jnp.nan_to_num(steps, nan=0.0, posinf=0.0, neginf=0.0)
     return jnp.clip(steps, -INTEGER_CLIP_NORM, INTEGER_CLIP_NORM).astype(jnp.int32), was_clipped, finite

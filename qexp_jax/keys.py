@@ -1,4 +1,4 @@
-"""Release keys: drawn from the operating system's entropy, secret, one a release."""
+"""Release keys: drawn from the operating system's entropy, secret, one a release; all noise is threefry's."""
 
 import os
 
@@ -21,3 +21,16 @@ def fresh_key() -> jax.Array:
     shape = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
     words = np.frombuffer(os.urandom(4 * int(np.prod(shape))), np.uint32).reshape(shape)
     return jax.random.wrap_key_data(jnp.asarray(words))
+
+
+def as_threefry(key: jax.Array) -> jax.Array:
+    """The threefry key of a typed key of any generator, all of whose words it depends on; a threefry key as it is.
+
+    Other generators do not map over keys one by one: under `jax.vmap`, `rbg` and `unsafe_rbg` draw with the first key
+    alone.
+    """
+    words = jax.random.key_data(key).ravel()
+    found = jax.random.wrap_key_data(words[:2], impl="threefry2x32")
+    for word in words[2:]:
+        found = jax.random.fold_in(found, word)
+    return found

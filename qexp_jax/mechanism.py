@@ -27,7 +27,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qexp_jax.precision import Precision, color, uncolor
+from qexp_jax import integers
+from qexp_jax.integers import Words
+from qexp_jax.keys import as_threefry
+from qexp_jax.precision import Precision, color, shaped_noise, uncolor, whiten_sum
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -109,6 +112,31 @@ def noisy_sum(key: jax.Array, whitened_sum: jax.Array, noise_std: jax.Array | fl
     return whitened_sum + noise_std * jax.random.normal(noise_key, whitened_sum.shape, whitened_sum.dtype)
 
 
+def noisy_whitened_sum(
+    key: jax.Array, total: Words, precision: Precision, step: jax.Array | float, noise_std: jax.Array | float
+) -> jax.Array:
+    """S + C z xi (k,) from the exact sum of `clipping.unit_sum`: private, and all that the release knows of the data.
+
+    Noise is rounded to the sum's grid and added to it in integers; floats begin after that. So the rounding of
+    whitening, and of sums beyond 2^24 steps, is post-processing.
+
+    Args:
+      key: secret, typed.
+      total: (c,) in steps.
+      precision: public.
+      step: what one is worth, `clipping.step_size`.
+      noise_std: C z, at most 2^27 C.
+
+    Formal guarantee: mu-GDP with mu = Delta/(C z), rounding included, for ideal Gaussian noise: the integers are those
+    of `total` plus real noise, rounded.
+    """
+    dtype = precision.log_det.dtype
+    step, noise_std = jnp.asarray(step, dtype), jnp.asarray(noise_std, dtype)
+    noise_key = protecting_key(key, total.high, total.low, step, noise_std)
+    noise = shaped_noise(precision, jax.random.normal(noise_key, total.high.shape, dtype))
+    return whiten_sum(precision, integers.add(total, integers.from_float(noise * (noise_std / step))), step)
+
+
 def release_step(quadratic: Quadratic, noisy_sum: jax.Array) -> jax.Array:
     """-(1/N) R^{-T} (S + C z xi): post-processing of the noisy sum with public numbers."""
     return -color(quadratic.precision, noisy_sum) / quadratic.num_units
@@ -121,7 +149,9 @@ def protecting_key(key: jax.Array, *arrays: jax.Array) -> jax.Array:
     on all that the noisy sum is made of: a key reused on other data, or with another noise scale, draws fresh noise (up
     to a collision of probability 2^-64), and the same call repeated gives the same release. The digest is the XOR of
     threefry outputs, each keyed by the position of a word and applied to the word, so that it reveals nothing itself.
+    A key of another generator becomes a threefry key first.
     """
+    key = as_threefry(key)
     words = jnp.concatenate([jax.lax.bitcast_convert_type(x, jnp.uint32).ravel() for x in arrays])
     tags = jax.vmap(lambda k, word: jax.random.key_data(jax.random.fold_in(k, word)))(
         jax.random.split(key, len(words)), words

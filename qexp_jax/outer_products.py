@@ -19,6 +19,8 @@ from qexp_jax.records import Record, vary
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 _LONG = 64  # of an axis; where none is longer, whole gradients are as fast
+_SMALLEST = 1e-37  # its inverse is a float32 as well
+_BLOCK = 1024  # terms of a sum of squares, see `rounding.of_sum`
 
 
 class Outer(NamedTuple):
@@ -86,42 +88,69 @@ def _formed(part):
     return (part.left[:, :, None] * part.right[:, None, :]).reshape(len(part.left), -1)
 
 
-def squares(rows: Rows) -> jax.Array:
-    """(m,) squared norms."""
-    return sum(_square(x) for x in rows)
+def squares(rows: Rows, scale: jax.Array | float = 1.0) -> jax.Array:
+    """(m,) squared norms of `scale` times the rows: one that brings them near 1 keeps squares within float32."""
+    return sum(_square(x, scale) for x in rows)
 
 
-def _square(part):
+def _square(part, scale):
     if isinstance(part, Outer):
         # Norms are multiplied before they are squared: small ones stay within float32.
-        return (_norms(part.left) * _norms(part.right)) ** 2
-    return jnp.sum(part**2, axis=1)
+        return (_norms(part.left) * _norms(part.right) * scale) ** 2
+    return sum_of_squares(part * scale)
+
+
+def norms(rows: Rows) -> jax.Array:
+    """(m,) Euclidean norms of m gradients of any size, scaled before they are squared."""
+    of_parts = [_norms(x.left) * _norms(x.right) if isinstance(x, Outer) else _norms(x) for x in rows]
+    return _norms(jnp.stack(of_parts, axis=1))
+
+
+def sum_of_squares(x: jax.Array) -> jax.Array:
+    """(m,) of rows (m, k), in blocks, so that the error does not grow with k."""
+    whole = x.shape[1] // _BLOCK * _BLOCK
+    if not whole:
+        return jnp.sum(x**2, axis=1)
+    blocks = jnp.sum(x[:, :whole].reshape(len(x), -1, _BLOCK) ** 2, axis=2)
+    return jnp.sum(blocks, axis=1) + jnp.sum(x[:, whole:] ** 2, axis=1)
 
 
 def _norms(x):
     largest = jnp.max(jnp.abs(x), axis=1, keepdims=True)
-    unit = x / jnp.where(largest > 0, largest, 1)
-    return largest[:, 0] * jnp.sqrt(jnp.sum(unit**2, axis=1))
+    scale = _inverse(largest)
+    return jnp.sqrt(sum_of_squares(x * scale)) / scale[:, 0]
 
 
-def weighted_sum(rows: Rows, weights: jax.Array, keep: jax.Array) -> jax.Array:
-    """sum_i weights_i rows_i (k,) over the rows that are kept; of the others nothing is looked at, not even NaN.
+def grouped_sums(part: Outer, weights: jax.Array, keep: jax.Array, size: int) -> jax.Array:
+    """sum_i weights_i left_i right_i^T over groups of `size` rows, flat, (groups, a b).
+
+    Of rows that are not kept nothing is looked at, not even NaN. A sum of s terms is off by at most s times 2^-24 of
+    the sum of their absolute values: short ones are added up further in integers.
 
     Args:
-      rows: m of them.
+      part: m outer products.
       weights: (m,), finite.
       keep: bool (m,).
+      size: rows of a group.
     """
-    keep = keep[:, None]
+    weights = jnp.where(keep, weights * _norms(part.left) * _norms(part.right), 0)
+    # Of length one, for the product of a huge factor and a weight may overflow where the other factor is tiny.
+    left = jnp.where(keep[:, None], _directions(part.left), 0) * weights[:, None]
+    right = jnp.where(keep[:, None], _directions(part.right), 0)
+    missing = -len(weights) % size
+    left, right = (jnp.pad(x, ((0, missing), (0, 0))).reshape(-1, size, x.shape[1]) for x in (left, right))
+    sums = jnp.einsum("gma,gmb->gab", left, right, precision=_HIGHEST)
+    return sums.reshape(len(sums), -1)
 
-    def total(part):
-        if isinstance(part, Outer):
-            left, right = (jnp.where(keep, x, 0) for x in part)
-            return jnp.matmul((left * weights[:, None]).T, right, precision=_HIGHEST).ravel()
-        # A select, not a product: 0 * NaN is NaN.
-        return jnp.sum(jnp.where(keep, part * weights[:, None], 0), axis=0)
 
-    return jnp.concatenate([total(x) for x in rows])
+def _directions(x):
+    """Of length one; shorter where the norm is hardly a float."""
+    return x * _inverse(_norms(x)[:, None])
+
+
+def _inverse(x):
+    """1/x within the range of normal numbers, so that neither a zero nor the largest number makes another of them."""
+    return 1 / jnp.clip(x, _SMALLEST, 1 / _SMALLEST)
 
 
 # --- the trace of a loss ---

@@ -1,12 +1,13 @@
 """The private pass over data of any size on any devices: batch by batch, device by device, process by process.
 
-    in memory      one `clipped_sum`
-    a stream       a `clipped_sum` a batch into a compensated partial sum; memory is that of two batches, whatever n is
-    a mesh         each device sums its share of a batch, and k numbers are added over the devices
-    processes      each sums its own units on its own devices; k numbers a process are gathered once a round
+    in memory      one `unit_sum`
+    a stream       a `unit_sum` a batch into a partial sum; memory is that of two batches, whatever n is
+    a mesh         each device sums its share of a batch, and c integers are added over the devices
+    processes      each sums its own units on its own devices; c integers a process are gathered once a round
 
-Every unit is clipped by one device, before anything is added, and noise is added once, after the last sum (`finetune`).
-Partial sums, counts and digests are **not private**.
+Every unit is clipped by one device, before anything is added, and noise is added once, after the last sum (`rounds`).
+Sums are of integers, so that no order, split or length rounds anything away. Partial sums, counts and digests are
+**not private**.
 """
 
 import functools
@@ -19,11 +20,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from qexp_jax import integers
 from qexp_jax import records as record_trees
 from qexp_jax import stream as streams
-from qexp_jax.clipping import ClipInfo, clipped_sum
+from qexp_jax.clipping import ClipInfo, unit_sum
 from qexp_jax.gradients import Mode
 from qexp_jax.hardened import integer_sum
+from qexp_jax.integers import Words
 from qexp_jax.precision import Precision
 from qexp_jax.records import LossFn, Params, Record
 from qexp_jax.subspace import Subspace
@@ -35,13 +38,11 @@ class Partial(NamedTuple):
     """**Not private**: the sum over the batches read so far.
 
     Attributes:
-      total: (k,) compensated sum; int64 on the host where it is exact (`hardened`).
-      lost: (k,) what rounding has cost it (Kahan).
+      total: (c,) `Words` in steps; of a hardened release (k,) int64 on the host.
       info: counts.
     """
 
     total: Any
-    lost: jax.Array
     info: ClipInfo
 
 
@@ -54,11 +55,26 @@ class Target(NamedTuple):
     l2_clip_norm: jax.Array | float
 
 
-def empty(subspace: Subspace, exact: bool = False) -> Partial:
+def empty(num_coordinates: int, hardened: bool = False) -> Partial:
     """The sum over no batch."""
-    zeros = jnp.zeros(subspace.dim, subspace.layout.dtype)
-    total = np.zeros(subspace.dim, np.int64) if exact else zeros
-    return Partial(total, zeros, ClipInfo(*[jnp.zeros((), int)] * 3))
+    total = np.zeros(num_coordinates, np.int64) if hardened else integers.zeros(num_coordinates)
+    return Partial(total, ClipInfo(*[jnp.zeros((), int)] * 3))
+
+
+def num_coordinates(target: Target, hardened: bool) -> int:
+    """Of a pass's sum; a hardened one is whitened unit by unit."""
+    return target.subspace.dim if hardened else target.precision.num_coordinates
+
+
+def resized(partial: Partial, num_coordinates: int) -> Partial:
+    """A partial sum with zeros added to its coordinates, or taken away again."""
+
+    def to_size(x):
+        x = np.asarray(x)[:num_coordinates]
+        return np.pad(x, (0, num_coordinates - len(x)))
+
+    total = jax.tree.map(to_size, partial.total)
+    return partial._replace(total=total if isinstance(total, np.ndarray) else jax.tree.map(jnp.asarray, total))
 
 
 def local_mesh(mesh: Mesh | None) -> Mesh | None:
@@ -87,7 +103,7 @@ def num_shares(mesh: Mesh | None) -> int:
     return 1 if mesh is None else mesh.shape[AXIS]
 
 
-@functools.partial(jax.jit, static_argnames=("loss_fn", "microbatch_size", "mode", "mesh"))
+@functools.partial(jax.jit, static_argnames=("loss_fn", "microbatch_size", "mode", "exact", "mesh"))
 def device_sum(
     loss_fn: LossFn,
     target: Target,
@@ -96,15 +112,16 @@ def device_sum(
     *,
     microbatch_size: int | None,
     mode: Mode,
+    exact: bool = False,
     mesh: Mesh | None = None,
-) -> tuple[jax.Array, ClipInfo]:
-    """`clipping.clipped_sum` of units that lie on one device, or along the axis `AXIS` of a local mesh.
+) -> tuple[Words, ClipInfo]:
+    """`clipping.unit_sum` of units that lie on one device, or along the axis `AXIS` of a local mesh.
 
     Other axes of the mesh are left to the compiler, so that parameters may be sharded over them.
     """
 
     def shard(target, units, mask, axis_name=AXIS):
-        return clipped_sum(
+        return unit_sum(
             loss_fn,
             target.params,
             target.subspace,
@@ -115,6 +132,7 @@ def device_sum(
             microbatch_size=microbatch_size,
             mode=mode,
             axis_name=axis_name,
+            exact=exact,
         )
 
     if mesh is None:
@@ -144,18 +162,15 @@ def exact_sum(
 
 
 def add(partial: Partial, total: Any, info: ClipInfo) -> Partial:
-    """One batch more: compensated on the device, or exact on the host."""
+    """One batch more."""
     if isinstance(total, np.ndarray):
-        return Partial(partial.total + total, partial.lost, jax.tree.map(jnp.add, partial.info, info))
-    return _add_compensated(partial, total, info)
+        return Partial(partial.total + total, jax.tree.map(jnp.add, partial.info, info))
+    return _add_words(partial, total, info)
 
 
 @jax.jit
-def _add_compensated(partial, total, info):
-    """Kahan's sum: that of a million units is as exact as that of one batch."""
-    term = total - partial.lost
-    new = partial.total + term
-    return Partial(new, (new - partial.total) - term, jax.tree.map(jnp.add, partial.info, info))
+def _add_words(partial, total, info):
+    return Partial(integers.add(partial.total, total), jax.tree.map(jnp.add, partial.info, info))
 
 
 def place(mesh: Mesh | None, units: Record, mask: Any) -> tuple[Record, Any]:
@@ -166,7 +181,7 @@ def place(mesh: Mesh | None, units: Record, mask: Any) -> tuple[Record, Any]:
 
 
 def partial_sums(
-    batch_sum: Callable[..., tuple[jax.Array, ClipInfo]],
+    batch_sum: Callable[..., tuple[Any, ClipInfo]],
     target: Target,
     stream: Iterable[Record],
     mesh: Mesh | None,
@@ -204,6 +219,12 @@ def over_processes(tree: Any, mesh: Mesh | None) -> Any:
         return np.sum(parts, axis=0, dtype=x.dtype)
 
     return jax.tree.map(lambda x: gathered_sum(x).reshape(np.shape(x)), tree)
+
+
+def whole_sum(total: Any, info: ClipInfo, mesh: Mesh | None) -> tuple[Any, ClipInfo]:
+    """A sum and its counts over all processes of a mesh."""
+    total, info = over_processes((total, info), mesh)
+    return integers.normalised(total) if isinstance(total, Words) else total, info
 
 
 def one_key(key: jax.Array, mesh: Mesh | None) -> jax.Array:

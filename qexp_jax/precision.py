@@ -8,7 +8,14 @@ Precision is the matrix that is factored; the draw has covariance `H^{-1} / beta
     whitened_norms  |R^{-1} g|    of many gradients, at about half the cost of whitening where H is low rank
 
 `dense` factors a k x k matrix by Cholesky; `spectral` and `low_rank` are a scaled identity plus low rank on the whole
-parameter space, in O(d r) time and memory. The mechanism depends on H alone, not on which root R is taken.
+parameter space, in O(d r) time and memory; `leading` is infinite outside a few directions, which alone it moves. The
+mechanism depends on H alone, not on which root R is taken.
+
+**Coordinates.** A sum of gradients is taken in coordinates of the precision's choice (`coordinates`): whitened ones
+where each gradient is whitened anyway, those along the few directions, or the gradients themselves where a product with
+H^{-1/2} would cost more than the gradient. Noise is added in the same coordinates (`shaped_noise`), and what comes out
+is whitened after it (`whiten_sum`), so that the rounding of whitening never meets a sum without noise. `spread` says
+how rounding in coordinates compares with rounding in the whitened norm.
 """
 
 import dataclasses
@@ -19,34 +26,57 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from qexp_jax import directions as directions_of
+from qexp_jax import integers
 from qexp_jax.directions import Directions, along, along_each, combine
-from qexp_jax.outer_products import Rows, squares, whole
+from qexp_jax.integers import Words
+from qexp_jax.outer_products import Rows, squares, sum_of_squares, whole
+from qexp_jax.rounding import of_sum
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class _Root(NamedTuple):
-    """R^{-1} x, R^{-T} x, R^T x of (arrays, x), and |R^{-1} g|^2 (m,) of (arrays, rows), as module-level functions."""
+    """A precision's functions of (arrays, argument), at module level, so that equal precisions compile once.
+
+    Attributes:
+      whiten: R^{-1} x.
+      color: R^{-T} x.
+      uncolor: R^T x.
+      coordinates: of (arrays, rows, scale), see `coordinates`.
+      shape: noise N(0, I) -> noise in coordinates whose whitened covariance is I.
+      whiten_sum: coordinates -> whitened vector.
+      spread: see `spread`.
+    """
 
     whiten: Callable[[Any, jax.Array], jax.Array]
     color: Callable[[Any, jax.Array], jax.Array]
     uncolor: Callable[[Any, jax.Array], jax.Array]
-    squares: Callable[[Any, Rows], jax.Array]
+    coordinates: Callable[[Any, Rows, jax.Array | float], tuple[Rows, jax.Array]]
+    shape: Callable[[Any, jax.Array], jax.Array]
+    whiten_sum: Callable[[Any, jax.Array], jax.Array]
+    spread: Callable[[Any], tuple[jax.Array, jax.Array]]
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["arrays", "log_det"], meta_fields=["dim", "root"])
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["arrays", "log_det"],
+    meta_fields=["dim", "num_coordinates", "root"],
+)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Precision:
     """A public SPD operator on R^dim; use it through `whiten`, `color`, `uncolor` and `draw`.
 
     Attributes:
       dim: k.
+      num_coordinates: c, of a sum of gradients.
       root: its functions.
       arrays: its numbers, a pytree.
       log_det: log det H; not finite where H is not SPD (`is_spd`).
     """
 
     dim: int
+    num_coordinates: int
     root: _Root
     arrays: Any
     log_det: jax.Array
@@ -57,9 +87,39 @@ def whiten(precision: Precision, gradient: jax.Array) -> jax.Array:
     return precision.root.whiten(precision.arrays, gradient)
 
 
-def whitened_norms(precision: Precision, rows: Rows) -> jax.Array:
-    """|R^{-1} g| (m,) of m gradients, never less than it up to rounding; what clipping needs of a record."""
-    return jnp.sqrt(precision.root.squares(precision.arrays, rows))
+def coordinates(precision: Precision, rows: Rows, scale: jax.Array | float = 1.0) -> tuple[Rows, jax.Array]:
+    """What is added of m gradients, and bounds on their whitened norms.
+
+    Args:
+      precision: public.
+      rows: m gradients.
+      scale: > 0, public; one over the size of the norms that matter, so that no square leaves float32.
+
+    Returns:
+      The coordinates, (m, c) in parts, and (m,) numbers that are never below `scale` times the norms |R^{-1} g| of
+      these coordinates in real arithmetic, whatever cancels; not finite where an entry is not, or a square overflows.
+    """
+    return precision.root.coordinates(precision.arrays, rows, scale)
+
+
+def whitened_norms(precision: Precision, rows: Rows, scale: jax.Array | float = 1.0) -> jax.Array:
+    """`scale` times |R^{-1} g| (m,) of m gradients, never below it."""
+    return coordinates(precision, rows, scale)[1]
+
+
+def spread(precision: Precision) -> tuple[jax.Array, jax.Array]:
+    """Largest and smallest norm of coordinates whose whitened norm is 1."""
+    return precision.root.spread(precision.arrays)
+
+
+def shaped_noise(precision: Precision, x: jax.Array) -> jax.Array:
+    """Standard normal noise (c,) as noise in coordinates that is standard normal once it is whitened."""
+    return precision.root.shape(precision.arrays, x)
+
+
+def whiten_sum(precision: Precision, total: Words, step: jax.Array | float) -> jax.Array:
+    """A sum in coordinates, in steps of a grid, as a whitened vector (k,)."""
+    return precision.root.whiten_sum(precision.arrays, integers.to_float(total, precision.log_det.dtype) * step)
 
 
 def color(precision: Precision, x: jax.Array) -> jax.Array:
@@ -148,11 +208,34 @@ def _dense_uncolor(factor, w):
     return jnp.concatenate(parts)
 
 
+def _dense_coordinates(factor, rows, scale):
+    """Whitened vectors: what is added is what the norm is taken of."""
+    return _with_norms(jax.vmap(lambda g: _dense_whiten(factor, g))(whole(rows)), scale)
+
+
+def _with_norms(vectors, scale):
+    """Of vectors that are whitened already."""
+    norms = jnp.sqrt(sum_of_squares(vectors * scale))
+    return [vectors], norms * (1 + 2 * of_sum(vectors.shape[1]))
+
+
+def _as_it_is(_, x):
+    return x
+
+
+def _of_one_size(arrays):
+    one = jnp.ones((), jax.tree.leaves(arrays)[0].dtype)
+    return one, one
+
+
 _DENSE = _Root(
     whiten=_dense_whiten,
     color=_dense_color,
     uncolor=_dense_uncolor,
-    squares=lambda factor, rows: jax.vmap(lambda g: jnp.sum(_dense_whiten(factor, g) ** 2))(whole(rows)),
+    coordinates=_dense_coordinates,
+    shape=_as_it_is,
+    whiten_sum=_as_it_is,
+    spread=_of_one_size,
 )
 
 
@@ -169,7 +252,7 @@ def dense(matrix: jax.Array) -> Precision:
     with jax.default_matmul_precision("highest"):
         lower = jnp.linalg.cholesky(matrix)
     log_det = 2 * jnp.sum(jnp.log(jnp.diagonal(lower)))
-    return Precision(dim=len(matrix), root=_DENSE, arrays=_factor(lower), log_det=log_det)
+    return Precision(dim=len(matrix), num_coordinates=len(matrix), root=_DENSE, arrays=_factor(lower), log_det=log_det)
 
 
 def _scale_by(power):
@@ -183,20 +266,39 @@ def _scale_by(power):
     return apply
 
 
-# Relative error of |x|^2 - |V x|^2 in float32, with room; it is added, so that a norm errs on the side of clipping.
-_SLACK = 1e-5
+_NOT_ORTHONORMAL = 1e-5  # how far V V^T may be from the identity
 
 
-def _low_rank_squares(arrays, rows):
-    """g^T H^{-1} g, from the r leading coordinates and the norm of g alone."""
+def _low_rank_coordinates(arrays, rows, scale):
+    """The gradients as they are; norms from the r leading coordinates and the norm of g alone.
+
+    Both are rounded in proportion to |g|, and where they cancel, what is left may be rounding alone. It counts with the
+    weight of the smallest eigenvalue, with which it may come out of whitening.
+    """
     rest, vectors, eigenvalues = arrays
-    inside, total = along_each(vectors, rows) ** 2, squares(rows)
-    outside = jnp.maximum(total - jnp.sum(inside, axis=1), 0) + _SLACK * total
-    return outside / rest + jnp.sum(inside / eigenvalues, axis=1)
+    leading, total = (along_each(vectors, rows) * scale) ** 2, squares(rows, scale)
+    outside = jnp.maximum(total - jnp.sum(leading, axis=1), 0)
+    slack = _NOT_ORTHONORMAL + 4 * (directions_of.rounding(vectors, rows) + of_sum(max(vectors.shape)))
+    square = outside / rest + jnp.sum(leading / eigenvalues, axis=1)
+    return rows, jnp.sqrt(square + slack * total / jnp.minimum(rest, eigenvalues.min()))
+
+
+def _low_rank_spread(arrays):
+    rest, _, eigenvalues = arrays
+    values = jnp.append(eigenvalues, rest)
+    return jnp.sqrt(values.max()), jnp.sqrt(values.min())
 
 
 # The symmetric root H^{1/2} is its own transpose, so whitening and coloring are one function.
-_LOW_RANK = _Root(_scale_by(-0.5), _scale_by(-0.5), _scale_by(0.5), _low_rank_squares)
+_LOW_RANK = _Root(
+    whiten=_scale_by(-0.5),
+    color=_scale_by(-0.5),
+    uncolor=_scale_by(0.5),
+    coordinates=_low_rank_coordinates,
+    shape=_scale_by(0.5),
+    whiten_sum=_scale_by(-0.5),
+    spread=_low_rank_spread,
+)
 
 
 @jax.jit
@@ -204,17 +306,20 @@ def spectral(rest: jax.Array, vectors: Directions | jax.Array, eigenvalues: jax.
     """H = rest (I - V^T V) + sum_j eigenvalues_j v_j v_j^T on R^d.
 
     Args:
-      rest: positive scalar, the eigenvalue of all directions orthogonal to the v_j. A very large one (1e30 in float32)
-        holds them: gradients are whitened to nothing there, and a draw does not move them.
+      rest: positive scalar, the eigenvalue of all directions orthogonal to the v_j.
       vectors: (r, d) orthonormal rows v_j.
       eigenvalues: (r,) positive.
     """
-    if len(vectors.shape) != 2 or eigenvalues.shape != vectors.shape[:1]:
-        raise ValueError(f"Expected vectors (r, d) and values (r,), found {vectors.shape=}, {eigenvalues.shape=}.")
+    _check_shapes(vectors, eigenvalues)
     r, d = vectors.shape
     rest = jnp.asarray(rest, vectors.dtype)
     log_det = (d - r) * jnp.log(rest) + jnp.sum(jnp.log(eigenvalues))
-    return Precision(dim=d, root=_LOW_RANK, arrays=(rest, vectors, eigenvalues), log_det=log_det)
+    return Precision(dim=d, num_coordinates=d, root=_LOW_RANK, arrays=(rest, vectors, eigenvalues), log_det=log_det)
+
+
+def _check_shapes(vectors, eigenvalues):
+    if len(vectors.shape) != 2 or eigenvalues.shape != vectors.shape[:1]:
+        raise ValueError(f"Expected vectors (r, d) and values (r,), found {vectors.shape=}, {eigenvalues.shape=}.")
 
 
 def low_rank(scale: jax.Array, vectors: Directions | jax.Array, values: jax.Array) -> Precision:
@@ -226,3 +331,44 @@ def low_rank(scale: jax.Array, vectors: Directions | jax.Array, values: jax.Arra
       values: (r,) non-negative.
     """
     return spectral(scale, vectors, scale + values)
+
+
+def _leading_scale_by(power):
+    """x -> V^T diag(eigenvalues)^power V x, nothing outside."""
+
+    def apply(arrays, x):
+        vectors, eigenvalues = arrays
+        return combine(vectors, eigenvalues**power * along(vectors, x))
+
+    return apply
+
+
+def _leading_coordinates(arrays, rows, scale):
+    """Along the r directions, whitened: what a gradient is elsewhere is left behind before anything is added."""
+    vectors, eigenvalues = arrays
+    return _with_norms(along_each(vectors, rows) / jnp.sqrt(eigenvalues), scale)
+
+
+_LEADING = _Root(
+    whiten=_leading_scale_by(-0.5),
+    color=_leading_scale_by(-0.5),
+    uncolor=_leading_scale_by(0.5),
+    coordinates=_leading_coordinates,
+    shape=_as_it_is,
+    whiten_sum=lambda arrays, x: combine(arrays[0], x),
+    spread=lambda arrays: _of_one_size(arrays[1]),
+)
+
+
+@jax.jit
+def leading(vectors: Directions | jax.Array, eigenvalues: jax.Array) -> Precision:
+    """H = sum_j eigenvalues_j v_j v_j^T, infinite outside the span of the v_j: gradients count, and draws move, there.
+
+    Args:
+      vectors: (r, d) orthonormal rows v_j.
+      eigenvalues: (r,) positive.
+    """
+    _check_shapes(vectors, eigenvalues)
+    r, d = vectors.shape
+    log_det = jnp.sum(jnp.log(eigenvalues))
+    return Precision(dim=d, num_coordinates=r, root=_LEADING, arrays=(vectors, eigenvalues), log_det=log_det)

@@ -22,7 +22,7 @@ def test_both_modes_and_any_microbatch_give_the_oracles_sum(name):
     expected = jnp.sum(jax.jit(jax.vmap(one))(RECORDS), axis=0)
     for options in ({}, {"microbatch_size": 5}, {"mode": "forward", "microbatch_size": 8}):
         total, info = clipping.clipped_sum(network_loss, PARAMS, space, factored, RECORDS, l2_clip_norm=0.8, **options)
-        np.testing.assert_allclose(total, expected, atol=2e-5)
+        np.testing.assert_allclose(total, expected, atol=1e-4)
         assert 0 < info.num_clipped < info.num_units == 37
 
 

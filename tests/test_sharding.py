@@ -61,7 +61,7 @@ def test_a_pass_in_outer_products_equals_one_device_with_an_active_clip(how, dim
     params, data = wide_layer_network(KEY)
     data["y"] = data["y"].at[5].set(1e4)
     space = subspace.count_sketch(KEY, params, dim) if dim else subspace.full(params)
-    found = survey.leading_directions(wide_layer_loss, params, data, 6, space)
+    found, _ = survey.leading_directions(wide_layer_loss, params, data, 6, space)
     geometry = precision.spectral(0.1, found, jnp.linspace(2.0, 0.5, 6))
 
     def private_pass(units, mask, axis_name="data"):
@@ -84,7 +84,7 @@ def test_one_record_moves_the_sum_by_at_most_the_clip_norm(how):
             mask=mask, l2_clip_norm=1.0, axis_name="data",
         )[0]  # fmt: skip
 
-    np.testing.assert_allclose(jnp.linalg.norm(on_devices(how, private_pass, data)), 1, rtol=1e-6)
+    np.testing.assert_allclose(jnp.linalg.norm(on_devices(how, private_pass, data)), 1, rtol=1e-5)
 
 
 def test_the_danger_is_real_gradients_of_replicated_params_are_summed_before_clipping():
@@ -155,7 +155,8 @@ def test_only_k_numbers_cross_devices_in_a_pass_and_k_squared_in_a_curvature(wid
         wide_loss, target, *units, microbatch_size=4, mode="reverse", mesh=mesh()
     ).compile()
     counts = 3 * 4
-    assert 4 * dim <= collective_bytes(compiled.as_text()) <= 4 * dim + counts
+    words = 2 * 4 * dim
+    assert words <= collective_bytes(compiled.as_text()) <= words + counts
 
     def columns(params, records, directions):
         return curvature.hessian_columns(wide_loss, params, space, records, directions, column_axis="data")
@@ -193,7 +194,14 @@ def test_sharded_parameters_stay_sharded_through_a_release(kind):
     devices = two_axes()
     params, sharded, data, layer = deep_network(16, 3, 32, devices)
     space = subspace.full(params, where="w2") if kind == "selected" else subspace.count_sketch(KEY, params, 20)
-    arguments = {"public": data, "private": data, "epsilon": 4.0, "delta": 1e-5, "rounds": 2, "subspace": space}
+    arguments = {
+        "public": data,
+        "private": jax.tree.map(jnp.copy, data),
+        "epsilon": 4.0,
+        "delta": 1e-5,
+        "rounds": 2,
+        "subspace": space,
+    }
     release, (info, _) = qexp_jax.fine_tune(KEY, deep_loss, sharded, mesh=devices, diagnostics=True, **arguments)
     factored, clip_norm = jax.device_get((info.quadratic.precision, info.geometry.l2_clip_norm))
     expected, _ = clipping.clipped_sum(deep_loss, params, space, factored, data, l2_clip_norm=clip_norm)
