@@ -4,6 +4,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
@@ -252,12 +253,12 @@ def loss(params, record):
     return (record["x"] @ params["w"] - record["y"]) ** 2 / 2
 
 
-def tune(seed, **changes):
+def tune(seed, loss_fn=loss, **changes):
     x = jax.random.normal(jax.random.key(1), (60, 3))
     data = {"x": x, "y": x @ jnp.arange(3.0)}
     public, private = jax.tree.map(lambda a: a[:20], data), jax.tree.map(lambda a: a[20:], data)
     arguments = {"public": public, "private": private, "epsilon": 0.7, "delta": 1e-5, "rounds": 2} | changes
-    return qexp_jax.fine_tune(jax.random.key(seed), loss, {"w": jnp.ones(3)}, **arguments)
+    return qexp_jax.fine_tune(jax.random.key(seed), loss_fn, {"w": jnp.ones(3)}, **arguments)
 
 
 def test_a_release_is_entered_before_the_private_pass_and_refused_before_it(tmp_path, monkeypatch):
@@ -279,3 +280,338 @@ def test_a_release_is_entered_before_the_private_pass_and_refused_before_it(tmp_
     with pytest.raises(RuntimeError, match="was read"):
         tune(1, ledger=ledger, epsilon=0.1)
     assert ledgers.spent(ledger).releases == 2  # spent, though the release was interrupted
+
+
+# --- one debit, one release ---
+
+
+class Stopped(Exception):
+    """A preemption."""
+
+
+def stop_at(stage, count):
+    """A `progress` that stops the release where it reaches a stage for the `count`th time."""
+    stages = []
+
+    def progress(found):
+        stages.append(found)
+        if stages.count(stage) == count:
+            raise Stopped
+
+    return progress
+
+
+def interrupted(folder, **changes):
+    """A ledger, and the arguments of a release of two rounds that stopped in its second pass."""
+    ledger = new(folder)
+    arguments = {"ledger": ledger, "checkpoint": qexp_jax.Checkpoint(directory=folder / "run")} | changes
+    with pytest.raises(Stopped):
+        tune(0, progress=stop_at("private pass", 2), **arguments)
+    return ledger, arguments
+
+
+def copy_of(folder, name):
+    shutil.copytree(folder / "run", folder / name)
+    return {"checkpoint": qexp_jax.Checkpoint(directory=folder / name)}
+
+
+def private_data():
+    x = jax.random.normal(jax.random.key(1), (60, 3))[20:]
+    return {"x": x, "y": x @ jnp.arange(3.0)}
+
+
+def params_of(release):
+    return np.asarray(release.params["w"])
+
+
+def enter_draw(ledger, seed, number, draw):
+    ledgers.enter_draw(ledger, jax.random.key(seed), number, np.asarray(draw, np.float32))
+
+
+def test_a_round_has_one_draw(tmp_path):
+    """Its bits may come again; of a hardened release not even these, and of no release nothing."""
+    ledger = new(tmp_path)
+    debit(ledger, 0, 0.1)
+    debit(ledger, 1, 0.1, hardened=True)
+    for seed in range(2):
+        enter_draw(ledger, seed, 0, [1, 2])
+        enter_draw(ledger, seed, 1, [1, 3])
+    enter_draw(ledger, 0, 0, [1, 2])
+    before = ledger.path.read_bytes()
+    for seed, draw in ((0, [1, 3]), (0, [1]), (1, [1, 2])):
+        with pytest.raises(ValueError, match="Round 0 .* drawn before, .*fresh_key"):
+            enter_draw(ledger, seed, 0, draw)
+    with pytest.raises(ValueError, match="not entered"):
+        enter_draw(ledger, 2, 0, [1, 2])
+    with pytest.raises(ValueError, match="integer number >= 0"):
+        enter_draw(ledger, 0, -1, [1, 2])
+    assert ledger.path.read_bytes() == before and ledgers.spent(ledger).releases == 2
+
+
+def test_one_of_many_draws_is_entered(tmp_path):
+    """Threads that draw the same hardened round at once."""
+    ledger, outcomes = new(tmp_path), []
+    debit(ledger, 0, 0.1, hardened=True)
+
+    def draw(number):
+        try:
+            outcomes.append(enter_draw(ledger, 0, 0, [number]))
+        except ValueError:
+            outcomes.append("refused")
+
+    threads = [threading.Thread(target=draw, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(map(str, outcomes)) == ["None"] + ["refused"] * 5
+
+
+def test_an_older_ledger_still_counts(tmp_path):
+    """Its entries know no draws, so that they cannot go on."""
+    ledger = new(tmp_path)
+    debit(ledger, 0, 0.6 * MU)
+    body = json.loads(ledger.path.read_text())["body"]
+    body["schema"] = "qexp_jax/ledger/1"
+    del body["entries"][0]["draws"]
+    mac = ledgers._mac(ledgers._secret(ledger), b"ledger", ledgers._canonical(body))
+    ledger.path.write_text(json.dumps({"body": body, "mac": mac}))
+    assert ledgers.spent(ledgers.open(ledger.path)).mu == pytest.approx(0.6 * MU)
+    assert not ledgers.holds(ledger, jax.random.key(0), mu=0.6 * MU, hardened=False)
+    with pytest.raises(ValueError, match="knew no draws"):
+        enter_draw(ledger, 0, 0, [1])
+    with pytest.raises(qexp_jax.BudgetExceeded):
+        debit(ledger, 1, 0.9 * MU)
+    assert debit(ledger, 1, 0.1 * MU).releases == 2
+
+
+def test_copies_draw_a_hardened_round_once(tmp_path):
+    """A copy of an interrupted checkpoint goes on instead of the original, or after it; never both."""
+    pytest.importorskip("opendp")
+    ledger, arguments = interrupted(tmp_path, hardened=True)
+    copy = copy_of(tmp_path, "copy")
+    whole = tune(0, **arguments)
+    with pytest.raises(ValueError, match="Round 1 .* drawn before"):
+        tune(0, **arguments | copy)
+    np.testing.assert_array_equal(params_of(tune(0, **arguments)), params_of(whole))  # it ended, and says the same
+    assert ledgers.spent(ledger).releases == 1
+
+
+def test_copies_end_with_the_same_bits(tmp_path):
+    ledger, arguments = interrupted(tmp_path)
+    copy = copy_of(tmp_path, "copy")
+    np.testing.assert_array_equal(params_of(tune(0, **arguments)), params_of(tune(0, **arguments | copy)))
+    assert ledgers.spent(ledger).releases == 1
+
+
+@pytest.mark.parametrize("hardened", [False, True])
+def test_deleted_steps_draw_nothing_new(tmp_path, hardened):
+    """The same release again where that is possible, and none where noise is fresh."""
+    if hardened:
+        pytest.importorskip("opendp")
+    ledger = new(tmp_path)
+    arguments = {"ledger": ledger, "checkpoint": qexp_jax.Checkpoint(directory=tmp_path / "run"), "hardened": hardened}
+    whole = tune(0, **arguments)
+    shutil.rmtree(tmp_path / "run" / "process_0" / "steps")
+    if hardened:
+        with pytest.raises(ValueError, match="Round 0 .* drawn before"):
+            tune(0, **arguments)
+    else:
+        np.testing.assert_array_equal(params_of(tune(0, **arguments)), params_of(whole))
+    assert ledgers.spent(ledger).releases == 1
+
+
+def permuted(data):
+    return jax.tree.map(lambda x: x[::-1], data)
+
+
+def changed(data):
+    return data | {"y": data["y"].at[3].add(1.0)}
+
+
+@pytest.mark.parametrize("hardened", [False, True])
+@pytest.mark.parametrize("other", [permuted, changed])
+def test_other_data_in_memory_are_refused(tmp_path, other, hardened):
+    """Without a word of them, without a debit, and after the end of the release too."""
+    if hardened:
+        pytest.importorskip("opendp")
+    _, arguments = interrupted(tmp_path, hardened=hardened)
+    (tmp_path / "ledger.json").unlink()
+    arguments["ledger"] = ledger = new(tmp_path)
+    with pytest.raises(ValueError, match=r"^The private data are not those, in their order, [^\d]*$"):
+        tune(0, private=other(private_data()), **arguments)
+    assert ledgers.spent(ledger).releases == 0
+    tune(0, **arguments)  # the refusal has spoilt nothing
+    with pytest.raises(ValueError, match="private data are not those"):
+        tune(0, private=other(private_data()), **arguments)
+
+
+def test_without_its_digest_the_ledger_refuses(tmp_path):
+    """Steps and digest are gone, and what the noise protects is another sum."""
+    ledger, arguments = interrupted(tmp_path)
+    digest = tmp_path / "run" / "process_0" / "data_digest.txt"
+    digest.unlink()
+    with pytest.raises(ValueError, match="does not say of which data"):
+        tune(0, **arguments)
+    shutil.rmtree(tmp_path / "run" / "process_0" / "steps")
+    with pytest.raises(ValueError, match="Round 0 .* drawn before"):
+        tune(0, private=changed(private_data()), **arguments)
+    digest.unlink()
+    tune(0, **arguments)
+    assert ledgers.spent(ledger).releases == 1
+
+
+def test_another_loss_draws_no_second_time(tmp_path):
+    """It differs on private records alone, so that plan, data and settings are the same."""
+    _, arguments = interrupted(tmp_path)
+    copy = copy_of(tmp_path, "copy")
+    limit = float(jnp.max(jnp.abs(public_data()["x"])))
+
+    def other_loss(params, record):
+        is_private = jnp.max(jnp.abs(record["x"])) > limit
+        return loss(params, record) + jnp.where(is_private, 10 * params["w"][0], 0)
+
+    assert np.sum(np.max(np.abs(private_data()["x"]), axis=1) > limit) > 0
+    tune(0, **arguments)
+    with pytest.raises(ValueError, match="Round 1 .* drawn before"):
+        tune(0, loss_fn=other_loss, **arguments | copy)
+
+
+def public_data():
+    x = jax.random.normal(jax.random.key(1), (60, 3))[:20]
+    return {"x": x, "y": x @ jnp.arange(3.0)}
+
+
+def test_a_paid_folder_needs_its_ledger(tmp_path):
+    """A folder that says it was entered is believed if its ledger says so; with no ledger it does not go on."""
+    _, arguments = interrupted(tmp_path)
+    with pytest.raises(ValueError, match="ledger, which has to be given"):
+        tune(0, **arguments | {"ledger": None})
+    (tmp_path / "ledger.json").unlink()  # the secret stays, and with it the tags
+    arguments["ledger"] = ledger = new(tmp_path)
+    tune(0, **arguments)
+    assert ledgers.spent(ledger).releases == 1
+
+
+def test_a_paid_note_pays_for_no_other_terms(tmp_path):
+    """A cheap release's note is copied into the folder of a dear one."""
+    ledger, arguments = interrupted(tmp_path, epsilon=0.01)
+    (tmp_path / "dear" / "process_0").mkdir(parents=True)
+    shutil.copy(tmp_path / "run" / "process_0" / "paid.txt", tmp_path / "dear" / "process_0")
+    dear = {"checkpoint": qexp_jax.Checkpoint(directory=tmp_path / "dear"), "epsilon": 0.5}
+    with pytest.raises(ValueError, match="key was used"):
+        tune(0, **arguments | dear)
+    assert ledgers.spent(ledger).releases == 1
+
+
+def fail(*args, **kwargs):
+    raise OSError("no space left")
+
+
+@pytest.mark.parametrize("hardened", [False, True])
+def test_a_draw_that_was_not_saved_is_not_drawn_anew(tmp_path, monkeypatch, hardened):
+    if hardened:
+        pytest.importorskip("opendp")
+    ledger, arguments = interrupted(tmp_path, hardened=hardened)
+    with monkeypatch.context() as patch:
+        patch.setattr(qexp_jax.checkpoint, "save", fail)
+        with pytest.raises(OSError, match="no space"):
+            tune(0, **arguments)
+    if hardened:
+        with pytest.raises(ValueError, match="Round 1 .* drawn before"):
+            tune(0, **arguments)
+    else:
+        tune(0, **arguments)
+    assert ledgers.spent(ledger).releases == 1
+
+
+def test_a_new_release_is_entered_before_its_digest(tmp_path, monkeypatch):
+    ledger, entered, digest = new(tmp_path), [], qexp_jax.stream.digest
+
+    def watched(*args):
+        entered.append(ledgers.spent(ledger).releases)
+        return digest(*args)
+
+    monkeypatch.setattr(qexp_jax.stream, "digest", watched)
+    tune(0, ledger=ledger, checkpoint=qexp_jax.Checkpoint(directory=tmp_path / "run"))
+    assert entered == [1]
+
+
+def test_digests_hold_any_leaf(tmp_path):
+    """Typed keys, float64, bfloat16, booleans and no record at all."""
+    checkpoint = qexp_jax.Checkpoint(directory=tmp_path)
+    store = qexp_jax.checkpoint.open_store(checkpoint, {})
+    units = {
+        "key": jax.random.split(jax.random.key(0), 4), "wide": np.arange(4.0), "half": jnp.ones(4, jnp.bfloat16),
+        "mask": np.array([True, False, True, True]),
+    }  # fmt: skip
+    qexp_jax.checkpoint.bind_units(store, units)
+    qexp_jax.checkpoint.check_units(store, units)
+    for name, value in (
+        ("key", jax.random.split(jax.random.key(1), 4)), ("wide", np.nextafter(np.arange(4.0), 9)),
+        ("half", jnp.zeros(4, jnp.bfloat16)), ("mask", np.ones(4, bool)),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="private data are not those"):
+            qexp_jax.checkpoint.check_units(store, units | {name: value})
+    with pytest.raises(ValueError, match="private data are not those"):
+        qexp_jax.checkpoint.check_units(store, jax.tree.map(lambda x: x[:0], units))
+
+
+def test_the_home_folder_is_found(tmp_path, monkeypatch):
+    """And no folder with the name ~ is made."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "here")
+    ledgers.create("~/ledger.json", epsilon=1.0, delta=1e-5)
+    tune(0, ledger="~/ledger.json", checkpoint=qexp_jax.Checkpoint(directory="~/run"))
+    assert sorted(path.name for path in (tmp_path / "home").iterdir() if path.suffix != ".lock") == [
+        "ledger.json", "ledger.json.secret", "run",
+    ]  # fmt: skip
+    assert not list((tmp_path / "here").iterdir())
+    with pytest.raises(ValueError, match="Expected a path"):
+        tune(1, checkpoint=qexp_jax.Checkpoint(directory="~no_such_user_here/run"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"checkpoint": "run"}, r"Expected a Checkpoint\(directory=...\), found str"),
+        ({"directory": 3}, "directory, found int"),
+        ({"directory": b"run"}, "directory, found bytes"),
+        ({"every": True}, "integer every >= 1"),
+        ({"every": 2.0}, "integer every >= 1"),
+        ({"every": "2"}, "integer every >= 1"),
+        ({"directory": __file__}, "found a file on the way"),
+        ({"ledger": 5}, "Expected a ledger .*found int"),
+    ],
+)
+def test_wrong_types_are_refused_before_the_debit(tmp_path, changes, message):
+    ledger = new(tmp_path)
+    settings = {"directory": tmp_path / "run", "every": 1} | changes
+    checkpoint = qexp_jax.Checkpoint(directory=settings["directory"], every=settings["every"])
+    with pytest.raises(ValueError, match=message):
+        tune(
+            0,
+            **{"ledger": ledger, "checkpoint": checkpoint}
+            | {k: changes[k] for k in changes if k in ("checkpoint", "ledger")},
+        )
+    assert ledgers.spent(ledger).releases == 0
+
+
+def test_integers_of_numpy_are_integers(tmp_path):
+    assert qexp_jax.checkpoint.check(qexp_jax.Checkpoint(directory=tmp_path, every=np.int64(3))) == (tmp_path, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"path": 5}, "path of a ledger, found int"),
+        ({"neighboring_relation": "REPLACE_ONE"}, "neighboring_relation"),
+        ({"privacy_unit": 1}, "text as privacy_unit"),
+    ],
+)
+def test_wrong_types_make_no_ledger(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        ledgers.create(**{"path": tmp_path / "ledger.json", "epsilon": 1.0, "delta": 1e-5} | changes)
+    assert not list(tmp_path.iterdir())

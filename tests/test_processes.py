@@ -37,6 +37,14 @@ def test_two_processes_make_the_release_of_one(tmp_path, fault):
     np.testing.assert_allclose(one[1], worker.release(whole)[1], rtol=1e-5)
 
 
+def test_fresh_noise_is_one_release(tmp_path):
+    """Each process has noise of its own, and all take the first one's."""
+    pytest.importorskip("opendp")
+    codes, outs, errors = run_two(tmp_path, "hardened")
+    assert codes == [0, 0], errors
+    np.testing.assert_array_equal(*map(np.load, outs))
+
+
 def test_a_process_that_dies_ends_the_other_with_an_error_and_no_release(tmp_path):
     codes, outs, _ = run_two(tmp_path, "die")
     assert codes[1] == 3 and codes[0] != 0

@@ -55,8 +55,9 @@ def main(process, port, out, fault=""):
         mine = dying(mine)
     if fault == "stream":
         mine = stream.Stream(lambda records=mine: iter([records]))
+    changes = {"hardened": True} if fault == "hardened" else {}
     # A key of its own in each process: the first one's is taken by all.
-    np.save(f"{out}.tmp.npy", release(mine, seed=3 + int(process), mesh=mesh))
+    np.save(f"{out}.tmp.npy", release(mine, seed=3 + int(process), mesh=mesh, **changes))
     os.replace(f"{out}.tmp.npy", out)
 
 
