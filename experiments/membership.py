@@ -31,7 +31,7 @@ from tqdm import tqdm
 from experiments import models, tasks
 from experiments.arena import RESULTS, write_table
 from experiments.data import run_cli, select
-from qexp_jax import clipping, mechanism, plan, privacy, rounds
+from qexp_jax import clipping, mechanism, plan, precision, privacy, rounds
 from qexp_jax import subspace as subspaces
 
 matplotlib.use("Agg")
@@ -122,10 +122,19 @@ def released(key, anchor, pool, included, epsilon, delta):
                 geometry, _ = plan.choose(
                     walk.belief, spectrum, geometries, noise_multiplier / made.rounds**0.5, count, made.rounds, done
                 )  # fmt: skip
-                precise = plan.precision_of(spectrum.directions, geometry.eigenvalues)
                 clip_norm, noise_std = geometry.l2_clip_norm, geometry.l2_clip_norm * noise_multiplier
-                total, _ = clipping.clipped_sum(
-                    loss_fn, walk.params, spaced, precise, pool, l2_clip_norm=clip_norm, mask=mask
+
+                def sum_in(precise):
+                    return clipping.clipped_sum(
+                        loss_fn, walk.params, spaced, precise, pool, l2_clip_norm=clip_norm, mask=mask
+                    )[0]
+
+                leading, rest = geometry.eigenvalues[:-1], geometry.eigenvalues[-1]
+                precise = precision.spectral(rest, spectrum.directions, leading)
+                total = jax.lax.cond(
+                    geometry.tuned[-1] > 0,
+                    lambda: sum_in(precise),
+                    lambda: sum_in(precision.leading(spectrum.directions, leading)),
                 )
                 quadratic = mechanism.Quadratic(precise, total, count)
                 noisy = mechanism.noisy_sum(key, total, noise_std)

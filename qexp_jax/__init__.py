@@ -2,6 +2,7 @@
 
 `fine_tune` is the one call. Under it lie pure functions, a room each, every room knowing only those above it:
 
+    arguments    numbers and options as callers give them
     keys         release keys from the system's entropy
     records      records and privacy units
     operations   floating-point operations of a trace

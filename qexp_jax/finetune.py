@@ -1,27 +1,39 @@
 """The one call: checks, a public plan, its rounds, and a certificate."""
 
+import functools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from dp_accounting import NeighboringRelation
 
+from qexp_jax import arguments, passes, preflight, privacy, stream, validation
 from qexp_jax import checkpoint as checkpoints
 from qexp_jax import hardened as hardening
 from qexp_jax import ledger as ledgers
-from qexp_jax import passes, preflight, privacy, stream, validation
 from qexp_jax import rounds as walks
 from qexp_jax import subspace as subspaces
-from qexp_jax.certificate import make_certificate, make_provenance
+from qexp_jax.certificate import ONE_ID, ONE_RECORD, make_certificate, make_provenance
 from qexp_jax.checkpoint import Checkpoint
-from qexp_jax.gradients import Mode
+from qexp_jax.gradients import Mode, moving_leaves
+from qexp_jax.keys import as_threefry
 from qexp_jax.ledger import Ledger
 from qexp_jax.plan import looked_at, make_plan
-from qexp_jax.records import LossFn, Params, Record, group_by_unit, num_records, unit_loss
+from qexp_jax.records import (
+    LossFn,
+    Params,
+    Record,
+    as_unit_ids,
+    group_by_unit,
+    held,
+    num_records,
+    take,
+    unit_loss,
+)
 from qexp_jax.subspace import Subspace
 
 # The plan's randomness is public, and not a child of the secret key: the certificate tells what the plan saw.
@@ -40,6 +52,18 @@ class Release(NamedTuple):
     certificate: dict[str, Any]
 
 
+def _with_usual_promotion(function):
+    """The library counts on JAX's defaults; whoever forbids promotion in their own code may call it all the same."""
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            return function(*args, **kwargs)
+
+    return run
+
+
+@_with_usual_promotion
 def fine_tune(
     key: jax.Array,
     loss_fn: LossFn,
@@ -78,16 +102,17 @@ def fine_tune(
       params: pretrained pytree, public. Half-precision leaves are worked on in float32 and cast back at the end.
       public: public records, pytree with a leading axis: curvature, clip norm and dimension come from them; or a
         stream of batches, of which a sample is held.
-      private: private records, the same pytree; or a stream of batches of units (`stream`), read once a round.
-      epsilon: > 0.
-      delta: in (0, 1).
+      private: private records, the same pytree, of other arrays; or a stream of batches of units (`stream`), of any
+        lengths, read once a round.
+      epsilon: in [1e-4, 1e4].
+      delta: in [1e-30, 0.999].
       neighboring_relation: REPLACE_SPECIAL (zero-out one unit; default), ADD_OR_REMOVE_ONE or REPLACE_ONE.
       public_count: N, where it is not the number of private units; required for ADD_OR_REMOVE_ONE, under which the true
         number is private.
-      unit_ids: (n,) ids of the private records' units (writers, patients), clipped together; by default each record is
-        a unit.
+      unit_ids: (n,) ids of the private records' units (writers, patients), clipped together: integers or strings, none
+        missing (`records.as_unit_ids`). By default each record is a unit.
       public_unit_ids: the same for the public records; only the clip norm uses them.
-      max_records_per_unit: public cap on the records that a unit contributes.
+      max_records_per_unit: public cap on the records that a unit contributes, and the length that units are padded to.
       rounds: releases, each with mu/sqrt(rounds), in place of the number that the plan chooses and that a heavy shift
         may raise.
       precision_rank: at most how many leading directions of the public gradients have their curvature measured.
@@ -103,12 +128,16 @@ def fine_tune(
         process alone, no unit is in two processes, `public_count` is their number in all, and every process calls
         with the same public arguments and ends with the same release.
       checkpoint: where a release in progress is saved; called again with the same arguments, it goes on there, or ends
-        with the same release. Holds sums that are **not private**.
-      memory_budget: bytes of one device; a release that `preflight` expects to need more is refused.
+        with the same release. Other private data, or the same in another order, are refused. Holds sums that are **not
+        private**.
+      memory_budget: bytes of one device; a release that `preflight` expects to need more is refused. With `unit_ids` it
+        needs `max_records_per_unit`; where the number of units is private, a stream counts with its `batch_size`, or
+        whole.
       hardened: integers, and exact discrete Gaussian noise, instead of floating point; see the room `hardened`, also
         for what it costs. Needs OpenDP. Of a mesh it uses one device a process.
       ledger: of the dataset, or its path; the release is entered there before a private value is read, and stays
-        entered if it is then interrupted; one that goes on from its checkpoint is not entered again.
+        entered if it is then interrupted; one that goes on from its checkpoint is not entered again, and draws no round
+        a second time. A hardened one that is killed between the draw of a round and its saving is lost.
       diagnostics: return `(release, [RoundInfo])`, where the second part is **not private**.
       progress: called with the name of each stage as it begins, with each batch of a stream, and with `"done"`.
 
@@ -121,7 +150,8 @@ def fine_tune(
 
     Raises:
       ValueError: for bad static or public input, before any private value is read; if a stream changes its length
-        between rounds, or is not the one that the checkpoint was made of; nothing is released then.
+        between rounds, if the data are not those that the checkpoint was made of, or if a round would be drawn twice
+        for one entry of the ledger; nothing is released then.
       BudgetExceeded: where the ledger does not allow the release; a ValueError.
       ImportError: if a hardened release is asked for and OpenDP is not installed.
 
@@ -142,27 +172,41 @@ def fine_tune(
     validation.check_key(key)
     if hardened:
         hardening.check_available()
+    _check_options(neighboring_relation, checkpoint, mesh, subspace, mode, progress)
     local = passes.local_mesh(mesh)
-    key = passes.one_key(key, mesh)
+    key = _on_no_device(passes.one_key(as_threefry(key), mesh))
+    precision_rank = arguments.count("precision_rank", precision_rank)
+    rounds, microbatch_size, memory_budget = _counts(
+        rounds=rounds, microbatch_size=microbatch_size, memory_budget=memory_budget
+    )
+    max_records_per_unit, subspace_dim = _counts(max_records_per_unit=max_records_per_unit, subspace_dim=subspace_dim)
+    damping, l2_clip_norm = _check_settings(damping, l2_clip_norm, memory_budget, unit_ids, max_records_per_unit)
     layout = _layout(params, subspace, subspace_dim)
-    _check_settings(rounds, precision_rank, damping, l2_clip_norm, microbatch_size)
+    epsilon, delta = privacy.check_budget(epsilon, delta)
     mu = (hardening if hardened else privacy).mu_from_budget(epsilon, delta)
     private_n = neighboring_relation is NeighboringRelation.ADD_OR_REMOVE_ONE
-    public = _public_records(public)
-    _check_data(loss_fn, layout, params, public, private, private_n)
-    unit_fn, units = _units(loss_fn, private, unit_ids, max_records_per_unit)
-    public_fn, public_units = _units(loss_fn, public, public_unit_ids, max_records_per_unit)
-    num_units = _public_num_units(units, public_count, private_n, mesh)
-    unit = "one record" if unit_ids is None else "all records with one unit id"
+    validation.check_apart(public, private)
+    public = _public_records(public, public_unit_ids)
+    private = _check_data(loss_fn, layout, params, public, private, private_n)
+    _check_devices(mesh, params, subspace, public, private)
+    layout = _moving(loss_fn, layout, params, public, subspace)
+    unit_ids = _check_ids("unit_ids", private, unit_ids)
+    public_unit_ids = _check_ids("public_unit_ids", public, public_unit_ids)
+    num_units = _public_num_units(private, unit_ids, public_count, private_n, mesh)
+    unit = ONE_RECORD if unit_ids is None else ONE_ID
     ledger = ledgers.open(ledger) if isinstance(ledger, str | os.PathLike) else ledger
     if memory_budget is not None:
-        record, batch_size = _one_unit(units, public_units)
+        # Before the records are grouped: that takes the memory.
         found = preflight.estimate(
-            unit_fn, params, record, num_units=num_units, num_public=num_records(public), subspace=subspace,
-            precision_rank=max(precision_rank, subspace_dim or 0), microbatch_size=microbatch_size, mode=mode,
-            num_devices=passes.num_shares(local), batch_size=batch_size,
+            loss_fn if unit_ids is None else unit_loss(loss_fn), params,
+            _one_unit(private, public, unit_ids, max_records_per_unit), num_units=num_units,
+            num_public=num_records(public), subspace=subspace, precision_rank=max(precision_rank, subspace_dim or 0),
+            microbatch_size=microbatch_size, mode=mode, num_devices=passes.num_shares(local),
+            batch_size=_batch_size(private, private_n),
         )  # fmt: skip
         preflight.check(found, memory_budget)
+    unit_fn, units = _units(loss_fn, private, unit_ids, max_records_per_unit)
+    public_fn, public_units = _units(loss_fn, public, public_unit_ids, max_records_per_unit)
     plan_key, reads_all = jax.random.key(_PLAN_SEED), not (public_unit_ids is None and subspace_dim is None)
     # Beside the rounds, and of what the plan reads alone: hashing a hundred megabytes takes longer than a release.
     provenance = ThreadPoolExecutor(1).submit(
@@ -172,7 +216,7 @@ def fine_tune(
     plan = make_plan(
         plan_key, loss_fn, subspaces.working(layout, params), public, public_fn, public_units,
         num_units=num_units, noise_multiplier=privacy.noise_multiplier(mu, neighboring_relation), rounds=rounds,
-        precision_rank=precision_rank, subspace=subspace, subspace_dim=subspace_dim, damping=damping,
+        precision_rank=precision_rank, layout=layout, subspace=subspace, subspace_dim=subspace_dim, damping=damping,
         l2_clip_norm=l2_clip_norm,
     )  # fmt: skip
     noise_multiplier = privacy.noise_multiplier(mu / plan.rounds**0.5, neighboring_relation)
@@ -180,6 +224,8 @@ def fine_tune(
     if hardened:
         discrete_noise = hardening.discrete_noise(noise_multiplier, plan.subspace.dim)
         noise_multiplier = discrete_noise.multiplier
+    exact = walks.needs_exact(plan, neighboring_relation)
+    roundings = walks.roundings(plan, exact)
     walk = walks.start(layout, params, plan.spectrum, plan.rounds)
     store = None
     if checkpoint is not None:
@@ -195,70 +241,133 @@ def fine_tune(
             "devices": passes.num_shares(local),
             "processes": jax.process_count() if passes.spans_processes(mesh) else 1,
         }
-        store = checkpoints.open_store(checkpoint, settings)
-    if ledger is not None and not (passes.spans_processes(mesh) and jax.process_index()):
-        _enter(
-            ledger, key, store, mu=mu, hardened=hardened, neighboring_relation=neighboring_relation, privacy_unit=unit
-        )
-    engine = walks.Engine(unit_fn, microbatch_size, mode, mesh, hardened, store, progress)
+        store = checkpoints.in_step(mesh, lambda: checkpoints.open_store(checkpoint, settings))
+    store = _enter(
+        ledger, key, store, units, mesh,
+        mu=mu, hardened=hardened, neighboring_relation=neighboring_relation, privacy_unit=unit,
+    )  # fmt: skip
+    engine = walks.Engine(unit_fn, microbatch_size, mode, mesh, hardened, exact, diagnostics, store, progress)
     walk, infos = walks.run(
         key, walk, plan, units, engine, num_units=num_units, noise_multiplier=noise_multiplier
     )  # fmt: skip
     certificate = make_certificate(
         epsilon=epsilon, delta=delta, relation=neighboring_relation, num_units=num_units,
         num_units_from="slots" if public_count is None else "public_count", unit=unit,
-        noise_multiplier=noise_multiplier, plan=plan, provenance=provenance.result(),
+        noise_multiplier=noise_multiplier, plan=plan, roundings=roundings, provenance=provenance.result(),
         prng_impl=str(jax.random.key_impl(key)), discrete_noise=discrete_noise,
     )  # fmt: skip
+    validation.check_finite("released parameters, of which nothing is returned", walk.params)
     release = Release(_cast(layout, walk.params), certificate)
     return (release, infos) if diagnostics else release
 
 
-def _enter(ledger, key, store, **terms):
-    """Debits the release, unless its checkpoint shows that it was debited before it was interrupted."""
-    tag = ledgers.key_tag(ledger, key)
-    if store is not None and checkpoints.is_paid(store, tag):
+def _enter(ledger, key, store, units, mesh, **terms):
+    """Debits a new release, and binds its checkpoint to its data and its ledger; returns the store, so bound.
+
+    A checkpoint of other data is refused before anything is entered. A new release is entered before its data is read,
+    and digested after that.
+    """
+    in_memory = store is not None and not stream.is_stream(units)
+    if in_memory:
+        checkpoints.in_step(mesh, lambda: checkpoints.check_units(store, units))
+    checkpoints.in_first(mesh, lambda: _debit(ledger, key, store, **terms))
+    if in_memory:
+        checkpoints.in_step(mesh, lambda: checkpoints.bind_units(store, units))
+    return None if store is None else store._replace(ledger=ledger)
+
+
+def _debit(ledger, key, store, *, mu, hardened, **terms):
+    """Debits the release, unless checkpoint and ledger agree that it was debited before it was interrupted."""
+    paid = None if store is None else checkpoints.paid_tag(store)
+    if ledger is None and paid is not None:
+        raise ValueError("The checkpoint's release was entered in a ledger, which has to be given for it to go on.")
+    if ledger is None:
         return
-    ledgers.debit(ledger, key, **terms)
+    ledgers.check(ledger)
+    tag = ledgers.key_tag(ledger, key)
+    if paid == tag and ledgers.holds(ledger, key, mu=mu, hardened=hardened):
+        return
+    ledgers.debit(ledger, key, mu=mu, hardened=hardened, **terms)
     if store is not None:
         checkpoints.mark_paid(store, tag)
 
 
-def _one_unit(units, public_units):
-    """The shapes of one unit, and the length of a stream's batches.
+def _one_unit(private, public, unit_ids, max_records_per_unit):
+    """The shapes of one unit, from those of a record and the public cap: they are the same whatever the ids are.
 
-    Not the number of units in memory, which may be private: what is refused depends on the public N.
+    Of a stream those of the public records, since the width of its units may follow from the data.
     """
-    batch = stream.first(units) if stream.is_stream(units) else None
-    some = batch if batch is not None else public_units if stream.is_stream(units) else units
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x)[1:], jnp.result_type(x)), some)
-    return shapes, None if batch is None else num_records(batch)
+    records = public if stream.is_stream(private) else private
+    record = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x)[1:], jnp.result_type(x)), records)
+    return record if unit_ids is None else preflight.unit_of(record, max_records_per_unit)
+
+
+def _batch_size(private, private_n):
+    """Units of a stream held at a time, where that is public: the length of a batch is not if their number is not."""
+    if not stream.is_stream(private):
+        return None
+    first = None if private_n else stream.first(private)
+    return stream.batch_size(private) or (None if first is None else num_records(first))
 
 
 _PUBLIC_SAMPLE = 4096
 
 
-def _public_records(public):
-    """Public records in memory, of a stream a sample."""
+def _public_records(public, public_unit_ids):
+    """Public records in memory, of a stream a sample, as JAX will hold them."""
     if not stream.is_stream(public):
-        return public
+        return held(public, "public records", hide_length=False)
+    if public_unit_ids is not None:
+        raise ValueError("A public stream is sampled: public_unit_ids need public records in memory.")
     # The sample is the same in every process and at every start: a checkpoint goes on with the same plan.
-    return stream.sample(np.random.default_rng(0), public, _PUBLIC_SAMPLE)
+    return held(stream.sample(np.random.default_rng(0), public, _PUBLIC_SAMPLE), "public records")
 
 
 def _check_data(loss_fn, layout, params, public, private, private_n):
-    first = stream.first(private) if stream.is_stream(private) else private
+    """The private records as JAX will hold them; of a stream each batch, when it is read."""
+    validation.check_configuration()
     validation.check_records("public", public)
     validation.check_finite("public records", public)
     validation.check_finite("anchor parameters", params)
     validation.check_loss(loss_fn, layout, params, public)
-    if first is not None or not private_n:
-        validation.check_records("private", {} if first is None else first, allow_empty=private_n)
-        validation.check_same_structure(public, first)
-        validation.check_loss(loss_fn, layout, params, first)
+    check = functools.partial(_check_private, loss_fn, layout, params, public)
+    if not stream.is_stream(private):
+        return check(private, private_n, hide_length=private_n)
+    batches = stream.each(private, functools.partial(check, allow_empty=True, hide_length=True))
+    if stream.first(batches) is None and not private_n:
+        raise ValueError("Expected at least one private record, found none in the stream.")
+    return batches
+
+
+def _check_private(loss_fn, layout, params, public, records, allow_empty, hide_length):
+    """Private records as JAX will hold them; none are none of the public ones' shapes.
+
+    Structure first, so that what names a leaf is public, then types, so that nothing is converted that JAX cannot hold.
+    """
+    validation.check_same_structure(public, records)
+    records = held(records, "private records", hide_length=hide_length)
+    if not validation.check_records("private", records, allow_empty=allow_empty, hide_length=hide_length):
+        return take(public, slice(0, 0))
+    validation.check_loss(loss_fn, layout, params, records)
+    return records
+
+
+def _check_devices(mesh, params, subspace, public, private):
+    """Of a mesh, the private records go to its devices, wherever they are."""
+    arrays = {"params": params, "public": public, "subspace": None if subspace is None else subspace.arrays}
+    validation.check_devices(**arrays if mesh is not None else arrays | {"private": private})
+
+
+def _on_no_device(key):
+    """The key, free to go where it is used: a mesh has devices that it may not have been put on."""
+    if not key.committed:
+        return key
+    words = jnp.asarray(np.asarray(jax.random.key_data(key)))
+    return jax.random.wrap_key_data(words, impl=jax.random.key_impl(key))
 
 
 def _layout(params, subspace, subspace_dim):
+    params = held(params, "params", hide_length=False)
     if subspace is None:
         return subspaces.layout_of(params)
     if subspace_dim is not None:
@@ -269,35 +378,77 @@ def _layout(params, subspace, subspace_dim):
     return subspace.layout
 
 
-def _check_settings(rounds, precision_rank, damping, l2_clip_norm, microbatch_size):
-    integers = {"rounds": rounds, "precision_rank": precision_rank, "microbatch_size": microbatch_size}
-    for name, value in integers.items():
-        if value is not None and not (type(value) is int and value >= 1):  # True is no number
-            raise ValueError(f"Expected an integer {name} >= 1, found {value}.")
-    for name, value in (("damping", damping), ("l2_clip_norm", l2_clip_norm)):
-        if value is not None and not 0 < value < float("inf"):
-            raise ValueError(f"Expected a finite {name} > 0, found {value}.")
+def _check_options(neighboring_relation, checkpoint, mesh, subspace, mode, progress):
+    """Of their types: a name in place of what it names would be found out in the middle of a release, or never."""
+    arguments.neighboring_relation(neighboring_relation)
+    if checkpoint is not None:
+        checkpoints.check(checkpoint)
+    if mode not in get_args(Mode):
+        raise ValueError(f"Expected a mode of {get_args(Mode)}, found {mode!r}.")
+    for name, value, kind in (("mesh", mesh, jax.sharding.Mesh), ("subspace", subspace, Subspace)):
+        if not isinstance(value, kind | None):
+            raise ValueError(f"Expected {name} to be a {kind.__name__}, found {arguments.described(value)}.")
+    if progress is not None and not callable(progress):
+        raise ValueError(f"Expected progress to be a function, found {arguments.described(progress)}.")
+
+
+def _counts(**values):
+    """As Python integers, where they are given; of `subspace_dim` the survey knows the range."""
+    return [
+        None if value is None else arguments.count(name, value, least=0 if name == "subspace_dim" else 1)
+        for name, value in values.items()
+    ]
+
+
+def _check_settings(damping, l2_clip_norm, memory_budget, unit_ids, max_records_per_unit):
+    """Damping and clip norm as Python floats, where they are given."""
+    if memory_budget is not None and unit_ids is not None and max_records_per_unit is None:
+        raise ValueError("memory_budget with unit_ids needs max_records_per_unit: the largest unit's size is private.")
+    damping = None if damping is None else arguments.positive("damping", damping)
+    l2_clip_norm = None if l2_clip_norm is None else arguments.positive("l2_clip_norm", l2_clip_norm)
+    return damping, l2_clip_norm
+
+
+def _check_ids(name, records, unit_ids):
+    if unit_ids is None:
+        return None
+    if stream.is_stream(records):
+        raise ValueError("A stream yields whole units, (records, mask) of group_by_unit, for unit_loss; not unit_ids.")
+    return as_unit_ids(unit_ids, num_records(records), name)
 
 
 def _units(loss_fn, records, unit_ids, max_records_per_unit):
     if unit_ids is None:
         return loss_fn, records
-    if stream.is_stream(records):
-        raise ValueError("A stream yields whole units, (records, mask) of group_by_unit, for unit_loss; not unit_ids.")
     return unit_loss(loss_fn), group_by_unit(records, unit_ids, max_records_per_unit=max_records_per_unit)
 
 
-def _public_num_units(units, public_count, private_n, mesh):
+def _public_num_units(private, unit_ids, public_count, private_n, mesh):
     """N, which enters step and noise and must be public."""
     if public_count is None and private_n:
         raise ValueError("ADD_OR_REMOVE_ONE keeps the number of private units private: give a public_count.")
     if public_count is None and passes.spans_processes(mesh):
         raise ValueError("Several processes hold the private units: give a public_count of all of them.")
+    if public_count is None and unit_ids is not None:
+        public_count = len(np.unique(unit_ids))
     if public_count is None:
-        public_count = stream.count(units) if stream.is_stream(units) else num_records(units)
-    if not (type(public_count) is int and 1 <= public_count < 2**31):
+        public_count = stream.count(private) if stream.is_stream(private) else num_records(private)
+    public_count = arguments.count("public_count", public_count)
+    if public_count >= 2**31:
         raise ValueError(f"Expected an integer public_count in [1, 2^31), found {public_count}.")
     return public_count
+
+
+def _moving(loss_fn, layout, params, public, subspace):
+    """The layout without leaves on which the loss does not depend: noise would be all that reached them."""
+    moves = moving_leaves(loss_fn, params, layout, public)
+    if all(moves):
+        return layout
+    if subspace is None:
+        return subspaces.without_still_leaves(layout, moves)
+    tuned = [name for name, is_tuned in zip(subspaces.leaf_names(layout), layout.tuned, strict=True) if is_tuned]
+    still = [name for name, moving in zip(tuned, moves, strict=True) if not moving]
+    raise ValueError(f"The subspace tunes leaves on which the loss does not depend, {still}: leave them out by where=.")
 
 
 def _cast(layout, params):

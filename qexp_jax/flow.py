@@ -264,10 +264,10 @@ def signal_curvature(spectrum: Spectrum) -> jax.Array:
     return spectrum.curvature.at[-1].set(spectrum.curvature[:-1].min())
 
 
-def energies(directions: Directions | jax.Array, x: jax.Array) -> jax.Array:
+def energies(spectrum: Spectrum, x: jax.Array) -> jax.Array:
     """x_j^2 of the leading coordinates, and the mean square of the others, (k,) -> (r + 1,)."""
-    squares = _products(directions, x, x)
-    return squares.at[-1].set(jnp.maximum(squares[-1], 0) / max(1, len(x) - len(directions)))
+    squares = _products(spectrum.directions, x, x)
+    return squares.at[-1].set(jnp.maximum(squares[-1], 0) / jnp.maximum(1, spectrum.dims[-1]))
 
 
 def scale(directions: Directions | jax.Array, factors: jax.Array, x: jax.Array) -> jax.Array:
@@ -295,7 +295,7 @@ def _pooled(belief, spectrum):
     factors = jnp.where(belief.weights > 0, noise_var, 0)
     largest = factors.max()  # before squaring: small units stay within float32
     shares = factors / jnp.where(largest > 0, largest, 1)
-    return shares**2 * energies(spectrum.directions, largest * belief.gradients), noise_var
+    return shares**2 * energies(spectrum, largest * belief.gradients), noise_var
 
 
 def signal_left(belief: Belief, spectrum: Spectrum, num_units: int) -> jax.Array:
@@ -309,7 +309,7 @@ def signal_left(belief: Belief, spectrum: Spectrum, num_units: int) -> jax.Array
     """
     dims = spectrum.dims.at[:-1].set(len(spectrum.directions))
     noise = belief.recent_var * (1 - jnp.sqrt(2 / jnp.maximum(dims, 1)))
-    left, had = energies(spectrum.directions, belief.recent) - noise, pooled_signal(belief, spectrum, num_units)
+    left, had = energies(spectrum, belief.recent) - noise, pooled_signal(belief, spectrum, num_units)
     left = jnp.where(belief.times > 0, left, had)
     return jnp.where(_of_two(_in_two(left) < _in_two(had), len(left)), left, had)
 

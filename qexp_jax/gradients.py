@@ -1,17 +1,19 @@
 """Projected gradients of single records: `g_i = P^T grad loss_i(theta)`, in reverse or forward mode."""
 
+import functools
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qexp_jax import outer_products
 from qexp_jax.convolutions import as_products
-from qexp_jax.operations import count_bytes, count_flops
+from qexp_jax.operations import count_bytes, count_flops, has_reverse_rule, moving_arguments
 from qexp_jax.outer_products import Rows
 from qexp_jax.records import LossFn, Params, Record, vary
-from qexp_jax.subspace import Subspace, is_whole, tuned_leaves, with_tuned_leaves
+from qexp_jax.subspace import Layout, Subspace, is_whole, rows_without_held, tuned_leaves, with_tuned_leaves
 
 Mode = Literal["auto", "reverse", "forward"]
 # Forming one number of a record's gradient takes the time of so many floating-point operations; measured on a CPU.
@@ -85,13 +87,39 @@ def gradient_rows(
     leaves, loss = vary(tuned_leaves(layout, params), axis_name), _loss_of_leaves(loss_fn, params, layout)
     rows = jax.vmap(lambda record: outer_products.gradient(loss, leaves, record, axis_name))(records)
     project_rows = subspace.operator.project_rows
-    return [project_rows(layout, subspace.arrays, rows)] if project_rows else rows
+    return [project_rows(layout, subspace.arrays, rows)] if project_rows else rows_without_held(subspace, rows)
 
 
 def is_in_factors(subspace: Subspace) -> bool:
     """Whether gradients may be outer products: in a whole space, or a count-sketch of it, with a wide matrix."""
     takes_rows = is_whole(subspace) or subspace.operator.project_rows is not None
     return takes_rows and any(map(outer_products.is_wide, subspace.layout.tuned_shapes))
+
+
+def moving_leaves(loss_fn: LossFn, params: Params, layout: Layout, records: Record) -> tuple[bool, ...]:
+    """Of each tuned leaf, whether the loss's derivative by it can be anything but zero; of shapes alone.
+
+    It is zero behind `stop_gradient`, or of a head that the loss does not use.
+    """
+    record = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], jnp.result_type(x)), records)
+    leaves, treedef = jax.tree.flatten((params, record))
+    return _moving_leaves(loss_fn, layout, treedef, tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves))
+
+
+@functools.lru_cache(maxsize=256)  # a trace takes longer than a small release
+def _moving_leaves(loss_fn, layout, treedef, avals):
+    params, record = jax.tree.unflatten(treedef, [jax.ShapeDtypeStruct(*aval) for aval in avals])
+    loss = lambda leaves, params, record: _loss_of_leaves(loss_fn, params, layout)(leaves, record)
+    return moving_arguments(loss, jax.eval_shape(lambda p: tuned_leaves(layout, p), params), params, record)
+
+
+def moved_coordinates(subspace: Subspace, rows: Rows) -> Rows:
+    """For each leaf of a whole space, where any gradient is not zero: bools, flat; of an `Outer` another of them."""
+    moved: Any = jax.tree.map(lambda x: jnp.any(x != 0, axis=0), rows)
+    sizes = [math.prod(s) for s in subspace.layout.tuned_shapes]
+    if len(moved) < len(sizes):
+        moved = jnp.split(moved[0], np.cumsum(sizes)[:-1])
+    return moved
 
 
 def _loss_of_leaves(loss_fn, params, layout):
@@ -109,7 +137,10 @@ def faster_mode(loss_fn: LossFn, params: Params, subspace: Subspace, records: Re
     takes 2 F, another F d/D for the gradients of the tuned leaves, and the traffic of forming d numbers. So forward
     mode is for few directions, the fewer the more often the loss uses each parameter.
     """
-    flops = count_flops(loss_fn, params, jax.tree.map(lambda x: x[0], records), products_only=True)
+    record = jax.tree.map(lambda x: x[0], records)
+    if has_reverse_rule(loss_fn, params, record):
+        return "reverse"
+    flops = count_flops(loss_fn, params, record, products_only=True)
     tuned, total = subspace.layout.num_params, sum(math.prod(shape) for shape in subspace.layout.shapes)
     even = _EVEN_ON_CPU if jax.default_backend() == "cpu" else _EVEN_ON_ACCELERATOR
     return "forward" if subspace.dim < even + tuned / total + _TRAFFIC * tuned / max(1, flops) else "reverse"

@@ -1,6 +1,6 @@
-"""Floating-point operations and bytes of a trace: shapes decide, nothing is computed.
+"""What a trace says of a function: operations, bytes, and what its derivative depends on; nothing is computed.
 
-XLA's own count leaves out how often a loop turns.
+XLA's own count of operations leaves out how often a loop turns.
 """
 
 import math
@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import jaxprs_in_params
+from jax.extend.core import Literal, jaxprs_in_params
 
 _MOVES = {
     "broadcast_in_dim", "reshape", "squeeze", "transpose", "slice", "dynamic_slice", "dynamic_update_slice",
@@ -42,6 +42,46 @@ def count_bytes(function: Any, *args: Any) -> float:
     80
     """
     return _total(jax.make_jaxpr(function)(*args).jaxpr, _bytes)
+
+
+def moving_arguments(function: Any, arguments: list[Any], *others: Any) -> tuple[bool, ...]:
+    """Of each of the `arguments`, whether the derivative by it can be anything but zero, whatever the numbers are.
+
+    Args:
+      function: `(arguments, *others) -> array`, traced, not run.
+      arguments: arrays of floats, or their shapes.
+      *others: pytrees of arrays or shapes.
+
+    >>> one = jnp.ones(())
+    >>> moving_arguments(lambda x, y: x[0] * y + jax.lax.stop_gradient(x[1]), [one, one], one)
+    (True, False)
+    """
+
+    def slopes(cotangent, arguments, *others):
+        return jax.vjp(lambda x: function(x, *others), arguments)[1](cotangent)[0]
+
+    result = jax.eval_shape(function, arguments, *others)
+    jaxpr = jax.make_jaxpr(slopes)(result, arguments, *others).jaxpr
+    return _reached(jaxpr, jaxpr.invars[:1])
+
+
+def _reached(jaxpr, variables):
+    """Which results depend on one of the variables; a function that is called depends on all that it is given."""
+    seen = set(variables)
+    for equation in jaxpr.eqns:
+        if any(not isinstance(x, Literal) and x in seen for x in equation.invars):
+            seen.update(equation.outvars)
+    return tuple(not isinstance(x, Literal) and x in seen for x in jaxpr.outvars)
+
+
+def has_reverse_rule(function: Any, *args: Any) -> bool:
+    """Whether the function has a derivative of its own that is defined for reverse mode alone (`jax.custom_vjp`)."""
+    return _has_reverse_rule(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _has_reverse_rule(jaxpr):
+    inner = (x for equation in jaxpr.eqns for x in jaxprs_in_params(equation.params))
+    return any(e.primitive.name == "custom_vjp_call" for e in jaxpr.eqns) or any(map(_has_reverse_rule, inner))
 
 
 def _total(jaxpr, count):

@@ -127,7 +127,7 @@ from qexp_jax.directions import Directions
 from qexp_jax.flow import Belief, Spectrum
 from qexp_jax.precision import Precision
 from qexp_jax.records import LossFn, Params, Record
-from qexp_jax.subspace import Subspace
+from qexp_jax.subspace import Layout, Subspace
 
 _DAMPING = 0.01
 _CLIP_QUANTILES = (0.9, 0.95, 0.98)
@@ -142,7 +142,6 @@ _LOOKS_AT_ALL = 0.2  # share of the rounds so far that, under a heavy shift, tun
 _LONGEST_HOLD = 9  # rounds in a row that may hold the others there
 _PRIVATE_CURVATURE = 1.5  # private over public curvature: 1 to 2.4 was found under shift
 _EXPECTED_SHIFT = 1.5e-3
-_HELD = 1e30  # its root and its product with float32 gradients are finite
 
 
 class Geometry(NamedTuple):
@@ -150,7 +149,7 @@ class Geometry(NamedTuple):
 
     Attributes:
       eigenvalues: (r + 1,) of M, in the spectrum's directions and in all others.
-      tuned: (r + 1,) one, or zero where M is so large that the parameters are held fixed.
+      tuned: (r + 1,) one, or zero where M is infinite, which holds the parameters fixed.
       l2_clip_norm: C, in the norm whitened by M.
       longest: most that the steps of all rounds may add up to, unless the shift is heavy.
       pull: (r,) what clipping at C adds to the public mean gradient along the leading directions; a round takes it off
@@ -204,6 +203,7 @@ def make_plan(
     noise_multiplier: float,
     rounds: int | None = None,
     precision_rank: int = 128,
+    layout: Layout | None = None,
     subspace: Subspace | None = None,
     subspace_dim: int | None = None,
     damping: float | None = None,
@@ -222,6 +222,7 @@ def make_plan(
       noise_multiplier: z of the whole budget spent in one round.
       rounds: T, in place of the choice, whatever the shift.
       precision_rank: at most how many leading directions have their curvature measured; as many public gradients.
+      layout: says which leaves are tuned where no subspace does; by default all.
       subspace: public subspace; by default all parameters, or a count-sketch of them where a sample of gradients would
         not fit.
       subspace_dim: tune in the leading public eigenspace of this dimension.
@@ -229,19 +230,21 @@ def make_plan(
       l2_clip_norm: C in the norm |M^{-1/2} g|, where M has largest eigenvalue 1.
 
     Raises:
-      ValueError: if the public curvature is unusable, or public gradients vanish; no private record has been read then.
+      ValueError: if the public curvature is unusable, public losses or what follows from them are not finite, or public
+        gradients vanish; no private record has been read then.
     """
     *keys, trial_key = _keys(key)
     surveyed = surveys.survey(
         keys, loss_fn, params, public, clip_loss_fn, public_units,
-        precision_rank=precision_rank, subspace=subspace, subspace_dim=subspace_dim,
+        precision_rank=precision_rank, layout=layout, subspace=subspace, subspace_dim=subspace_dim,
     )  # fmt: skip
     damping = _DAMPING * float(surveyed.curvature.max()) if damping is None else damping
     curvature, dims, space = surveyed.curvature, surveyed.dims, surveyed.subspace
     eigenvalues = np.sqrt((curvature + damping) / (curvature.max() + damping))
     gradients = Gradients(surveyed.leading / np.sqrt(eigenvalues[:-1]), surveyed.squares / eigenvalues, dims)
     as_arrays = functools.partial(_on_device, dtype=surveyed.directions.dtype)
-    precision = precision_of(surveyed.directions, as_arrays(eigenvalues))
+    root = as_arrays(eigenvalues)
+    precision = precisions.spectral(root[-1], surveyed.directions, root[:-1])
     tolerance, cost = surveys.tolerated_noise(
         trial_key, loss_fn, params, space, precision, surveyed.tried, _NOISE_COST
     )  # fmt: skip
@@ -277,7 +280,19 @@ def make_plan(
         "clipping_pull_in_clip_norms": float(np.linalg.norm(pull)) / clip_norm,
         "clip_norm_share_under_heavy_shift": share,
     }
-    return Plan(space, damping, rounds, most_rounds, spectrum, geometries, expected_cost, evidence)
+    made = Plan(space, damping, rounds, most_rounds, spectrum, geometries, expected_cost, evidence)
+    _check_finite(made)
+    return made
+
+
+def _check_finite(plan):
+    """Whatever a release rests on is finite before anything is paid for it; held parameters have an infinite M."""
+    numbers = plan.evidence | {"damping": plan.damping, "expected_cost": plan.expected_cost}
+    arrays = plan.spectrum._replace(directions=None, loss_scale=None)._asdict() | plan.geometries._asdict()
+    numbers |= {name: x for name, x in arrays.items() if x is not None and name != "eigenvalues"}
+    wrong = sorted(name for name, x in numbers.items() if not np.all(np.isfinite(np.asarray(x, np.float64))))
+    if wrong:
+        raise ValueError(f"Expected a finite plan from the public records, found no finite {', '.join(wrong)}.")
 
 
 def looked_at(key: jax.Array, public: Record) -> Record:
@@ -295,10 +310,12 @@ def _on_device(tree, dtype):
     return jax.device_put(jax.tree.map(lambda x: np.asarray(x, dtype), tree))
 
 
-@jax.jit
-def precision_of(directions: Directions | jax.Array, eigenvalues: jax.Array) -> Precision:
-    """M of a geometry."""
-    return precisions.spectral(eigenvalues[-1], directions, eigenvalues[:-1])
+def precision_of(directions: Directions | jax.Array, geometry: Geometry) -> Precision:
+    """M of a geometry; which form it has, all processes read off the same releases."""
+    leading, rest = geometry.eigenvalues[:-1], geometry.eigenvalues[-1]
+    if float(geometry.tuned[-1]) > 0:
+        return precisions.spectral(rest, directions, leading)
+    return precisions.leading(directions, leading)
 
 
 @jax.jit
@@ -363,7 +380,7 @@ def _geometries(gradients, eigenvalues, curvature, tolerances, per_unit, quantil
     for tuned, tolerance in zip((whole, np.append(whole[:-1], 0)), tolerances, strict=True):
         seen = gradients._replace(dims=gradients.dims * tuned)
         clip_norm = _clip_norm(seen, quantile, given)
-        held, longest = np.where(tuned, eigenvalues, _HELD), _LONGEST * tolerance / (clip_norm * per_unit)
+        held, longest = np.where(tuned, eigenvalues, np.inf), _LONGEST * tolerance / (clip_norm * per_unit)
         found.append((held, tuned, clip_norm, longest, clip_norms.pull(seen, clip_norm, curvature[:-1])))
     return found if gradients.dims[-1] > 0 else found[:1]
 

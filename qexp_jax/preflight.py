@@ -13,11 +13,12 @@ import numpy as np
 
 from qexp_jax import passes
 from qexp_jax import precision as precisions
+from qexp_jax import subspace as subspaces
 from qexp_jax import survey as surveys
 from qexp_jax.gradients import Mode
 from qexp_jax.operations import count_flops
 from qexp_jax.passes import Target
-from qexp_jax.records import LossFn, Params, Record
+from qexp_jax.records import LossFn, Params, Record, held
 from qexp_jax.subspace import Subspace
 
 
@@ -94,7 +95,7 @@ def estimate(
     """
     params, record = _shapes(params), _shapes(record)
     curved = surveys.num_curved(num_public)
-    space = surveys.tuned_space(jax.random.key(0), params, curved, subspace)
+    space = surveys.tuned_space(jax.random.key(0), subspaces.layout_of(params), curved, subspace)
     rank = min(precision_rank, space.dim, curved)
     held = -(-min(batch_size or num_units, num_units) // num_devices)
     directions = _directions(loss_fn, params, record, num_public, rank, space)
@@ -119,6 +120,16 @@ def estimate(
     )
 
 
+def unit_of(record: Record, max_records_per_unit: int) -> Any:
+    """The shapes of one unit of `records.group_by_unit`, from those of a record and the public cap.
+
+    >>> unit, mask = unit_of({"x": jax.ShapeDtypeStruct((3,), jnp.float32)}, 5)
+    >>> unit["x"].shape, mask.shape
+    ((5, 3), (5,))
+    """
+    return _batch(_shapes(record), max_records_per_unit), jax.ShapeDtypeStruct((max_records_per_unit,), bool)
+
+
 def check(found: Estimate, memory_budget: int) -> None:
     """Raises ValueError, with what takes the memory, where a device would hold more than `memory_budget` bytes."""
     if found.peak_bytes > memory_budget:
@@ -131,7 +142,11 @@ def check(found: Estimate, memory_budget: int) -> None:
 
 
 def _shapes(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)), tree)
+    def shape(x):
+        x = x if isinstance(x, jax.ShapeDtypeStruct) else held(x, "a record or parameters")
+        return jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x))
+
+    return jax.tree.map(shape, tree)
 
 
 def _batch(record: Any, length: int) -> Any:
@@ -148,7 +163,7 @@ def _bytes(tree: Any) -> int:
 
 def _directions(loss_fn, params, record, num_public, rank, space):
     curved = _batch(record, surveys.num_curved(num_public))
-    return surveys.leading_directions.eval_shape(loss_fn, params, curved, rank, _shapes(space))
+    return surveys.leading_directions.eval_shape(loss_fn, params, curved, rank, _shapes(space))[0]
 
 
 def _low_rank(directions):

@@ -21,16 +21,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from dp_accounting import NeighboringRelation
 
 from qexp_jax import checkpoint as checkpoints
-from qexp_jax import flow, hardened, mechanism, passes, records, stream
+from qexp_jax import clipping, flow, hardened, integers, mechanism, passes, records, stream
+from qexp_jax import ledger as ledgers
+from qexp_jax import precision as precisions
 from qexp_jax import subspace as subspaces
 from qexp_jax.accuracy import noise_cost
 from qexp_jax.checkpoint import Progress
 from qexp_jax.clipping import ClipInfo
 from qexp_jax.directions import combine
 from qexp_jax.flow import Belief, Spectrum
-from qexp_jax.gradients import Mode
+from qexp_jax.gradients import Mode, is_in_factors
 from qexp_jax.mechanism import Quadratic
 from qexp_jax.passes import Target
 from qexp_jax.plan import Geometry, Plan, choose, is_heavy, precision_of
@@ -44,7 +47,7 @@ class RoundInfo(NamedTuple):
     Attributes:
       plan: the public plan.
       geometry: of this round.
-      quadratic: the utility with the exact clipped sum.
+      quadratic: the utility with the exact clipped sum; with `diagnostics` a NumPy array of float64.
       noise_std: C z.
       w: the draw, less what clipping adds to the public mean gradient.
       multiples: (r + 1,) of w that were followed, in the spectrum's directions and in all others; 0 where held.
@@ -85,6 +88,8 @@ class Engine(NamedTuple):
       mode: see `gradients.projected_gradients`.
       mesh: devices that share the units, if several; over several processes, each has units of its own.
       hardened: whether the noise is discrete.
+      exact: whether each unit is rounded by itself, see `clipping.unit_sum`.
+      diagnostics: whether somebody looks at the `RoundInfo`s.
       store: an open checkpoint, if any.
       progress: called with the name of each stage as it begins.
     """
@@ -94,8 +99,40 @@ class Engine(NamedTuple):
     mode: Mode
     mesh: jax.sharding.Mesh | None
     hardened: bool
+    exact: bool
+    diagnostics: bool
     store: checkpoints.Store | None
     progress: Callable[[str], None] | None
+
+
+_MOST_ROUNDING, _TOO_MUCH_ROUNDING = 0.02, 0.25  # of the clip norm
+
+
+def needs_exact(plan: Plan, neighboring_relation: NeighboringRelation) -> bool:
+    """Whether each unit has to be rounded by itself: where units have no places, or eigenvalues are far apart."""
+    has_places = neighboring_relation is not NeighboringRelation.ADD_OR_REMOVE_ONE
+    return not has_places or max(roundings(plan, exact=False)) > _MOST_ROUNDING
+
+
+def roundings(plan: Plan, exact: bool) -> list[float]:
+    """The share of the clip norm that each geometry keeps for rounding, `clipping.rounding`; on the host.
+
+    Raises:
+      ValueError: where rounding would take a quarter of the clip norm or more.
+    """
+    in_factors = is_in_factors(plan.subspace)
+    found = []
+    for i in range(len(plan.geometries.l2_clip_norm)):
+        geometry = jax.tree.map(lambda x, i=i: x[i], plan.geometries)
+        precision = precision_of(plan.spectrum.directions, geometry)
+        is_leading = precision.num_coordinates < precision.dim
+        found.append(float(clipping.rounding(precision, exact or is_leading or not in_factors)))
+    if exact and max(found) >= _TOO_MUCH_ROUNDING:
+        raise ValueError(
+            f"Rounding in float32 would take {max(found):.2g} of the clip norm: damping={plan.damping} is too small "
+            f"for curvatures up to {float(plan.spectrum.curvature.max()):.2g}."
+        )
+    return found
 
 
 def start(layout: subspaces.Layout, params: Params, spectrum: Spectrum, rounds: int) -> Walk:
@@ -148,7 +185,7 @@ def run(
     """
     layout, mesh = plan.subspace.layout, passes.local_mesh(engine.mesh)
     plan, walk = passes.replicate(mesh, (plan, walk))
-    empty = passes.empty(plan.subspace, exact=engine.hardened)
+    empty = passes.empty(plan.subspace.dim, engine.hardened)
     progress = _resumed(engine, layout, walk, empty)
     units, count, infos = _placed(engine, mesh, units), None, []
     keys, whole = list(jax.random.split(key, plan.most_rounds)), noise_multiplier / plan.rounds**0.5
@@ -159,10 +196,11 @@ def run(
         if progress.round == num_rounds:
             break
         multiplier = noise_multiplier * (of_rounds / plan.rounds) ** 0.5
-        geometry, precision, noise_std = _aim(
+        geometry, noise_std = _aim(
             progress.walk.belief, plan.spectrum, plan.geometries, num_units, of_rounds, whole, multiplier,
             progress.round / num_rounds,
         )  # fmt: skip
+        precision = precision_of(plan.spectrum.directions, geometry)
         announce(engine.progress, "private pass", progress.walk)
         target = Target(progress.walk.params, plan.subspace, precision, geometry.l2_clip_norm)
         total, clip_info, count = _pass(engine, target, units, progress, count)
@@ -170,9 +208,13 @@ def run(
         if engine.hardened:
             noise = hardened.discrete_noise(multiplier, plan.subspace.dim)
             total, noisy = hardened.noisy_sum(total, noise, geometry.l2_clip_norm)
+            noisy = checkpoints.from_first(engine.mesh, noisy)
             noise_std = geometry.l2_clip_norm * noise.multiplier
         else:
-            noisy = _noisy_sum(keys[progress.round], total, noise_std)
+            step = clipping.step_size(precision, geometry.l2_clip_norm)
+            noisy = _noisy_sum(keys[progress.round], total, precision, step, noise_std)
+            total = (_whitened_exactly if engine.diagnostics else _whitened)(precision, total, step)
+        _enter_draw(engine, key, progress.round, noisy)
         quadratic = Quadratic(precision, total, num_units)
         w, multiples, cost, walk = follow(
             noisy, progress.walk, plan.subspace, quadratic, noise_std, plan.spectrum, geometry, of_rounds
@@ -196,13 +238,27 @@ def _split(progress, plan, num_units):
 
 @jax.jit
 def _aim(belief, spectrum, geometries, num_units, rounds, whole, multiplier, done):
-    """The geometry of a round, its precision and C z, where z is `multiplier`, and `whole` that of all together."""
+    """The geometry of a round, and its C z, where z is `multiplier`, and `whole` that of all together."""
     geometry, _ = choose(belief, spectrum, geometries, whole, num_units, rounds, done)
-    precision = precision_of(spectrum.directions, geometry.eigenvalues)
-    return geometry, precision, geometry.l2_clip_norm * multiplier
+    return geometry, geometry.l2_clip_norm * multiplier
 
 
-_noisy_sum = jax.jit(mechanism.noisy_sum)
+_noisy_sum = jax.jit(mechanism.noisy_whitened_sum)
+
+
+_whitened = jax.jit(precisions.whiten_sum)
+
+
+def _whitened_exactly(precision, total, step):
+    """The sum in float64: float32 would round a long one by more than a unit's part."""
+    with jax.enable_x64(True):
+        precision, step = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), np.float64), (precision, step))
+        return np.asarray(_whiten_numbers(precision, integers.to_int64(total) * step))
+
+
+@jax.jit
+def _whiten_numbers(precision, numbers):
+    return precision.root.whiten_sum(precision.arrays, numbers)
 
 
 @jax.jit
@@ -225,6 +281,7 @@ def follow(
       The draw w, the multiples of it that are followed, the cost of their noise, and the walk after it.
     """
     num_units, share = quadratic.num_units, geometry.share
+    noisy = subspaces.without_held(subspace, noisy)
     corrected = noisy - num_units * combine(spectrum.directions, geometry.pull)
     w = mechanism.release_step(quadratic, corrected)
     seen, noise_var = corrected / (share * num_units), (noise_std / (share * num_units)) ** 2
@@ -278,19 +335,21 @@ def _pass(engine, target, units, progress, length):
     mesh = passes.local_mesh(engine.mesh)
     settings = {"microbatch_size": engine.microbatch_size, "mode": engine.mode}
     if not engine.hardened:
-        batch_sum = functools.partial(passes.device_sum, engine.loss_fn, mesh=mesh, **settings)
+        batch_sum = functools.partial(passes.device_sum, engine.loss_fn, exact=engine.exact, mesh=mesh, **settings)
     else:
         batch_sum = functools.partial(passes.exact_sum, engine.loss_fn, **settings)
     if stream.is_stream(units):
         total, info, length = _stream_pass(engine, batch_sum, target, units, progress, length)
     else:
         total, info = batch_sum(target, *(units if mesh else (units, None)))
-    return *passes.over_processes((total, info), engine.mesh), length
+    return *passes.whole_sum(total, info, engine.mesh), length
 
 
 def _stream_pass(engine, batch_sum, target, units, progress, length):
     mesh, skip = passes.local_mesh(engine.mesh), progress.batches
-    i, partial, digest, read = 0, progress.partial, b"", 0
+    # A saved partial sum has as many coordinates as any round may have.
+    partial = passes.resized(progress.partial, passes.num_coordinates(target, engine.hardened))
+    i, digest, read = 0, b"", 0
     sums = passes.partial_sums(batch_sum, target, units, mesh, partial, skip)
     for i, partial, batch in sums:
         read += int(np.sum(batch[1]))
@@ -302,10 +361,14 @@ def _stream_pass(engine, batch_sum, target, units, progress, length):
         if i == skip and digest != progress.digest.tobytes():
             raise ValueError("The private stream is not the one that the checkpoint's partial sum was made of.")
         if i > skip and i % engine.store.every == 0:
-            now = progress._replace(batches=i, partial=partial, digest=np.frombuffer(digest, np.uint8))
+            saved = passes.resized(partial, target.subspace.dim)
+            now = progress._replace(batches=i, partial=saved, digest=np.frombuffer(digest, np.uint8))
             _save(engine, target.subspace.layout, now)
     if i < skip or length not in (None, read):
         raise ValueError("The private stream changed its length between two readings; nothing is released.")
+    if engine.store is not None:
+        # Before the draw, and in every process of a mesh or in none.
+        checkpoints.in_step(engine.mesh, lambda: checkpoints.bind_data(engine.store, digest))
     return partial.total, partial.info, read
 
 
@@ -314,6 +377,12 @@ def _stream_pass(engine, batch_sum, target, units, progress, length):
 
 def _beginning(number, walk, empty):
     return Progress(number, 0, walk, empty, np.zeros(32, np.uint8))
+
+
+def _enter_draw(engine, key, number, noisy):
+    """Of the ledger's one debit a round has one draw; without a checkpoint no round could have a second."""
+    if engine.store is not None and engine.store.ledger is not None:
+        checkpoints.in_first(engine.mesh, lambda: ledgers.enter_draw(engine.store.ledger, key, number, noisy))
 
 
 def _save(engine, layout, progress):

@@ -16,6 +16,7 @@ pretrained parameters, public records or a key, never from private data.
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qexp_jax import sketching
-from qexp_jax.outer_products import Rows
+from qexp_jax.outer_products import Outer, Rows
 from qexp_jax.records import Params
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -77,7 +78,7 @@ class Subspace:
       layout: the parameters it belongs to.
       operator: the pair of functions on tuned leaves.
       orthonormal: whether P^T P is the identity by construction.
-      name: what it is, for the certificate.
+      name: what it is; the certificate holds its `certified_name`.
       arrays: its numbers (a basis, a key), a pytree.
     """
 
@@ -110,6 +111,24 @@ def layout_of(params: Params, where: str | None = None) -> Layout:
             raise ValueError(f"Only real floating-point leaves can be tuned, found {name} of {dtype=}, {shape=}.")
     work = functools.reduce(jnp.promote_types, [t for t, f in zip(dtypes, tuned, strict=True) if f], jnp.float32)
     return Layout(treedef=treedef, shapes=shapes, dtypes=dtypes, tuned=tuned, dtype=np.dtype(work))
+
+
+def leaf_names(layout: Layout) -> list[str]:
+    """The paths of all leaves, keys joined with `/`."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(jax.tree.unflatten(layout.treedef, layout.tuned))
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+
+
+def without_still_leaves(layout: Layout, moves: tuple[bool, ...]) -> Layout:
+    """The layout that tunes only those of its tuned leaves that move; `moves` has an entry for each of them.
+
+    Raises:
+      ValueError: if none does.
+    """
+    if not any(moves):
+        raise ValueError("Expected a loss that depends on parameters that are tuned, found a gradient that is zero.")
+    each = iter(moves)
+    return dataclasses.replace(layout, tuned=tuple(t and next(each) for t in layout.tuned))
 
 
 def lift(subspace: Subspace, w: jax.Array) -> Params:
@@ -191,7 +210,69 @@ _WHOLE = _Operator(_split, _concatenate)
 
 def is_whole(subspace: Subspace) -> bool:
     """Whether its coordinates are those of the tuned leaves, one after the other."""
-    return subspace.operator == _WHOLE
+    return subspace.operator in (_WHOLE, _HELD_IN_PART)
+
+
+# --- the same, but for coordinates that stay where they are ---
+
+
+def _where_moved(moved, x):
+    """A leaf, zero where it is held; `moved` is an array like it, or the rows and columns of a matrix that move."""
+    if isinstance(moved, Outer):
+        return jnp.where(moved.left[:, None] & moved.right, x, 0)
+    return jnp.where(moved.reshape(x.shape), x, 0)
+
+
+def _moved_split(layout, moved, w):
+    return [_where_moved(m, x) for m, x in zip(moved, _split(layout, None, w), strict=True)]
+
+
+def _moved_concatenate(layout, moved, leaves):
+    return _concatenate(layout, None, [_where_moved(m, x) for m, x in zip(moved, leaves, strict=True)])
+
+
+_HELD_IN_PART = _Operator(_moved_split, _moved_concatenate)
+
+
+def holding(subspace: Subspace, moved: Rows) -> Subspace:
+    """A whole space of which some coordinates are held: gradients have no part there, and no step goes there.
+
+    Args:
+      subspace: whole.
+      moved: for each tuned leaf bools, flat; or an `Outer` of those of a matrix's rows and columns.
+    """
+    return dataclasses.replace(subspace, operator=_HELD_IN_PART, arrays=moved)
+
+
+def num_moved(subspace: Subspace) -> int:
+    """How many of its coordinates are not held; on the host."""
+    if subspace.operator != _HELD_IN_PART:
+        return subspace.dim
+    return sum(math.prod(int(np.sum(x)) for x in jax.tree.leaves(m)) for m in subspace.arrays)
+
+
+def without_held(subspace: Subspace, x: jax.Array) -> jax.Array:
+    """A vector (k,) with zeros where the subspace holds its coordinates."""
+    if subspace.operator != _HELD_IN_PART:
+        return x
+    return _concatenate(subspace.layout, None, _moved_split(subspace.layout, subspace.arrays, x))
+
+
+def rows_without_held(subspace: Subspace, rows: Rows) -> Rows:
+    """The same of gradients in parts, one of each tuned leaf."""
+    if subspace.operator != _HELD_IN_PART:
+        return rows
+    return [_row_without_held(m, x) for m, x in zip(subspace.arrays, rows, strict=True)]
+
+
+def _row_without_held(moved, part):
+    if isinstance(part, Outer):
+        return Outer(*(jnp.where(m, x, 0) for m, x in zip(moved, part, strict=True)))
+    return jax.vmap(lambda x: _where_moved(moved, x.reshape(_shape_of(moved, x))).ravel())(part)
+
+
+def _shape_of(moved, x):
+    return (len(moved.left), len(moved.right)) if isinstance(moved, Outer) else x.shape
 
 
 def full(params: Params, *, where: str | None = None) -> Subspace:
@@ -201,15 +282,12 @@ def full(params: Params, *, where: str | None = None) -> Subspace:
     >>> full(params).dim, full(params, where="head").dim
     (9, 3)
     """
-    layout = layout_of(params, where)
-    return Subspace(
-        dim=layout.num_params,
-        layout=layout,
-        operator=_WHOLE,
-        orthonormal=True,
-        name="full" if where is None else f"leaves matching {where!r}",
-        arrays=None,
-    )
+    return whole_of(layout_of(params, where), "full" if where is None else f"leaves matching {where!r}")
+
+
+def whole_of(layout: Layout, name: str = "full") -> Subspace:
+    """All coordinates of a layout's tuned leaves."""
+    return Subspace(dim=layout.num_params, layout=layout, operator=_WHOLE, orthonormal=True, name=name, arrays=None)
 
 
 # --- dense bases, one (k, *shape) array per tuned leaf ---
@@ -291,7 +369,11 @@ def _regenerated(kind: str, layout: Layout, key: jax.Array, dim: int, *, orthono
 
 def count_sketch(key: jax.Array, params: Params, dim: int, *, where: str | None = None) -> Subspace:
     """A count-sketch with exactly orthonormal columns, in O(d) time and with nothing of size d stored."""
-    layout = layout_of(params, where)
+    return count_sketch_of(key, layout_of(params, where), dim)
+
+
+def count_sketch_of(key: jax.Array, layout: Layout, dim: int) -> Subspace:
+    """`count_sketch` of a layout's tuned leaves."""
     _check_dim(layout, dim)
     return _regenerated("count_sketch", layout, key, dim, orthonormal=True)
 
@@ -342,7 +424,7 @@ def compose(outer: Subspace, basis: jax.Array, *, orthonormal: bool = False, nam
       outer: any subspace.
       basis: (k_outer, k) columns inside it.
       orthonormal: the caller's word that B^T B = I (and hence P^T P = I where the outer one is orthonormal).
-      name: for the certificate.
+      name: of your own, in place of "directions in ..."; see `certified_name`.
     """
     if basis.ndim != 2 or basis.shape[0] != outer.dim or not 1 <= basis.shape[1] <= outer.dim:
         raise ValueError(f"Expected a basis of shape ({outer.dim}, k) with k <= {outer.dim}, found {basis.shape=}.")
@@ -354,6 +436,34 @@ def compose(outer: Subspace, basis: jax.Array, *, orthonormal: bool = False, nam
         name=name or f"directions in {outer.name}",
         arrays=(outer, jnp.asarray(basis, outer.layout.dtype)),
     )
+
+
+_DIRECTIONS, _TOP = "directions in ", "top eigenspace in "
+# The regular expression of `where` is a user's text, quoted as Python quotes it.
+_QUOTED = r"""'([^'\\\n]|\\[^\n])*'|"([^"\\\n]|\\[^\n])*\""""
+_BASE_NAME = rf"full|leaves matching ({_QUOTED})|orthonormal|span|gaussian|count_sketch|given operator"
+
+
+def is_certified_name(name: str) -> bool:
+    """Whether `certified_name` may say it."""
+    return re.fullmatch(rf"({_DIRECTIONS}|{_TOP})*({_BASE_NAME})", name) is not None
+
+
+def certified_name(subspace: Subspace) -> str:
+    """What a subspace is in the words of this room, whatever its name says: a certificate knows no others.
+
+    >>> params = {"w": jnp.ones(3)}
+    >>> certified_name(compose(full(params), jnp.eye(3)[:, :2], name="provably private"))
+    'directions in full'
+    """
+    name = subspace.name
+    if subspace.operator.lift is not _composed_lift:
+        return name if re.fullmatch(_BASE_NAME, name) else "given operator"
+    outer, _ = subspace.arrays
+    within = certified_name(outer)
+    if subspace.dim == outer.dim:  # other columns of the same space
+        return within
+    return f"{_TOP if name.startswith(_TOP) else _DIRECTIONS}{within}"
 
 
 _ORTHONORMALISED_UP_TO = 2048

@@ -25,10 +25,11 @@ from qexp_jax import subspace as subspaces
 from qexp_jax.accuracy import noise_tolerance
 from qexp_jax.curvature import hessian_product, mean_loss, top_eigenspace
 from qexp_jax.directions import Directions
-from qexp_jax.gradients import at_a_time, gradient_rows
+from qexp_jax.gradients import at_a_time, gradient_rows, moved_coordinates
+from qexp_jax.outer_products import Rows
 from qexp_jax.precision import Precision
 from qexp_jax.records import LossFn, Params, Record, microbatches, num_records, take
-from qexp_jax.subspace import Subspace
+from qexp_jax.subspace import Layout, Subspace
 
 _CURVED, _HELD_OUT, _TRIED = 1024, 2048, 512
 _SCALED_DIRECTIONS, SCALING_RECORDS = 8, 256
@@ -68,6 +69,7 @@ def survey(
     public_units: Record,
     *,
     precision_rank: int,
+    layout: Layout | None = None,
     subspace: Subspace | None = None,
     subspace_dim: int | None = None,
 ) -> Survey:
@@ -81,24 +83,34 @@ def survey(
       clip_loss_fn: loss of one unit, whose gradients are clipped.
       public_units: public units; the same as `public` where a unit is a record.
       precision_rank: at most how many leading directions; as many public gradients.
+      layout: says which leaves are tuned where no subspace does; by default all.
       subspace: public subspace; by default all parameters, or a count-sketch of them where a sample of gradients would
         not fit.
       subspace_dim: the leading public eigenspace of this dimension.
 
     Raises:
-      ValueError: if the public curvature is unusable, or public gradients vanish.
+      ValueError: if the public curvature is unusable, public losses are not finite, or public gradients vanish.
     """
     record_key, unit_key, sketch_key = keys
     curved, held_out = _samples(record_key, public)
-    space = _tuned_space(sketch_key, loss_fn, params, curved, public, subspace, subspace_dim)
+    layout = subspaces.layout_of(params) if layout is None else layout
+    space = _tuned_space(sketch_key, loss_fn, params, layout, curved, public, subspace, subspace_dim)
+    for records in (curved, held_out):
+        _check_losses(loss_fn, params, space, records)
     rank = min(precision_rank, space.dim, num_records(curved))
-    directions = leading_directions(loss_fn, params, curved, rank, space)
-    leading, squares = _gradients(loss_fn, params, space, directions, held_out)
+    directions, moved = leading_directions(loss_fn, params, curved, rank, space)
+    leading, totals, moved_too = _gradients(loss_fn, params, space, directions, held_out)
+    space = _held_where_still(space, jax.tree.map(jnp.logical_or, moved, moved_too))
+    rank = min(rank, max(1, subspaces.num_moved(space)))
+    directions, leading = directions_of.first(directions, rank), leading[:, :rank]
+    others = subspaces.num_moved(space) - rank
+    squares = _squares(leading, totals, others)
     curvature = _curvature(loss_fn, params, space, directions, squares, held_out)
     if clip_loss_fn is not loss_fn:
         units = _samples(unit_key, public_units)[1]
-        leading, squares = _gradients(clip_loss_fn, params, space, directions, units)
-    dims = np.append(np.ones(rank), space.dim - rank)
+        leading, totals, _ = _gradients(clip_loss_fn, params, space, directions, units)
+        squares = _squares(leading, totals, others)
+    dims = np.append(np.ones(rank), others)
     return Survey(space, directions, curvature, leading, squares, dims, take(held_out, slice(0, _TRIED)))
 
 
@@ -125,25 +137,42 @@ def _order(key, n):
     return order[: num_curved(n) + _HELD_OUT]
 
 
-def tuned_space(key: jax.Array, params: Params, num_records: int, subspace: Subspace | None, dim: int = 0) -> Subspace:
+def _check_losses(loss_fn, params, space, records):
+    finite = np.isfinite(np.asarray(_losses(loss_fn, params, space, records)))
+    if not np.all(finite):
+        raise ValueError(
+            f"Expected finite losses of public records at the pretrained parameters, found {np.sum(~finite)} of "
+            f"{len(finite)} that are not."
+        )
+
+
+def _held_where_still(space, moved):
+    """The space, holding what no public record moves: nothing is known of a step there but its noise."""
+    if not subspaces.is_whole(space):
+        return space
+    held = subspaces.holding(space, jax.tree.map(np.asarray, moved))
+    return held if 0 < subspaces.num_moved(held) < space.dim else space
+
+
+def tuned_space(key: jax.Array, layout: Layout, num_records: int, subspace: Subspace | None, dim: int = 0) -> Subspace:
     """The given subspace; or all parameters, or a count-sketch of them where a sample of gradients would not fit."""
     if subspace is not None:
         return subspace
-    whole = subspaces.full(params)
+    whole = subspaces.whole_of(layout)
     if whole.dim * num_records * 4 <= _GRADIENT_BYTES:
         return whole
-    return subspaces.count_sketch(key, params, max(_SKETCH_DIM, dim))
+    return subspaces.count_sketch_of(key, layout, max(_SKETCH_DIM, dim))
 
 
-def _tuned_space(key, loss_fn, params, curved, public, subspace, dim):
+def _tuned_space(key, loss_fn, params, layout, curved, public, subspace, dim):
     """The space that is tuned in, with orthonormal columns."""
     if subspace is not None:
         return subspaces.orthonormalise(subspace)
-    num_params = subspaces.layout_of(params).num_params
+    num_params = layout.num_params
     if dim is not None and not 1 <= dim <= num_params:
         raise ValueError(f"Expected subspace_dim in [1, {num_params}], found {dim}.")
     records = public if dim is not None and dim > num_records(curved) else curved
-    whole = tuned_space(key, params, num_records(records), None, dim or 0)
+    whole = tuned_space(key, layout, num_records(records), None, dim or 0)
     if dim is None or dim == whole.dim:
         return whole
     if dim > num_records(records):
@@ -164,12 +193,13 @@ def _top_eigenspace(loss_fn, params, records, dim, within):
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def leading_directions(
     loss_fn: LossFn, params: Params, records: Record, rank: int, space: Subspace
-) -> Directions | jax.Array:
-    """Those of `directions.leading`, of the records' gradients."""
+) -> tuple[Directions | jax.Array, Rows]:
+    """Those of `directions.leading`, of the records' gradients, and `gradients.moved_coordinates` of a whole space."""
     batches, _ = microbatches(records, at_a_time(loss_fn, params, space, records))
     rows = jax.lax.map(lambda batch: gradient_rows(loss_fn, params, space, batch), batches)
     rows = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1])[: num_records(records)], rows)
-    return directions_of.leading(rows, rank)
+    moved = moved_coordinates(space, rows) if subspaces.is_whole(space) else []
+    return directions_of.leading(rows, rank), moved
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -185,24 +215,30 @@ def curvature_along(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _surveyed_gradients(loss_fn, params, space, directions, records):
-    """Of each microbatch: gradients along the directions (batches, r, size), and sums of their squares."""
+    """Of each microbatch: gradients along the directions (batches, r, size), norms, and where they are not zero."""
     batches, _ = microbatches(records, at_a_time(loss_fn, params, space, records))
 
     def along(batch):
         rows = gradient_rows(loss_fn, params, space, batch)
-        return directions_of.along_each(directions, rows).T, outer_products.squares(rows)
+        moved = moved_coordinates(space, rows) if subspaces.is_whole(space) else []
+        return directions_of.along_each(directions, rows).T, outer_products.norms(rows), moved
 
     return jax.lax.map(along, batches)
 
 
 def _gradients(loss_fn, params, space, directions, records):
-    """Each record's gradient along the leading directions (n, r), and its squares: there, and their mean elsewhere."""
-    found = _surveyed_gradients(loss_fn, params, space, directions, records)
-    leading, totals = (np.asarray(x, np.float64) for x in jax.device_get(found))
-    leading, totals = (x[: num_records(records)] for x in (np.concatenate(leading, axis=1).T, totals.ravel()))
+    """Each record's gradient along the leading directions (n, r), its square (n,), and where any is not zero."""
+    leading, norms, moved = jax.device_get(_surveyed_gradients(loss_fn, params, space, directions, records))
+    leading = np.concatenate(leading.astype(np.float64), axis=1).T[: num_records(records)]
+    norms = norms.astype(np.float64).ravel()[: num_records(records)]
+    return leading, norms**2, jax.tree.map(lambda x: np.any(x, axis=0), moved)
+
+
+def _squares(leading, totals, num_others):
+    """Squares (n, r + 1) of each gradient: in each leading direction, and their mean in all others."""
     with np.errstate(invalid="ignore"):  # what is not finite is refused by `_curvature`
-        others = np.maximum(totals - np.sum(leading**2, axis=1), 0) / max(1, space.dim - len(directions))
-    return leading, np.column_stack([leading**2, others])
+        others = np.maximum(totals - np.sum(leading**2, axis=1), 0) / max(1, num_others)
+    return np.column_stack([leading**2, others])
 
 
 def _curvature(loss_fn, params, space, directions, squares, records):

@@ -28,7 +28,7 @@ def dense_curvature(spectrum):
 
 def test_energies_and_scale_agree_with_the_dense_matrices():
     spectrum, x = example(), jax.random.normal(KEY, (10,))
-    energy = flow.energies(spectrum.directions, x)
+    energy = flow.energies(spectrum, x)
     np.testing.assert_allclose(jnp.vdot(spectrum.dims, energy), jnp.vdot(x, x), rtol=1e-5)
     np.testing.assert_allclose(energy[:3], (spectrum.directions @ x) ** 2, rtol=1e-5)
     scaled = flow.scale(spectrum.directions, spectrum.curvature, x)
@@ -446,7 +446,7 @@ def test_the_signal_is_the_posterior_mean_of_a_grid_computed_in_full():
     spectrum, noise_var, num_units = example(), 0.02, 50
     spectrum = spectrum._replace(log_prior=-2 * jnp.log(spectrum.shifts))
     x = np.asarray(0.3 * jax.random.normal(jax.random.key(3), (10,)), float)
-    energy = flow.energies(spectrum.directions, jnp.asarray(x, jnp.float32))
+    energy = flow.energies(spectrum, jnp.asarray(x, jnp.float32))
     moments, dims = np.asarray(spectrum.moments, float), np.asarray(spectrum.dims, float)
     expected = moments * [1, 1, 1, 0.5]  # of the others half
     error, log_evidence, means = 1.5 * moments / num_units + noise_var, [], []
@@ -465,16 +465,16 @@ def test_the_shift_is_found_where_there_is_signal_and_the_prior_kept_where_there
     scale = jnp.sqrt(jnp.append(spectrum.moments[:3], jnp.full(5000, spectrum.moments[3])))
     g = 0.1 * scale * jax.random.normal(KEY, (5003,))  # tau = .01; axes serve as directions
     spectrum = spectrum._replace(directions=jnp.eye(5003)[:3])
-    found = flow.signal(flow.energies(spectrum.directions, g), spectrum, 1e-6, 10**6)
+    found = flow.signal(flow.energies(spectrum, g), spectrum, 1e-6, 10**6)
     assert 0.5 < jnp.vdot(spectrum.dims, found) / jnp.vdot(g, g) < 1.5
-    hidden = flow.signal(flow.energies(spectrum.directions, g), spectrum, 1e4, 10**6)
+    hidden = flow.signal(flow.energies(spectrum, g), spectrum, 1e4, 10**6)
     prior = jnp.mean(spectrum.shifts) * spectrum.moments * jnp.array([1.0, 1.0, 1.0, 0.5])
     np.testing.assert_allclose(hidden, prior, rtol=0.05)
 
 
 def test_a_spectrum_without_a_rest_is_a_spectrum():
     spectrum = example(rest=0)._replace(directions=jnp.eye(3), dims=jnp.array([1.0, 1.0, 1.0, 0.0]))
-    energy = flow.energies(spectrum.directions, jnp.array([0.1, 0.2, 0.3]))
+    energy = flow.energies(spectrum, jnp.array([0.1, 0.2, 0.3]))
     assert jnp.all(jnp.isfinite(flow.signal(energy, spectrum, 0.1, 100)))
     assert jnp.all(jnp.isfinite(jnp.stack(flow.best_length(energy, spectrum, 0.1, 100, 5.0))))
 

@@ -71,8 +71,8 @@ def test_the_others_are_held_by_an_infinite_precision_with_a_clip_norm_of_its_ow
     whole, leading = (jax.tree.map(lambda x, i=i: x[i], made.geometries) for i in (0, 1))
     np.testing.assert_array_equal(leading.tuned, jnp.arange(9) < 8)
     assert jnp.all(whole.tuned == 1) and leading.l2_clip_norm < whole.l2_clip_norm
-    held = plan.precision_of(made.spectrum.directions, leading.eigenvalues)
-    kept = plan.precision_of(made.spectrum.directions, whole.eigenvalues)
+    held = plan.precision_of(made.spectrum.directions, leading)
+    kept = plan.precision_of(made.spectrum.directions, whole)
     records = public()
     sums = [
         clipping.clipped_sum(loss_fn, PARAMS, made.subspace, precision, records, l2_clip_norm=1e6)[0]
@@ -114,10 +114,9 @@ def test_what_clipping_adds_to_the_mean_gradient_of_skewed_records_is_found_in_e
     """Against the sums of all public records, clipped and whole; the plan sees half of them."""
     records = skewed(8000)
     made = planned(300.0, records)
-    for i, (eigenvalues, clip_norm, pull) in enumerate(
-        zip(made.geometries.eigenvalues, made.geometries.l2_clip_norm, made.geometries.pull, strict=True)
-    ):
-        precision = plan.precision_of(made.spectrum.directions, eigenvalues)
+    for i, (clip_norm, pull) in enumerate(zip(made.geometries.l2_clip_norm, made.geometries.pull, strict=True)):
+        geometry = jax.tree.map(lambda x, i=i: x[i], made.geometries)
+        precision = plan.precision_of(made.spectrum.directions, geometry)
         clipped, whole = (
             made.spectrum.directions
             @ clipping.clipped_sum(loss_fn, PARAMS, made.subspace, precision, records, l2_clip_norm=c)[0]

@@ -1,6 +1,7 @@
 """Streams, checkpoints and meshes give the release that memory and one device give, or refuse."""
 
 import itertools
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from dp_accounting import NeighboringRelation
 from test_finetune import regression, tune
 
 import qexp_jax
-from qexp_jax import passes, records, stream, subspace
+from qexp_jax import integers, passes, records, stream
 
 DATA = regression()
 ROUNDS = {"rounds": 3, "microbatch_size": 16}
@@ -62,14 +63,13 @@ def test_a_public_stream_is_sampled_without_replacement(in_memory):
     assert np.all(np.abs(counts - 500) < 90)
 
 
-def test_compensation_keeps_what_a_plain_sum_loses():
-    partial = passes.empty(subspace.full({"w": jnp.zeros(1)}))
-    info = partial.info
-    add = jax.jit(lambda p, x: passes.add(p, x, info))
-    partial = add(partial, jnp.array([2.0**24]))
-    for _ in range(100):
-        partial = add(partial, jnp.array([1.0]))
-    assert float(partial.total[0] - partial.lost[0]) == 2.0**24 + 100  # a plain float32 sum stays at 2^24
+def test_batches_add_up_exactly():
+    """A float32 sum stays at 2^24."""
+    partial, plain = passes.empty(1), np.float32(2**24)
+    for number in [2.0**24] + 100 * [1.0]:
+        partial = passes.add(partial, integers.from_float(jnp.array([number])), partial.info)
+        plain += np.float32(number == 1)
+    assert integers.to_int64(partial.total) == 2**24 + 100 and plain == 2**24
 
 
 @pytest.mark.parametrize("stop_after", [2, 5, 10, 18])
@@ -230,6 +230,49 @@ def test_a_release_that_goes_on_is_entered_once_and_its_key_serves_no_other(tmp_
     elsewhere = {"checkpoint": qexp_jax.Checkpoint(directory=tmp_path / "other")}
     with pytest.raises(ValueError, match="key was used"):
         tune(private=split(DATA["private"]), **arguments, **elsewhere)
+
+
+def changing(*readings):
+    """A stream that is another one from some reading on: `(data, after how many readings)`."""
+    count = itertools.count()
+
+    def begin():
+        now = next(count)
+        data = next(data for data, until in readings if now < until)
+        return iter(split(data))
+
+    return qexp_jax.Stream(begin)
+
+
+def test_every_pass_reads_the_same_stream(tmp_path):
+    """As many records, in another order, from the second pass on: refused before its draw, and nothing is entered."""
+    turned = jax.tree.map(lambda x: x[::-1], DATA["private"])
+    ledger = qexp_jax.ledger.create(tmp_path / "ledger.json", epsilon=1.0, delta=1e-5)
+    arguments = ROUNDS | {"public_count": 400, "ledger": ledger, "checkpoint": qexp_jax.Checkpoint(directory=tmp_path)}
+    seen = []
+    with pytest.raises(ValueError, match="private data are not those"):
+        tune(private=changing((DATA["private"], 2), (turned, 99)), progress=seen.append, **arguments)
+    assert seen.count("draw") == 1
+    with pytest.raises(ValueError, match="private data are not those"):
+        tune(private=split(turned), **arguments)
+    tune(private=split(DATA["private"]), **arguments)  # the refusals have spoilt nothing
+    assert qexp_jax.ledger.spent(ledger).releases == 1
+
+
+def test_copies_of_a_first_pass_make_one_release(tmp_path):
+    """Copied before the whole of the data was known, and gone on with in two orders: the ledger knows the draw."""
+    ledger = qexp_jax.ledger.create(tmp_path / "ledger.json", epsilon=1.0, delta=1e-5)
+    arguments = ROUNDS | {"public_count": 400, "ledger": ledger}
+    folders = [tmp_path / "run", tmp_path / "copy"]
+    places = [{"checkpoint": qexp_jax.Checkpoint(directory=folder, every=2)} for folder in folders]
+    with pytest.raises(Stopped):
+        tune(private=split(DATA["private"], stop_after=6), **arguments, **places[0])
+    shutil.copytree(*folders)
+    tune(private=split(DATA["private"]), **arguments, **places[0])
+    later = DATA["private"] | {"y": DATA["private"]["y"].at[-1].add(1.0)}
+    with pytest.raises(ValueError, match="Round 0 .* drawn before"):
+        tune(private=split(later), **arguments, **places[1])
+    assert qexp_jax.ledger.spent(ledger).releases == 1
 
 
 def test_a_grain_loader_is_a_stream():

@@ -83,7 +83,7 @@ def _dense(name, space, project=None, basis=None):
 
 def _low_rank(case, space, rank):
     """As in a release."""
-    found = survey.leading_directions(case.loss_fn, case.params, case.records, rank, space)
+    found, _ = survey.leading_directions(case.loss_fn, case.params, case.records, rank, space)
     geometry = precision.low_rank(0.1, found, jnp.linspace(1.0, 0.1, rank))
     vectors = jax.vmap(functools.partial(directions.combine, found))(jnp.eye(rank))
     return Setup(
