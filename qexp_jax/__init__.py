@@ -4,8 +4,10 @@
 
     arguments    numbers and options as callers give them
     keys         release keys from the system's entropy
+    rounding     how far float32 arithmetic can be from real arithmetic
+    integers     exact sums in two 32-bit words
     records      records and privacy units
-    operations   floating-point operations of a trace
+    operations   what a trace says of a function
     convolutions convolutions as matrix products, for CPUs
     outer_products gradients of dense layers by their factors
     sketching    random projections made again from their keys
@@ -23,6 +25,7 @@
     pure         draws of pure epsilon
     accuracy     what the noise costs
     flow         how far to follow the released gradients
+    isolation    that a loss keeps records apart
     validation   checks of public and static input
     survey       what public records say of the loss around the anchor
     plan         the public side of a release

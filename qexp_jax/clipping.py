@@ -13,7 +13,7 @@ H, would have sensitivity C/sqrt(lambda_min(H)) instead.
 * Gradients that are outer products are added in floats, 32 units at a time, and each such sum is rounded to the grid
   once. A unit decides the rounding of the 31 others of its place alone. Where units have no places of their own
   (`ADD_OR_REMOVE_ONE`, under which one unit less moves all others), pass `exact`, and each is rounded by itself.
-* Norms are bounds from above, of numbers scaled by 1/C before they are squared.
+* Norms are bounds from above, of numbers that are scaled before they are squared.
 * What rounding can add to a unit's part, `rounding` of C at most, is taken off the clip norm beforehand: units are
   clipped at C (1 - rounding), and C is what holds.
 
@@ -64,7 +64,7 @@ def clip(
     | ------------------------------------- | --------------- |
     | norm <= C                             | gradient        |
     | norm > C                              | gradient C/norm |
-    | any NaN or inf, or the norm overflows | 0               |
+    | any NaN or inf, or the norm is inf    | 0               |
     | 0                                     | 0               |
 
     Formal guarantee: the result has norm at most C, but for the rounding of one product, whatever the gradient is.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from dp_accounting import NeighboringRelation
 
-from qexp_jax import arguments, passes, preflight, privacy, stream, validation
+from qexp_jax import arguments, isolation, passes, preflight, privacy, stream, validation
 from qexp_jax import checkpoint as checkpoints
 from qexp_jax import hardened as hardening
 from qexp_jax import ledger as ledgers
@@ -329,7 +329,7 @@ def _check_data(loss_fn, layout, params, public, private, private_n):
     validation.check_records("public", public)
     validation.check_finite("public records", public)
     validation.check_finite("anchor parameters", params)
-    validation.check_loss(loss_fn, layout, params, public)
+    isolation.check_loss(loss_fn, layout, params, public)
     check = functools.partial(_check_private, loss_fn, layout, params, public)
     if not stream.is_stream(private):
         return check(private, private_n, hide_length=private_n)
@@ -348,7 +348,7 @@ def _check_private(loss_fn, layout, params, public, records, allow_empty, hide_l
     records = held(records, "private records", hide_length=hide_length)
     if not validation.check_records("private", records, allow_empty=allow_empty, hide_length=hide_length):
         return take(public, slice(0, 0))
-    validation.check_loss(loss_fn, layout, params, records)
+    isolation.check_loss(loss_fn, layout, params, records)
     return records
 
 

@@ -208,12 +208,12 @@ def _on_host(x):
     return x if jnp.issubdtype(jnp.result_type(x), jax.dtypes.extended) else np.asarray(x)
 
 
-def noisy_sum(total: np.ndarray, noise: DiscreteNoise, l2_clip_norm: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The whitened sum in real numbers, **not private**, and the same with its noise, (k,) each, of C's dtype.
+def noisy_sum(total: np.ndarray, noise: DiscreteNoise, l2_clip_norm: jax.Array) -> tuple[np.ndarray, jax.Array]:
+    """The whitened sum in real numbers, **not private**, float64, and the same with its noise, of C's dtype; (k,) each.
 
     Formal guarantee: the second is rho-zCDP with rho = Delta^2 / (2 noise.scale^2), and all that a hardened round knows
     of the data; the first is for diagnostics.
     """
     noisy = discrete_gaussian(total, noise.scale)
     grid, dtype = float(l2_clip_norm) / noise.l2_clip_norm, l2_clip_norm.dtype
-    return jnp.asarray(total * grid, dtype), jnp.asarray(noisy * grid, dtype)
+    return total * grid, jnp.asarray(noisy * grid, dtype)

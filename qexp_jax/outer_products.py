@@ -88,25 +88,18 @@ def _formed(part):
     return (part.left[:, :, None] * part.right[:, None, :]).reshape(len(part.left), -1)
 
 
-def squares(rows: Rows, scale: jax.Array | float = 1.0) -> jax.Array:
-    """(m,) squared norms of `scale` times the rows: one that brings them near 1 keeps squares within float32."""
-    return sum(_square(x, scale) for x in rows)
-
-
-def _square(part, scale):
-    if isinstance(part, Outer):
-        # Norms are multiplied before they are squared: small ones stay within float32.
-        return (_norms(part.left) * _norms(part.right) * scale) ** 2
-    return sum_of_squares(part * scale)
-
-
 def norms(rows: Rows) -> jax.Array:
-    """(m,) Euclidean norms of m gradients of any size, scaled before they are squared."""
+    """(m,) Euclidean norms of m gradients of any size, scaled before they are squared; infinite beyond 1e37."""
     of_parts = [_norms(x.left) * _norms(x.right) if isinstance(x, Outer) else _norms(x) for x in rows]
     return _norms(jnp.stack(of_parts, axis=1))
 
 
-def sum_of_squares(x: jax.Array) -> jax.Array:
+def inverse(x: jax.Array) -> jax.Array:
+    """1/x of norms, at most 1e37: a gradient times it has length one, or less if it is hardly a float."""
+    return 1 / jnp.clip(x, _SMALLEST, 1 / _SMALLEST)
+
+
+def _sum_of_squares(x):
     """(m,) of rows (m, k), in blocks, so that the error does not grow with k."""
     whole = x.shape[1] // _BLOCK * _BLOCK
     if not whole:
@@ -116,9 +109,11 @@ def sum_of_squares(x: jax.Array) -> jax.Array:
 
 
 def _norms(x):
-    largest = jnp.max(jnp.abs(x), axis=1, keepdims=True)
-    scale = _inverse(largest)
-    return jnp.sqrt(sum_of_squares(x * scale)) / scale[:, 0]
+    largest = jnp.max(jnp.abs(x), axis=1, keepdims=True, initial=0)
+    scale = inverse(largest)
+    found = jnp.sqrt(_sum_of_squares(x * scale)) / scale[:, 0]
+    # Beyond, its inverse would not be a normal number, which some devices take for zero.
+    return jnp.where(found > 1 / _SMALLEST, jnp.inf, found)
 
 
 def grouped_sums(part: Outer, weights: jax.Array, keep: jax.Array, size: int) -> jax.Array:
@@ -145,12 +140,7 @@ def grouped_sums(part: Outer, weights: jax.Array, keep: jax.Array, size: int) ->
 
 def _directions(x):
     """Of length one; shorter where the norm is hardly a float."""
-    return x * _inverse(_norms(x)[:, None])
-
-
-def _inverse(x):
-    """1/x within the range of normal numbers, so that neither a zero nor the largest number makes another of them."""
-    return 1 / jnp.clip(x, _SMALLEST, 1 / _SMALLEST)
+    return x * inverse(_norms(x)[:, None])
 
 
 # --- the trace of a loss ---

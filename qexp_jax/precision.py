@@ -30,7 +30,7 @@ from qexp_jax import directions as directions_of
 from qexp_jax import integers
 from qexp_jax.directions import Directions, along, along_each, combine
 from qexp_jax.integers import Words
-from qexp_jax.outer_products import Rows, squares, sum_of_squares, whole
+from qexp_jax.outer_products import Rows, inverse, norms, whole
 from qexp_jax.rounding import of_sum
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -93,11 +93,11 @@ def coordinates(precision: Precision, rows: Rows, scale: jax.Array | float = 1.0
     Args:
       precision: public.
       rows: m gradients.
-      scale: > 0, public; one over the size of the norms that matter, so that no square leaves float32.
+      scale: > 0, public.
 
     Returns:
       The coordinates, (m, c) in parts, and (m,) numbers that are never below `scale` times the norms |R^{-1} g| of
-      these coordinates in real arithmetic, whatever cancels; not finite where an entry is not, or a square overflows.
+      these coordinates in real arithmetic, whatever cancels; not finite where an entry is not, or the norm is beyond 1e37.
     """
     return precision.root.coordinates(precision.arrays, rows, scale)
 
@@ -179,9 +179,9 @@ def _factor(lower):
 def _dense_whiten(factor, g):
     """U^{-T} g, forward: each solved block is taken out of all that follow."""
     solved = []
-    for inverse, panel in zip(factor.inverses, factor.panels, strict=True):
-        size = len(inverse)
-        solved.append(jnp.matmul(g[:size], inverse, precision=_HIGHEST))
+    for block, panel in zip(factor.inverses, factor.panels, strict=True):
+        size = len(block)
+        solved.append(jnp.matmul(g[:size], block, precision=_HIGHEST))
         g = g[size:] - jnp.matmul(solved[-1], panel, precision=_HIGHEST)
     return jnp.concatenate(solved)
 
@@ -189,10 +189,10 @@ def _dense_whiten(factor, g):
 def _dense_color(factor, x):
     """U^{-1} x, backward: all that is solved is taken out of the block before."""
     solved, end = x[:0], len(x)
-    for inverse, panel in zip(factor.inverses[::-1], factor.panels[::-1], strict=True):
-        start = end - len(inverse)
+    for block, panel in zip(factor.inverses[::-1], factor.panels[::-1], strict=True):
+        start = end - len(block)
         rest = x[start:end] - jnp.matmul(panel, solved, precision=_HIGHEST)
-        solved = jnp.concatenate([jnp.matmul(inverse, rest, precision=_HIGHEST), solved])
+        solved = jnp.concatenate([jnp.matmul(block, rest, precision=_HIGHEST), solved])
         end = start
     return solved
 
@@ -200,9 +200,9 @@ def _dense_color(factor, x):
 def _dense_uncolor(factor, w):
     """U w."""
     parts, start = [], 0
-    for inverse, panel in zip(factor.inverses, factor.panels, strict=True):
-        end = start + len(inverse)
-        own = jax.lax.linalg.triangular_solve(inverse, w[start:end, None], left_side=True)[:, 0]
+    for block, panel in zip(factor.inverses, factor.panels, strict=True):
+        end = start + len(block)
+        own = jax.lax.linalg.triangular_solve(block, w[start:end, None], left_side=True)[:, 0]
         parts.append(own + jnp.matmul(panel, w[end:], precision=_HIGHEST))
         start = end
     return jnp.concatenate(parts)
@@ -215,8 +215,7 @@ def _dense_coordinates(factor, rows, scale):
 
 def _with_norms(vectors, scale):
     """Of vectors that are whitened already."""
-    norms = jnp.sqrt(sum_of_squares(vectors * scale))
-    return [vectors], norms * (1 + 2 * of_sum(vectors.shape[1]))
+    return [vectors], scale * norms([vectors]) * (1 + 2 * of_sum(vectors.shape[1]))
 
 
 def _as_it_is(_, x):
@@ -276,11 +275,13 @@ def _low_rank_coordinates(arrays, rows, scale):
     weight of the smallest eigenvalue, with which it may come out of whitening.
     """
     rest, vectors, eigenvalues = arrays
-    leading, total = (along_each(vectors, rows) * scale) ** 2, squares(rows, scale)
-    outside = jnp.maximum(total - jnp.sum(leading, axis=1), 0)
+    lengths = norms(rows)
+    # Of gradients of length one, so that no square leaves float32: not by `scale`, which XLA may move out of a square.
+    inside = (along_each(vectors, rows) * inverse(lengths)[:, None]) ** 2
+    outside = jnp.maximum(1 - jnp.sum(inside, axis=1), 0)
     slack = _NOT_ORTHONORMAL + 4 * (directions_of.rounding(vectors, rows) + of_sum(max(vectors.shape)))
-    square = outside / rest + jnp.sum(leading / eigenvalues, axis=1)
-    return rows, jnp.sqrt(square + slack * total / jnp.minimum(rest, eigenvalues.min()))
+    square = outside / rest + jnp.sum(inside / eigenvalues, axis=1) + slack / jnp.minimum(rest, eigenvalues.min())
+    return rows, scale * lengths * jnp.sqrt(square)
 
 
 def _low_rank_spread(arrays):

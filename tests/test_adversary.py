@@ -32,7 +32,8 @@ def data(n, seed, seen):
     x[:, PAIR[1]] = x[:, PAIR[0]]
     x[:, CONSTANT] = 0.5
     x[:, UNSEEN] *= seen
-    return {"x": x, "label": (x[:, 0] + x[:, 5] > 0).astype(np.int32)}
+    y = x[:, 0] + rng.exponential(size=n).astype(np.float32) - 1
+    return {"x": x, "label": (x[:, 0] + x[:, 5] > 0).astype(np.int32), "y": y}
 
 
 def cross_entropy(logits, label):
@@ -41,6 +42,11 @@ def cross_entropy(logits, label):
 
 def linear(params, record):
     return cross_entropy(record["x"] @ params["w"] + params["b"], record["label"])
+
+
+def squared(params, record):
+    """A rare large error pulls: clip norms are reduced under a heavy shift."""
+    return (record["x"] @ params["w"][:, 0] + params["b"][0] - record["y"]) ** 2 / 2
 
 
 def network(params, record):
@@ -84,7 +90,7 @@ def candidates():
     yield "another label", ordinary, 7
 
 
-CANDIDATES = [(name, {"x": x, "label": np.int32(label)}) for name, x, label in candidates()]
+CANDIDATES = [(name, {"x": x, "label": np.int32(label), "y": np.float32(label)}) for name, x, label in candidates()]
 
 
 def some(seed, count=14):
@@ -111,7 +117,8 @@ def streamed(private):
 
 def shifted(private):
     """Of a shift so heavy that clip norms are reduced."""
-    return private | {"x": private["x"] + 2 * (np.arange(WIDTH) > 20), "label": 1 - private["label"]}
+    moved = np.where(np.arange(WIDTH) > 20, np.float32(2), np.float32(0))
+    return private | {"x": private["x"] + moved, "y": private["y"] + np.float32(20)}
 
 
 def tunes(others):
@@ -126,7 +133,7 @@ ADD_OR_REMOVE = NeighboringRelation.ADD_OR_REMOVE_ONE
 KINDS = {
     "all parameters": Kind(linear, {"epsilon": 8.0, "precision_rank": 200}, tunes(1)),
     "leading directions": Kind(linear, {"epsilon": 0.3, "precision_rank": 4}, tunes(0)),
-    "reduced clip norm": Kind(linear, {"epsilon": 8.0, "precision_rank": 8, "shift": shifted}, clips_at_a_share),
+    "reduced clip norm": Kind(squared, {"epsilon": 2.0, "precision_rank": 8, "shift": shifted}, clips_at_a_share),
     "add or remove": Kind(
         linear, {"epsilon": 8.0, "neighboring_relation": ADD_OR_REMOVE, "public_count": N, "precision_rank": 200}
     ),
@@ -154,7 +161,7 @@ def tune(loss, options, private):
     }
     if "subspace" in options:
         options["subspace"] = spaces[options["subspace"]]()
-    settings = {"public": data(160, 0, 0.0), "private": private, "delta": 1e-5, "diagnostics": True}
+    settings = {"public": data(300, 0, 0.0), "private": private, "delta": 1e-5, "diagnostics": True}
     return qexp_jax.fine_tune(jax.random.key(1), loss, params, **settings | options)
 
 
@@ -187,7 +194,7 @@ def with_record(private, record):
     return changed
 
 
-EMPTY = {"x": np.full(WIDTH, np.nan, np.float32), "label": np.int32(0)}
+EMPTY = {"x": np.full(WIDTH, np.nan, np.float32), "label": np.int32(0), "y": np.float32(0)}
 
 
 def excesses(patch, kind, chosen, loss=None):
@@ -235,7 +242,7 @@ def held_by_weight(directions, geometry):
     def coordinates(arrays, rows, scale):
         rest, vectors, eigenvalues = arrays
         inside = precision.along_each(vectors, rows) ** 2
-        return rows, scale * jnp.sqrt(precision.squares(rows) / rest + jnp.sum(inside / eigenvalues, axis=1))
+        return rows, scale * jnp.sqrt(precision.norms(rows) ** 2 / rest + jnp.sum(inside / eigenvalues, axis=1))
 
     root = found.root._replace(coordinates=coordinates, spread=spread_of_one)
     return dataclasses.replace(found, root=root)
@@ -248,17 +255,6 @@ def test_directions_held_by_weight_alone_are_caught(monkeypatch):
     chosen = [x for x in CANDIDATES if x[0].startswith("cancelling")]
     found, *_ = excesses(monkeypatch, kind, chosen, loss=lambda p, r: linear(p, r))
     assert max(found.values()) > 2
-
-
-def test_a_non_finite_record_that_stays_is_caught(monkeypatch):
-    def all_finite(norm, l2_clip_norm):
-        return jnp.minimum(1, l2_clip_norm / norm), norm > l2_clip_norm, jnp.ones_like(norm, bool)
-
-    monkeypatch.setattr(clipping, "_share", all_finite)
-    monkeypatch.setattr(qexp_jax.validation, "check_finite", lambda *_: None)
-    chosen = [x for x in CANDIDATES if "nan" in x[0] or "inf" in x[0]]
-    found, *_ = excesses(monkeypatch, KINDS["all parameters"], chosen, loss=lambda p, r: linear(p, r))
-    assert not max(found.values()) <= 1
 
 
 def test_a_hardened_unit_that_is_not_shrunk_is_caught(monkeypatch):
@@ -277,11 +273,14 @@ def flat_loss(params, record):
 
 
 def long_data(n, last):
-    """Near a power of two the record at the end decides how all later ones would be rounded in float32."""
+    """One record decides on which side of a power of two the sum lies, and so how float32 rounds all later batches."""
+    power = 2 ** int(np.log2(n / 2))
     g = np.zeros((n, 2), np.float32)
-    g[:, 0] = 1.0
-    g[n // 2 :, 0] = 2.0**-9 * (1 + 2.0**-7)
-    g[n // 2 - 1] = last
+    g[: power - 1, 0] = 1.0
+    g[power - 1] = [0.5, 0.0]
+    g[power] = last
+    # Of 32 together a little more than half of what a float below the power can change by.
+    g[power + 32 - power % 32 :, 0] = -1.01 * power * 2.0**-25 / 32
     return {"g": g}
 
 
@@ -302,7 +301,8 @@ def test_no_record_moves_a_long_sum_by_more(n):
 
 def test_a_long_sum_in_floats_is_caught():
     def float_sum(last):
-        return np.asarray(jax.lax.scan(lambda s, x: (s + x, None), jnp.zeros(2), long_data(262_176, last)["g"])[0])
+        batches = np.sum(long_data(262_176, last)["g"].reshape(-1, 32, 2), axis=1)
+        return np.asarray(jax.lax.scan(lambda s, x: (s + x, None), jnp.zeros(2), batches)[0])
 
     assert np.linalg.norm(float_sum([1.0, 0.0]) - float_sum([0.0, 0.0])) > 2
 

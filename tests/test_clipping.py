@@ -41,7 +41,7 @@ def linear_sum(gradients, clip_norm=1.0, **options):
     )
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38])
 @pytest.mark.parametrize("mode", ["reverse", "forward"])
 def test_a_record_with_a_non_finite_gradient_or_norm_contributes_zero(bad, mode):
     total, info = linear_sum([[0.3, 0.0], [bad, bad], [0.0, 0.4]], mode=mode)
@@ -50,7 +50,7 @@ def test_a_record_with_a_non_finite_gradient_or_norm_contributes_zero(bad, mode)
 
 
 def test_each_units_part_is_bounded_by_the_clip_norm_at_any_scale():
-    for scale in (1e-30, 1e-3, 1.0, 1e3, 1e15):
+    for scale in (1e-30, 1e-3, 1.0, 1e3, 1e15, 1e30, 5e37):
         total, _ = linear_sum([[3.0 * scale, 4.0 * scale]])
         assert jnp.linalg.norm(total) <= 1 + 1e-6
 

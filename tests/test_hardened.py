@@ -110,7 +110,7 @@ def test_one_unit_moves_the_sum_by_at_most_the_integer_clip_norm_exactly(value):
     moved = square(with_unit - without)
     assert moved <= C**2
     if np.isfinite(value) and abs(value) > 1:
-        assert (moved > (C - 20) ** 2) == (abs(value) < 1e30)  # an overflowing norm contributes nothing
+        assert moved > (C - 20) ** 2
     if not np.isfinite(value):
         assert moved == 0
 

@@ -19,8 +19,8 @@ from problems import network, network_loss
 from test_finetune import BUDGET, regression, regression_loss
 
 import qexp_jax
+from qexp_jax import isolation, subspace, validation
 from qexp_jax import records as record_trees
-from qexp_jax import subspace, validation
 
 KEY = jax.random.key(3)
 WIDTH = 12
@@ -28,7 +28,7 @@ VECTOR = {"w": jnp.linspace(0.1, 1.0, WIDTH)}
 
 
 def check(loss, params, records):
-    validation.check_loss(loss, subspace.layout_of(params), params, records)
+    isolation.check_loss(loss, subspace.layout_of(params), params, records)
 
 
 def one(records):
@@ -496,7 +496,7 @@ REFUSED = """
 def test_each_public_primitive_is_sorted():
     """A new one of a later JAX is refused until somebody has looked at it."""
     public = {getattr(primitives, name).name for name in dir(primitives) if name.endswith("_p")}
-    assert public - validation._ROW_BY_ROW == set(REFUSED)
+    assert public - isolation._ROW_BY_ROW == set(REFUSED)
 
 
 # --- losses that read a changing state ---
@@ -603,7 +603,7 @@ def test_a_constant_of_both_traces_is_not_copied(monkeypatch):
         assert np.size(x) <= 1
         return np.asarray(x)
 
-    monkeypatch.setattr(validation, "_on_host", never)
+    monkeypatch.setattr(isolation, "_on_host", never)
     check(lambda p, r: jnp.sum(table @ (p["w"] * r["x"])), VECTOR, vectors())
 
 

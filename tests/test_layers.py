@@ -8,8 +8,9 @@ import qexp_jax
 ROOMS = [
     "arguments", "keys", "rounding", "integers", "records", "operations", "convolutions", "outer_products", "sketching",
     "subspace", "gradients", "curvature", "directions", "precision", "clipping", "privacy", "ledger", "mechanism",
-    "hardened", "truncated", "pure", "accuracy", "flow", "clip_norms", "validation", "survey", "plan", "certificate",
-    "verification", "stream", "passes", "checkpoint", "rounds", "preflight", "finetune", "audit", "__init__",
+    "hardened", "truncated", "pure", "accuracy", "flow", "clip_norms", "isolation", "validation", "survey", "plan",
+    "certificate", "verification", "stream", "passes", "checkpoint", "rounds", "preflight", "finetune", "audit",
+    "__init__",
 ]  # fmt: skip
 PACKAGE = pathlib.Path(qexp_jax.__file__).parent
 
