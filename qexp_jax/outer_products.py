@@ -20,7 +20,7 @@ from qexp_jax.records import Record, vary
 _HIGHEST = jax.lax.Precision.HIGHEST
 _LONG = 64  # of an axis; where none is longer, whole gradients are as fast
 _SMALLEST = 1e-37  # its inverse is a float32 as well
-_BLOCK = 1024  # terms of a sum of squares, see `rounding.of_sum`
+BLOCK = 2**15  # terms of a sum of squares that are added one after the other, see `rounding.of_sum`
 
 
 class Outer(NamedTuple):
@@ -88,6 +88,12 @@ def _formed(part):
     return (part.left[:, :, None] * part.right[:, None, :]).reshape(len(part.left), -1)
 
 
+def squares(rows: Rows, scale: jax.Array | float) -> jax.Array:
+    """(m,) squared norms of m gradients times `scale`, which is to bring those that matter near one."""
+    of_parts = [(_norms(x.left) * _norms(x.right))[:, None] if isinstance(x, Outer) else x for x in rows]
+    return jnp.sum(jnp.stack([sum_of_squares(x * scale) for x in of_parts]), axis=0)
+
+
 def norms(rows: Rows) -> jax.Array:
     """(m,) Euclidean norms of m gradients of any size, scaled before they are squared; infinite beyond 1e37."""
     of_parts = [_norms(x.left) * _norms(x.right) if isinstance(x, Outer) else _norms(x) for x in rows]
@@ -99,19 +105,19 @@ def inverse(x: jax.Array) -> jax.Array:
     return 1 / jnp.clip(x, _SMALLEST, 1 / _SMALLEST)
 
 
-def _sum_of_squares(x):
+def sum_of_squares(x: jax.Array) -> jax.Array:
     """(m,) of rows (m, k), in blocks, so that the error does not grow with k."""
-    whole = x.shape[1] // _BLOCK * _BLOCK
+    whole = x.shape[1] // BLOCK * BLOCK
     if not whole:
         return jnp.sum(x**2, axis=1)
-    blocks = jnp.sum(x[:, :whole].reshape(len(x), -1, _BLOCK) ** 2, axis=2)
+    blocks = jnp.sum(x[:, :whole].reshape(len(x), -1, BLOCK) ** 2, axis=2)
     return jnp.sum(blocks, axis=1) + jnp.sum(x[:, whole:] ** 2, axis=1)
 
 
 def _norms(x):
     largest = jnp.max(jnp.abs(x), axis=1, keepdims=True, initial=0)
     scale = inverse(largest)
-    found = jnp.sqrt(_sum_of_squares(x * scale)) / scale[:, 0]
+    found = jnp.sqrt(sum_of_squares(x * scale)) / scale[:, 0]
     # Beyond, its inverse would not be a normal number, which some devices take for zero.
     return jnp.where(found > 1 / _SMALLEST, jnp.inf, found)
 

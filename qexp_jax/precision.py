@@ -25,12 +25,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qexp_jax import directions as directions_of
 from qexp_jax import integers
 from qexp_jax.directions import Directions, along, along_each, combine
 from qexp_jax.integers import Words
-from qexp_jax.outer_products import Rows, inverse, norms, whole
+from qexp_jax.outer_products import BLOCK, Rows, squares, sum_of_squares, whole
 from qexp_jax.rounding import of_sum
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -93,11 +94,12 @@ def coordinates(precision: Precision, rows: Rows, scale: jax.Array | float = 1.0
     Args:
       precision: public.
       rows: m gradients.
-      scale: > 0, public.
+      scale: > 0, public; one over the size of the norms that matter, so that no square leaves float32.
 
     Returns:
       The coordinates, (m, c) in parts, and (m,) numbers that are never below `scale` times the norms |R^{-1} g| of
-      these coordinates in real arithmetic, whatever cancels; not finite where an entry is not, or the norm is beyond 1e37.
+      these coordinates in real arithmetic, whatever cancels; not finite where an entry is not, or a square
+      overflows.
     """
     return precision.root.coordinates(precision.arrays, rows, scale)
 
@@ -215,7 +217,18 @@ def _dense_coordinates(factor, rows, scale):
 
 def _with_norms(vectors, scale):
     """Of vectors that are whitened already."""
-    return [vectors], scale * norms([vectors]) * (1 + 2 * of_sum(vectors.shape[1]))
+    error = 2 * of_sum(vectors.shape[1], BLOCK)
+    return [vectors], jnp.sqrt((1 + error) * sum_of_squares(vectors * _opaque(scale)) + _lost(vectors.shape[1]))
+
+
+def _opaque(scale):
+    """Not a constant to the compiler, which would take it out of the squares that it keeps within float32."""
+    return jax.lax.optimization_barrier(jnp.asarray(scale))
+
+
+def _lost(num_terms):
+    """What squares may lose that are too small for float32."""
+    return 2 * num_terms * float(np.finfo(np.float32).tiny)
 
 
 def _as_it_is(_, x):
@@ -275,13 +288,12 @@ def _low_rank_coordinates(arrays, rows, scale):
     weight of the smallest eigenvalue, with which it may come out of whitening.
     """
     rest, vectors, eigenvalues = arrays
-    lengths = norms(rows)
-    # Of gradients of length one, so that no square leaves float32: not by `scale`, which XLA may move out of a square.
-    inside = (along_each(vectors, rows) * inverse(lengths)[:, None]) ** 2
-    outside = jnp.maximum(1 - jnp.sum(inside, axis=1), 0)
-    slack = _NOT_ORTHONORMAL + 4 * (directions_of.rounding(vectors, rows) + of_sum(max(vectors.shape)))
-    square = outside / rest + jnp.sum(inside / eigenvalues, axis=1) + slack / jnp.minimum(rest, eigenvalues.min())
-    return rows, scale * lengths * jnp.sqrt(square)
+    scale = _opaque(scale)
+    inside, total = (along_each(vectors, rows) * scale) ** 2, squares(rows, scale)
+    outside = jnp.maximum(total - jnp.sum(inside, axis=1), 0)
+    error = _NOT_ORTHONORMAL + 4 * (directions_of.rounding(vectors, rows) + of_sum(max(vectors.shape), BLOCK))
+    slack = (error * total + _lost(vectors.shape[1])) / jnp.minimum(rest, eigenvalues.min())
+    return rows, jnp.sqrt(outside / rest + jnp.sum(inside / eigenvalues, axis=1) + slack)
 
 
 def _low_rank_spread(arrays):

@@ -4,12 +4,16 @@ UNIT = 2.0**-24
 _BLOCK = 1024
 
 
-def of_sum(num_terms: int) -> float:
+def of_sum(num_terms: int, block: int = _BLOCK) -> float:
     """A bound on the error of a sum of products in float32, relative to the sum of their absolute values.
 
-    Terms are added in blocks of at most 1024, in any order, as matrix products on CPUs, GPUs and TPUs do, which hold a
-    block of both factors in cache; then the blocks are added. That is an assumption on the backend, stated in the
-    certificate; sums of the library's own are no longer than that.
+    Terms are added in blocks, in any order, then the blocks. Matrix products on CPUs, GPUs and TPUs do so, which hold a
+    block of both factors in cache: of at most 1024 terms, which is an assumption on the backend, stated in the
+    certificate.
+
+    Args:
+      num_terms: of the sum.
+      block: at most so many of them are added one after the other.
 
     >>> of_sum(1024) / UNIT
     1025.0
@@ -17,5 +21,4 @@ def of_sum(num_terms: int) -> float:
     References:
       Higham, Accuracy and Stability of Numerical Algorithms, 2002, chapter 3.
     """
-    blocks = -(-num_terms // _BLOCK)
-    return (min(num_terms, _BLOCK) + blocks) * UNIT
+    return (min(num_terms, block) + -(-num_terms // block)) * UNIT

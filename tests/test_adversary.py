@@ -242,7 +242,7 @@ def held_by_weight(directions, geometry):
     def coordinates(arrays, rows, scale):
         rest, vectors, eigenvalues = arrays
         inside = precision.along_each(vectors, rows) ** 2
-        return rows, scale * jnp.sqrt(precision.norms(rows) ** 2 / rest + jnp.sum(inside / eigenvalues, axis=1))
+        return rows, scale * jnp.sqrt(precision.squares(rows, 1.0) / rest + jnp.sum(inside / eigenvalues, axis=1))
 
     root = found.root._replace(coordinates=coordinates, spread=spread_of_one)
     return dataclasses.replace(found, root=root)
