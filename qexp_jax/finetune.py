@@ -98,7 +98,8 @@ def fine_tune(
 
     Args:
       key: secret typed key; the noise of one release.
-      loss_fn: `(params, record) -> scalar`, the loss of one record, pure.
+      loss_fn: `(params, record) -> scalar`, the loss of one record: pure, of operations that keep records apart
+        (`isolation`), and with loops that end whatever a record holds.
       params: pretrained pytree, public. Half-precision leaves are worked on in float32 and cast back at the end.
       public: public records, pytree with a leading axis: curvature, clip norm and dimension come from them; or a
         stream of batches, of which a sample is held.

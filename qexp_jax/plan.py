@@ -132,6 +132,7 @@ from qexp_jax.subspace import Layout, Subspace
 _DAMPING = 0.01
 _CLIP_QUANTILES = (0.9, 0.95, 0.98)
 _SMALLEST_CLIP_NORM = 1e-18  # C, C z and sums of C stay within float32
+_SMALLEST_NOISE, _LARGEST_NOISE = 1e-15, 1e11  # of the mean gradient: products of four are within float32
 _NOISE_COST = 0.006
 _LONGEST = 4.0
 _LONGER_UNDER_HEAVY_SHIFT = 2.0, 4.0  # where all is tuned; where the leading directions are
@@ -252,11 +253,12 @@ def make_plan(
     spectrum = Spectrum(
         surveyed.directions, *as_arrays((curvature, dims, dims, *flow.shift_prior(), cost / _NOISE_COST))
     )
-    per_unit = noise_multiplier / num_units
+    per_unit = float(noise_multiplier) / num_units
     tolerances = tolerance, np.sqrt(2 * _PRIVATE_CURVATURE * cost / np.sum(curvature[:-1]))
     quantile = _clip_quantile(gradients, spectrum, num_units, per_unit, _LONGEST * tolerance / per_unit)
     found = _geometries(gradients, eigenvalues, curvature, tolerances, per_unit, quantile, l2_clip_norm)
     _, _, clip_norm, longest, pull = found[0]
+    _check_noise(clip_norm * per_unit)
     longest = float(np.float32(longest))
     share = 1.0 if l2_clip_norm else _share(gradients, clip_norm, spectrum, per_unit, longest)
     stacked = [np.stack(x) for x in zip(*found, strict=True)]
@@ -425,6 +427,14 @@ def _clip_norm(gradients, quantile, given):
     if not _SMALLEST_CLIP_NORM <= clip_norm <= 1 / _SMALLEST_CLIP_NORM:
         raise ValueError(f"Expected a clip norm in [1e-18, 1e18], found {clip_norm}; give l2_clip_norm.")
     return float(np.float32(clip_norm))
+
+
+def _check_noise(noise_std):
+    if not _SMALLEST_NOISE <= noise_std <= _LARGEST_NOISE:
+        raise ValueError(
+            f"Expected noise of {_SMALLEST_NOISE} to {_LARGEST_NOISE} in the mean gradient, found {noise_std}: "
+            "multiply the loss by a number that brings its gradients near 1."
+        )
 
 
 def _share(gradients, clip_norm, spectrum, per_unit, longest):

@@ -1,4 +1,6 @@
+import itertools
 import os
+import pathlib
 import shutil
 import tempfile
 
@@ -15,6 +17,20 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="qexp_jax_tests_")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+# Each compiled program is a few mappings of the process, of which Linux allows 65,530: beyond, XLA crashes.
+_MAPPINGS, _MANY = pathlib.Path("/proc/self/maps"), 25_000
+_tests = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def few_programs():
+    yield
+    if next(_tests) % 5 == 0 and _MAPPINGS.exists() and _MAPPINGS.read_bytes().count(b"\n") > _MANY:
+        import jax
+
+        jax.clear_caches()
 
 
 @pytest.hookimpl(trylast=True)

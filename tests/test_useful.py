@@ -165,6 +165,24 @@ def test_a_damping_that_float32_cannot_hold_is_refused():
         qexp_jax.fine_tune(KEY, steep, jnp.zeros((80, 2)), **settings | {"damping": 1e-38})
 
 
+@pytest.mark.parametrize("scale", [1e-18, 1e-12, 1e12, 1e15])
+def test_losses_of_any_scale_are_tuned_or_refused(scale, tmp_path):
+    """Before anything is paid for."""
+    account = ledger.create(tmp_path / "ledger.json", epsilon=10.0, delta=1e-5)
+    loss = lambda params, record: scale * linear(params, record)
+    run = functools.partial(
+        qexp_jax.fine_tune, KEY, loss, LINEAR, public=data(300, 1), private=data(300, 2), ledger=account, **BUDGET
+    )
+    if scale in (1e-18, 1e15):
+        with pytest.raises(ValueError, match="multiply the loss"):
+            run()
+        assert ledger.spent(account).releases == 0
+        return
+    test, params = data(500, 3), run().params
+    found = np.argmax(test["x"] @ np.asarray(params["w"]) + np.asarray(params["b"]), axis=1)
+    assert np.mean(found == test["label"]) > 0.8
+
+
 @pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
 def test_keys_of_all_generators_draw_threefry_noise(impl):
     """Of all their words: under vmap these generators would see the first key or word alone."""
