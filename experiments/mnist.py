@@ -5,12 +5,14 @@ The full set needs the four IDX files of MNIST and QMNIST's label files, which n
 
 import gzip
 import hashlib
+import math
 import pathlib
+import zlib
 
 import numpy as np
 from scipy.ndimage import rotate
 
-from experiments.data import Records, Split, find, select
+from experiments.data import Records, Split, find, read_bytes, select
 
 _MNIST_MD5 = {
     "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
@@ -18,11 +20,20 @@ _MNIST_MD5 = {
     "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
     "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
 }
+_QMNIST_MD5 = {
+    "qmnist-train-labels-idx2-int.gz": "0058f8dd561b90ffdd0f734c6a30e5e4",
+    "qmnist-test-labels-idx2-int.gz": "5b5b05890a5e13444e108efe57b788aa",
+}
+_MD5 = _MNIST_MD5 | _QMNIST_MD5
 _HOW_TO_GET = (
-    "Put the four MNIST files ({mnist}) and QMNIST's label files (qmnist-train-labels-idx2-int.gz, "
-    "qmnist-test-labels-idx2-int.gz) into this folder or its subfolder mnist/; MNIST is mirrored at "
-    "ossci-datasets.s3.amazonaws.com/mnist, QMNIST at github.com/facebookresearch/qmnist."
-).format(mnist=", ".join(_MNIST_MD5))
+    "Put the four MNIST files ({mnist}) and QMNIST's label files ({qmnist}) into this folder or its subfolder mnist/; "
+    "MNIST is mirrored at ossci-datasets.s3.amazonaws.com/mnist, QMNIST at github.com/facebookresearch/qmnist."
+).format(mnist=", ".join(_MNIST_MD5), qmnist=", ".join(_QMNIST_MD5))
+_GET_AGAIN = (
+    "get the file again, MNIST's from ossci-datasets.s3.amazonaws.com/mnist, QMNIST's from "
+    "github.com/facebookresearch/qmnist"
+)
+_IDX_TYPES = {8: np.dtype("u1"), 12: np.dtype(">i4")}
 
 
 def packaged_mnist(seed: int = 0) -> Split:
@@ -99,21 +110,41 @@ def read_idx(path: pathlib.Path) -> np.ndarray:
     """An array in IDX format, gzipped, as MNIST's and QMNIST's publishers distribute it.
 
     Raises:
-      ValueError: for a truncated file, a wrong header, or a wrong checksum of a known file.
+      FileNotFoundError: there is no such file.
+      ValueError: for a folder in the file's place, a truncated or damaged file, a wrong header, a length that does not
+        fit it, or a wrong checksum of a known file; names the file.
     """
-    compressed = path.read_bytes()
+    compressed = read_bytes(path)
     digest = hashlib.md5(compressed, usedforsecurity=False).hexdigest()
-    if _MNIST_MD5.get(path.name, digest) != digest:
-        raise ValueError(f"{path}: expected md5 {_MNIST_MD5[path.name]}, found {digest}; get the file again.")
+    if _MD5.get(path.name, digest) != digest:
+        raise ValueError(f"{path}: expected md5 {_MD5[path.name]}, found {digest}; {_GET_AGAIN}.")
+    content = _decompress(path, compressed)
+    dtype, shape = _idx_header(path, content)
+    offset = 4 + 4 * len(shape)
+    if len(content) != offset + math.prod(shape) * dtype.itemsize:
+        found = (len(content) - offset) / dtype.itemsize
+        raise ValueError(f"{path}: expected {shape} numbers, found {found:.10g}; {_GET_AGAIN}.")
+    values = np.frombuffer(content, dtype, offset=offset)
+    return values.reshape(shape).astype(dtype.newbyteorder("="))
+
+
+def _decompress(path: pathlib.Path, compressed: bytes) -> bytes:
+    if not compressed:
+        raise ValueError(f"{path}: an empty file, or truncated to nothing; {_GET_AGAIN}.")
     try:
-        content = gzip.decompress(compressed)
-    except (EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: truncated or not gzip ({error}); get the file again.") from None
-    types = {8: np.dtype("u1"), 12: np.dtype(">i4")}
-    if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in types:
-        raise ValueError(f"{path}: expected an IDX header, found {content[:4]!r}.")
-    shape = np.frombuffer(content, ">u4", content[3], 4)
-    values = np.frombuffer(content, types[content[2]], offset=4 + 4 * content[3])
-    if values.size != np.prod(shape, dtype=int):
-        raise ValueError(f"{path}: expected {tuple(shape)} numbers, found {values.size}.")
-    return values.reshape(shape).astype(values.dtype.newbyteorder("="))
+        return gzip.decompress(compressed)
+    except gzip.BadGzipFile as error:
+        raise ValueError(f"{path}: damaged or not gzip ({error}); {_GET_AGAIN}.") from None
+    except (EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: truncated or damaged ({error}); {_GET_AGAIN}.") from None
+
+
+def _idx_header(path: pathlib.Path, content: bytes) -> tuple[np.dtype, tuple[int, ...]]:
+    """Type and shape: two zero bytes, a byte for each of the type and the number of dimensions, then the dimensions."""
+    known = len(content) >= 4 and content[:2] == b"\0\0" and content[2] in _IDX_TYPES
+    if not known or len(content) < 4 + 4 * content[3]:
+        raise ValueError(f"{path}: expected an IDX header, found {content[:4]!r}; {_GET_AGAIN}.")
+    shape = tuple(np.frombuffer(content, ">u4", content[3], 4).tolist())
+    if not shape or 0 in shape:
+        raise ValueError(f"{path}: expected an IDX header with dimensions, found {shape}; {_GET_AGAIN}.")
+    return _IDX_TYPES[content[2]], shape

@@ -148,7 +148,7 @@ def unit_sum(
     value.
     """
     n = num_records(units)
-    size = min(microbatch_size or at_a_time(loss_fn, params, subspace, units), max(1, n))
+    size = min(microbatch_size or at_a_time(loss_fn, params, subspace, units, formed=exact), max(1, n))
     batches, masks = microbatches(units, size, mask)
 
     def step(carry, batch):

@@ -203,7 +203,7 @@ def fine_tune(
             _one_unit(private, public, unit_ids, max_records_per_unit), num_units=num_units,
             num_public=num_records(public), subspace=subspace, precision_rank=max(precision_rank, subspace_dim or 0),
             microbatch_size=microbatch_size, mode=mode, num_devices=passes.num_shares(local),
-            batch_size=_batch_size(private, private_n),
+            batch_size=_batch_size(private, private_n), exact=private_n,
         )  # fmt: skip
         preflight.check(found, memory_budget)
     unit_fn, units = _units(loss_fn, private, unit_ids, max_records_per_unit)

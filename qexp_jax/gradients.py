@@ -146,7 +146,7 @@ def faster_mode(loss_fn: LossFn, params: Params, subspace: Subspace, records: Re
     return "forward" if subspace.dim < even + tuned / total + _TRAFFIC * tuned / max(1, flops) else "reverse"
 
 
-def at_a_time(loss_fn: LossFn, params: Params, subspace: Subspace, records: Record) -> int:
+def at_a_time(loss_fn: LossFn, params: Params, subspace: Subspace, records: Record, *, formed: bool = False) -> int:
     """Records whose gradients are formed together where nobody says how many, from static shapes alone.
 
     On a CPU a power of two, 2 to 32, so few that they stay in cache: 32 at a time took three times as long as 8 at
@@ -160,15 +160,16 @@ def at_a_time(loss_fn: LossFn, params: Params, subspace: Subspace, records: Reco
       params: all parameters.
       subspace: says which are tuned.
       records: pytree with a leading axis.
+      formed: whether gradients in factors are formed all the same.
     """
-    layout, formed = subspace.layout, 2 * bytes_of_one(loss_fn, params, records)
-    held = 16 * layout.num_params + formed
+    layout, used = subspace.layout, 2 * bytes_of_one(loss_fn, params, records)
+    held = 16 * layout.num_params + used
     if jax.default_backend() != "cpu":
         return max(1, min(HELD_BYTES // held, _ON_ACCELERATOR))
     most = min(_ON_CPU, _power_of_two(_CACHED_BYTES // held))
-    if is_in_factors(subspace):
+    if is_in_factors(subspace) and not formed:
         factors = sum(sum(s) if outer_products.is_wide(s) else math.prod(s) for s in layout.tuned_shapes)
-        most = max(most, min(_ON_CPU_IN_FACTORS, _power_of_two(_FAST_BYTES // (16 * factors + formed))))
+        most = max(most, min(_ON_CPU_IN_FACTORS, _power_of_two(_FAST_BYTES // (16 * factors + used))))
     return max(1, min(HELD_BYTES // held, most))
 
 

@@ -69,6 +69,7 @@ def estimate(
     rounds: int = 1,
     num_devices: int = 1,
     batch_size: int | None = None,
+    exact: bool = False,
 ) -> Estimate:
     """What `fine_tune` will need with these settings.
 
@@ -85,6 +86,7 @@ def estimate(
       rounds: passes.
       num_devices: devices that share the units.
       batch_size: units of a batch, where the private data is a stream.
+      exact: as `clipping.unit_sum` takes it where the number of units is private.
 
     >>> params, record = {"w": jnp.zeros((100, 10))}, {"x": jnp.zeros(100), "label": jnp.zeros((), int)}
     >>> def loss_fn(params, record):
@@ -101,7 +103,7 @@ def estimate(
     directions = _directions(loss_fn, params, record, num_public, rank, space)
     target = Target(params, _shapes(space), _low_rank(directions), 1.0)
     units, mask = _batch(record, held), jax.ShapeDtypeStruct((held,), bool)
-    static = {"microbatch_size": microbatch_size, "mode": mode}
+    static = {"microbatch_size": microbatch_size, "mode": mode, "exact": exact}
     temporary, result = _held(passes.device_sum.lower(loss_fn, target, units, mask, **static))
     parameter_bytes, data_bytes, public_bytes = map(_bytes, (params, units, (target.subspace, target.precision)))
     released_bytes = space.layout.num_params * space.layout.dtype.itemsize
