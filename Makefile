@@ -17,7 +17,7 @@ SMALL_TASKS ?= $(foreach kind,moved flipped inverted,physionet_$(kind)) \
 ON_SMALL_TASKS = --tasks $(SMALL_TASKS) --models linear mlp --sizes 500 2000 --epsilons 1 8 \
   --methods zero_shot qexp dp_gd dp_sgd_all non_private
 
-.PHONY: demo compare compare-full mnist mimic trained shift small loss units ablation predicted membership benchmarks cluster large report test lint clean
+.PHONY: demo compare compare-full mnist mimic mimic-published trained shift small loss units ablation predicted membership benchmarks cluster large report test lint clean
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -48,12 +48,21 @@ mnist: .venv/ready
 # DATA=<directory of MIMIC-III or MIMIC-IV> for users with credentials; MIMIC_TASKS="mimic_mortality_by_era ...".
 mimic: .venv/ready
 ifdef DATA
+	$(BIN)/python -m experiments.mimic_report --data-dir $(DATA) --out $(OUT)/mimic
 	$(ARENA) --tasks $(MIMIC_TASKS) --data-dir $(DATA) $(ONE_TASK) $(FEW_RIVALS) --out $(OUT)/mimic $(ARGS)
 else
 	@echo "No DATA=<directory of MIMIC-III or MIMIC-IV>: running the open stand-in, PhysioNet 2012 (stays of MIMIC-II)."
 	$(ARENA) --tasks physionet_icu $(ONE_TASK) $(FEW_RIVALS) --out $(OUT)/mimic $(ARGS)
 endif
 	$(REPORT) --results $(OUT)/mimic
+
+# The protocol of arXiv:2311.09200 on the whole private part, DATA=<directory of MIMIC-III 1.4>; medians of ten runs.
+mimic-published: .venv/ready
+	$(if $(DATA),,$(error DATA=<directory of MIMIC-III 1.4> is needed))
+	$(ARENA) --tasks mimic_mortality_published mimic_long_stay_published --data-dir $(DATA) --models linear gru \
+	  --sizes 100000 --epsilons 0.001 0.01 0.1 1 10 --methods qexp zero_shot non_private dp_gd dp_sgd_all \
+	  --out $(OUT)/mimic_published $(ARGS)
+	$(BIN)/python -m experiments.mimic_medians --results $(OUT)/mimic_published
 
 # MNIST by writers after longer pretraining.
 trained: .venv/ready

@@ -44,7 +44,12 @@ from experiments.search import Point, climb
 RESULTS = pathlib.Path(__file__).parent / "results"
 # Sized for a night on two cores: the CNN's searches at 10,000 records would take a day, if they did not start where
 # those at 4000 ended, as in `make compare-full`.
-SIZES = {"linear": (250, 1000, 4000, 10_000), "mlp": (250, 1000, 4000, 10_000), "cnn": (250, 1000, 4000)}
+SIZES = {
+    "linear": (250, 1000, 4000, 10_000),
+    "mlp": (250, 1000, 4000, 10_000),
+    "cnn": (250, 1000, 4000),
+    "gru": (250, 1000, 4000),
+}
 EPSILONS = (8.0, 2.0, 1.0, 0.5, 0.1)
 SELECTION_SEEDS = 2
 COLUMNS = (

@@ -60,7 +60,7 @@ class Method(NamedTuple):
     """
 
     run: Callable[[Cell, int, dict[str, Any]], Outcome]
-    models: tuple[str, ...] = ("linear", "mlp", "cnn")
+    models: tuple[str, ...] = ("linear", "mlp", "cnn", "gru")
     private: bool = True
     settings: Callable[[Point], dict[str, Any]] = lambda point: {}
     starts: Callable[[int], list[Point]] = lambda num_private: []
@@ -152,7 +152,7 @@ def _descent(optimizer, adapter):
     return Method(
         run=functools.partial(_noisy_descent, optimizer, adapter),
         # A linear model is its own last layer, its biases alone do not change a ranking, and low rank saves nothing.
-        models=("linear", "mlp", "cnn") if adapter == "all" else ("mlp", "cnn"),
+        models=("linear", "mlp", "cnn", "gru") if adapter == "all" else ("mlp", "cnn"),
         settings=_descent_settings,
         starts=functools.partial(_descent_starts, lengths),
         allowed=_descent_allowed,

@@ -47,8 +47,10 @@ def event(subject_id, itemid, hour, number, **more):
 
 
 def write(folder, patients, chart=(), labs=(), *, stays=(), upper=False, suffix=".csv.gz"):
-    """A MIMIC-III directory, with the files' and columns' names in one case."""
+    """A MIMIC-III directory, with the files' and columns' names in one case; of no events, one a patient."""
     folder.mkdir(exist_ok=True)
+    chart = chart or [event(row["subject_id"], 211, 1, 80) for row in patients]
+    labs = labs or [event(row["subject_id"], 50912, 1, 1) for row in patients]
     rows = {"ICUSTAYS": [*patients, *stays], "PATIENTS": patients, "ADMISSIONS": patients}
     for table, columns in HEADERS.items():
         lines = rows.get(table, chart if table == "CHARTEVENTS" else labs)
