@@ -53,9 +53,15 @@ class _Scales(NamedTuple):
     learning_rate: float
 
 
-@joblib.Memory(tasks.cache_dir() / "calibration", verbose=0).cache
 def noise_multiplier(epsilon: float, delta: float, sampling_prob: float, steps: int) -> float:
     """Standard deviation of the noise on a sum of unit-norm gradients; kept on disk, since it takes seconds."""
+    # When it is asked for: at import a folder that cannot be made would end any script with a traceback.
+    return joblib.Memory(tasks.cache_dir() / "calibration", verbose=0).cache(_calibrated)(
+        epsilon, delta, sampling_prob, steps
+    )
+
+
+def _calibrated(epsilon: float, delta: float, sampling_prob: float, steps: int) -> float:
     plan = _config(sampling_prob, steps, epsilon=epsilon, delta=delta).plan
     return float(plan.dp_event.event.event.noise_multiplier)
 

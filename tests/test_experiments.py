@@ -2,6 +2,8 @@ import gzip
 import json
 import os
 import pathlib
+import subprocess
+import sys
 
 import matplotlib as mpl
 import numpy as np
@@ -155,3 +157,14 @@ def test_the_cluster_script_makes_one_release_with_two_processes(tmp_path):
 def test_local_processes_get_the_other_arguments():
     assert cluster._without_local(["--local", "2", "--out", "x"]) == ["--out", "x"]
     assert cluster._without_local(["--epsilon", "2", "--local=3"]) == ["--epsilon", "2"]
+
+
+def test_a_cache_that_cannot_be_made_is_named_without_a_traceback(tmp_path):
+    """A plain file in its place, which importing the scripts must not stumble over."""
+    (tmp_path / "cache").touch()
+    command = [sys.executable, "-m", "experiments.arena", "--tasks", "physionet_icu", "--models", "linear"]
+    command += ["--cache-dir", str(tmp_path / "cache"), "--data-dir", str(tmp_path), "--out", str(tmp_path / "out")]
+    environment = os.environ | {"QEXP_CACHE": str(tmp_path / "cache")}
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 1
+    assert "Traceback" not in found.stderr and "error: " in found.stderr
