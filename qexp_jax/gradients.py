@@ -138,12 +138,11 @@ def faster_mode(loss_fn: LossFn, params: Params, subspace: Subspace, records: Re
     mode is for few directions, the fewer the more often the loss uses each parameter.
     """
     record = jax.tree.map(lambda x: x[0], records)
-    if has_reverse_rule(loss_fn, params, record):
-        return "reverse"
     flops = count_flops(loss_fn, params, record, products_only=True)
     tuned, total = subspace.layout.num_params, sum(math.prod(shape) for shape in subspace.layout.shapes)
     even = _EVEN_ON_CPU if jax.default_backend() == "cpu" else _EVEN_ON_ACCELERATOR
-    return "forward" if subspace.dim < even + tuned / total + _TRAFFIC * tuned / max(1, flops) else "reverse"
+    has_few = subspace.dim < even + tuned / total + _TRAFFIC * tuned / max(1, flops)
+    return "forward" if has_few and not has_reverse_rule(loss_fn, params, record) else "reverse"
 
 
 def at_a_time(loss_fn: LossFn, params: Params, subspace: Subspace, records: Record, *, formed: bool = False) -> int:

@@ -37,7 +37,7 @@ from qexp_jax.clipping import ClipInfo, clip
 from qexp_jax.gradients import Mode, projected_gradients
 from qexp_jax.outer_products import norms
 from qexp_jax.precision import Precision, whiten
-from qexp_jax.records import LossFn, Params, Record, num_records
+from qexp_jax.records import LossFn, Params, Record, is_key, num_records
 from qexp_jax.subspace import Subspace
 
 INTEGER_CLIP_NORM = 2**20
@@ -192,7 +192,7 @@ def integer_sum(
     n = num_records(units)
     if n > _MOST_UNITS:
         raise ValueError(f"Expected at most {_MOST_UNITS} units, found {n}.")
-    units = jax.tree.map(_on_host, units)
+    units = jax.tree.map(lambda x: x if is_key(x) else np.asarray(x), units)
     total, counts = np.zeros(subspace.dim, np.int64), np.zeros(2, np.int64)
     size = microbatch_size or 32
     for start in range(0, n, size):
@@ -202,10 +202,6 @@ def integer_sum(
         total += np.sum(within_norm(steps), axis=0)
         counts += np.sum(clipped), np.sum(~finite)
     return total, ClipInfo(*map(jnp.asarray, (n, *counts)))
-
-
-def _on_host(x):
-    return x if jnp.issubdtype(jnp.result_type(x), jax.dtypes.extended) else np.asarray(x)
 
 
 def noisy_sum(total: np.ndarray, noise: DiscreteNoise, l2_clip_norm: jax.Array) -> tuple[np.ndarray, jax.Array]:

@@ -100,7 +100,7 @@ def norms(rows: Rows) -> jax.Array:
     return _norms(jnp.stack(of_parts, axis=1))
 
 
-def inverse(x: jax.Array) -> jax.Array:
+def _inverse(x):
     """1/x of norms, at most 1e37: a gradient times it has length one, or less if it is hardly a float."""
     return 1 / jnp.clip(x, _SMALLEST, 1 / _SMALLEST)
 
@@ -116,7 +116,7 @@ def sum_of_squares(x: jax.Array) -> jax.Array:
 
 def _norms(x):
     largest = jnp.max(jnp.abs(x), axis=1, keepdims=True, initial=0)
-    scale = inverse(largest)
+    scale = _inverse(largest)
     found = jnp.sqrt(sum_of_squares(x * scale)) / scale[:, 0]
     # Beyond, its inverse would not be a normal number, which some devices take for zero.
     return jnp.where(found > 1 / _SMALLEST, jnp.inf, found)
@@ -134,19 +134,16 @@ def grouped_sums(part: Outer, weights: jax.Array, keep: jax.Array, size: int) ->
       keep: bool (m,).
       size: rows of a group.
     """
-    weights = jnp.where(keep, weights * _norms(part.left) * _norms(part.right), 0)
+    left_norms, right_norms = _norms(part.left)[:, None], _norms(part.right)[:, None]
+    keep = keep[:, None]
+    weights = jnp.where(keep, weights[:, None] * left_norms * right_norms, 0)
     # Of length one, for the product of a huge factor and a weight may overflow where the other factor is tiny.
-    left = jnp.where(keep[:, None], _directions(part.left), 0) * weights[:, None]
-    right = jnp.where(keep[:, None], _directions(part.right), 0)
+    left = jnp.where(keep, part.left * _inverse(left_norms), 0) * weights
+    right = jnp.where(keep, part.right * _inverse(right_norms), 0)
     missing = -len(weights) % size
     left, right = (jnp.pad(x, ((0, missing), (0, 0))).reshape(-1, size, x.shape[1]) for x in (left, right))
     sums = jnp.einsum("gma,gmb->gab", left, right, precision=_HIGHEST)
     return sums.reshape(len(sums), -1)
-
-
-def _directions(x):
-    """Of length one; shorter where the norm is hardly a float."""
-    return x * inverse(_norms(x)[:, None])
 
 
 # --- the trace of a loss ---

@@ -104,9 +104,9 @@ def coordinates(precision: Precision, rows: Rows, scale: jax.Array | float = 1.0
     return precision.root.coordinates(precision.arrays, rows, scale)
 
 
-def whitened_norms(precision: Precision, rows: Rows, scale: jax.Array | float = 1.0) -> jax.Array:
-    """`scale` times |R^{-1} g| (m,) of m gradients, never below it."""
-    return coordinates(precision, rows, scale)[1]
+def whitened_norms(precision: Precision, rows: Rows) -> jax.Array:
+    """|R^{-1} g| (m,) of m gradients, never below it."""
+    return coordinates(precision, rows)[1]
 
 
 def spread(precision: Precision) -> tuple[jax.Array, jax.Array]:
