@@ -13,7 +13,8 @@ BOTH_PARTS = $(ARENA) --part 0/2 $(1) & other=$$!; $(ARENA) --part 1/2 $(1); end
 FEW_RIVALS := --methods qexp zero_shot non_private dp_gd dp_sgd_all dp_adam_last objective_perturbation
 MIMIC_TASKS ?= mimic_mortality_by_care_unit mimic_long_stay_by_care_unit
 SMALL_TASKS ?= $(foreach kind,moved flipped inverted,physionet_$(kind)) \
-  $(foreach kind,noisy turned transposed,digits_$(kind)) $(foreach kind,changed inverted,table_$(kind))
+  $(foreach kind,noisy turned transposed,digits_$(kind)) $(foreach kind,changed inverted,table_$(kind)) \
+  table_rare physionet_rare
 ON_SMALL_TASKS = --tasks $(SMALL_TASKS) --models linear mlp --sizes 500 2000 --epsilons 1 8 \
   --methods zero_shot qexp dp_gd dp_sgd_all non_private
 

@@ -109,6 +109,13 @@ SMALL_TASKS = (
     _small("physionet", "auroc", 1, _CLINICAL, small.changed_physionet, ("moved", "flipped", "inverted"))
     | _small("digits", "accuracy", 10, _FITTED, small.changed_digits, ("noisy", "turned", "transposed"))
     | _small("table", "auroc", 1, _FITTED, small.changed_table, ("changed", "inverted"))
+    | {
+        task.name: task
+        for task in (
+            Task("table_rare", "auroc", 1, _CLINICAL, small.rare_table),
+            Task("physionet_rare", "auroc", 1, _CLINICAL, small.rare_physionet),
+        )
+    }
 )
 TASKS = OPEN_TASKS | MIMIC_TASKS | TRAINED_TASKS | SHIFTED_TASKS | SMALL_TASKS
 

@@ -109,6 +109,91 @@ def test_small_clinical_tasks_change_features_or_labels_of_private_and_test(monk
             np.testing.assert_array_equal(after["label"], 1 - before["label"] if features == 0 else before["label"])
 
 
+def largest_gap(some, others):
+    """Of the means of common columns, in standard errors of their difference."""
+    common = np.sum(some != 0, axis=0) >= 50
+    some, others = some[:, common].astype(float), others[:, common].astype(float)
+    spread = np.concatenate([some, others]).std(0)
+    standard_error = spread * np.sqrt(1 / len(some) + 1 / len(others))
+    return np.max(np.abs(some.mean(0) - others.mean(0)) / standard_error)
+
+
+def assert_no_shift(split):
+    """Parts agree within sampling error, where records with the outcome alone would not."""
+    public, private, test = (np.column_stack([part["x"], part["label"]]) for part in split[:3])
+    assert largest_gap(public, private) < 3
+    assert largest_gap(public, test) < 4
+    positive = split.test["x"][split.test["label"] == 1]
+    assert largest_gap(split.public["x"], positive) > 5
+
+
+def rare_columns(split):
+    """Numbers of columns with 1 to 9 public records; with none; and with none but private ones."""
+    public, private = (np.sum(part["x"] != 0, axis=0) for part in (split.public, split.private))
+    return np.sum((public > 0) & (public < 10)), np.sum(public == 0), np.sum((public == 0) & (private > 0))
+
+
+def public_linear_auroc(split):
+    model = LogisticRegression(max_iter=1000).fit(split.public["x"], split.public["label"])
+    return models.auroc(model.decision_function(split.test["x"])[:, None], split.test["label"])
+
+
+def test_the_rare_table_has_rare_columns_and_no_shift():
+    split = small.rare_table()
+    assert [part["x"].shape for part in split[:3]] == [(30_000, 90), (2000, 90), (10_000, 90)]
+    assert all(np.all(part["x"][:, :85].sum(1) == 10) for part in split[:3])
+    assert 0.085 < split.public["label"].mean() < 0.095
+    assert rare_columns(split) == (19, 9, 3)
+    assert_no_shift(split)
+    assert 0.62 < public_linear_auroc(split) < 0.68
+    for part, again in zip(split[:3], small.rare_table()[:3], strict=True):
+        np.testing.assert_array_equal(part["x"], again["x"])
+        np.testing.assert_array_equal(part["label"], again["label"])
+
+
+@pytest.mark.skipif(not (QEXP_DATA / "physionet2012").is_dir(), reason="PhysioNet 2012 is not present; set QEXP_DATA")
+def test_the_rare_stays_have_rare_columns_and_no_shift(tmp_path):
+    split = small.rare_physionet(QEXP_DATA, tmp_path)
+    assert [part["x"].shape for part in split[:3]] == [(8000, 144), (2000, 144), (2000, 144)]
+    assert 0.13 < split.public["label"].mean() < 0.15
+    assert rare_columns(split) == (15, 5, 2)
+    assert_no_shift(split)
+    assert 0.79 < public_linear_auroc(split) < 0.86
+    for part, again in zip(split[:3], small.rare_physionet(QEXP_DATA, tmp_path)[:3], strict=True):
+        np.testing.assert_array_equal(part["x"], again["x"])
+        np.testing.assert_array_equal(part["label"], again["label"])
+
+
+def made_up_stays(rng, n):
+    """Raw features of `n` stays of which one in ten misses any value."""
+    raw = rng.normal(size=(n, len(small.physionet.STATIC) + 5 * len(small.physionet.SERIES)))
+    raw[rng.random(raw.shape) < 0.1] = np.nan
+    raw[:, small.physionet.STATIC.index("Gender")] = rng.choice([0, 1, np.nan], n)
+    raw[:, len(small.physionet.STATIC) + 4 :: 5] = rng.integers(0, 20, (n, len(small.physionet.SERIES)))
+    return {"x": raw, "label": rng.integers(0, 2, n), "icu": rng.integers(1, 5, n), "stay": np.arange(n)}
+
+
+def test_a_rare_stay_has_one_level_of_each_variable(monkeypatch):
+    """Of thirteen binned ones, ICU type, sex and six counts."""
+    rng = np.random.default_rng(0)
+    sets = [made_up_stays(rng, n) for n in (100, 110, 90)]
+    monkeypatch.setattr(small.physionet, "_tables", lambda data_dir, cache_dir: sets)
+    split = small.rare_physionet(pathlib.Path(), pathlib.Path())
+    assert [len(part["label"]) for part in split[:3]] == [200, 50, 50]
+    assert all(np.all(part["x"].sum(1) == 21) and set(np.unique(part["x"])) == {0, 1} for part in split[:3])
+
+
+def test_no_bin_of_rare_stays_follows_private_values():
+    stays, public = made_up_stays(np.random.default_rng(0), 300), np.arange(200)
+    raw, other = stays["x"], stays["x"].copy()
+    other[200:] = made_up_stays(np.random.default_rng(1), 100)["x"] * 3
+    before, after = (small._stay_columns(x, stays["icu"], public) for x in (raw, other))
+    np.testing.assert_array_equal(before[public], after[public])
+    bins = before[public, : 13 * 6].reshape(200, 13, 6)
+    known = bins[:, :, :5].sum(2)
+    np.testing.assert_allclose(bins[:, :, :5].sum(0) / known.sum(0)[:, None], 0.2, atol=0.01)
+
+
 def test_a_missing_file_is_named_with_where_to_get_it(tmp_path):
     with pytest.raises(FileNotFoundError, match="train-images.*QMNIST"):
         mnist.writers_mnist(tmp_path)
