@@ -25,6 +25,8 @@
     pure         draws of pure epsilon
     accuracy     what the noise costs
     flow         how far to follow the released gradients
+    features     what public records look like, in few numbers
+    weighting    public records weighted towards the private population
     isolation    that a loss keeps records apart
     validation   checks of public and static input
     survey       what public records say of the loss around the anchor
@@ -35,7 +37,10 @@
     passes       the private pass over streams, devices and processes
     checkpoint   a release in progress on disk
     rounds       the rounds of a release
+    tilting      that, before the rounds of a release
     preflight    its memory and arithmetic, before any data is read
+    door         checks of what comes in
+    tilt         that, for a training loop of one's own
     finetune     the one call
     audit        attained against claimed privacy
 """
@@ -47,6 +52,7 @@ from qexp_jax import (
     audit,
     clipping,
     curvature,
+    features,
     flow,
     gradients,
     hardened,
@@ -60,8 +66,10 @@ from qexp_jax import (
     pure,
     records,
     subspace,
+    tilt,
     truncated,
     verification,
+    weighting,
 )
 from qexp_jax.checkpoint import Checkpoint
 from qexp_jax.finetune import Release, fine_tune
@@ -84,6 +92,7 @@ __all__ = [
     "audit",
     "clipping",
     "curvature",
+    "features",
     "fine_tune",
     "flow",
     "fresh_key",
@@ -99,7 +108,9 @@ __all__ = [
     "pure",
     "records",
     "subspace",
+    "tilt",
     "truncated",
     "verification",
     "verify",
+    "weighting",
 ]

@@ -18,19 +18,28 @@ from qexp_jax.plan import Plan
 from qexp_jax.records import absorb
 from qexp_jax.subspace import Subspace, certified_name
 
-SCHEMA = "qexp_jax/certificate/1"
+SCHEMA = "qexp_jax/certificate/2"
 NEIGHBORS = {
     NeighboringRelation.REPLACE_SPECIAL: "one unit's slot is emptied; the number of slots is public",
     NeighboringRelation.ADD_OR_REMOVE_ONE: "one unit is added or removed; the true number of units is private",
     NeighboringRelation.REPLACE_ONE: "one unit is replaced by another; the number of units is public",
 }
+_POST_PROCESSING = (
+    "and one of a mean of features before them where the certificate has a tilt; anchor, geometry and step, and "
+    "whether the budget left is split over more rounds, are functions of released sums"
+)
 MECHANISMS = {
-    False: "exponential mechanism with quadratic utility: one exact multivariate normal draw a round; geometry and "
-    "step, and whether the budget left is split over more rounds, are functions of released sums",
-    True: "exponential mechanism with quadratic utility on an integer grid: one exact discrete Gaussian draw a round; "
-    "geometry and step, and whether the budget left is split over more rounds, are functions of released sums",
+    False: "exponential mechanism with quadratic utility: one exact multivariate normal draw a round, "
+    + _POST_PROCESSING,
+    True: "exponential mechanism with quadratic utility on an integer grid: one exact discrete Gaussian draw a round, "
+    + _POST_PROCESSING,
 }
 ONE_RECORD, ONE_ID = "one record", "all records with one unit id"
+TILT_SCHEMA = "qexp_jax/tilt_certificate/1"
+TILT_MECHANISM = (
+    "exponential mechanism with quadratic utility: one exact multivariate normal draw of a mean of features; weights "
+    "of public records are functions of it"
+)
 PRIVACY_UNITS = ONE_RECORD, ONE_ID
 PRNG_IMPL = "threefry2x32"  # all noise is made by it
 _NOT_INSTALLED = "not installed"  # run from a source tree
@@ -41,7 +50,7 @@ _STANDING_ASSUMPTIONS = (
     "No private unit contributed to the pretrained parameters, to feature statistics, to the public records or to any "
     "choice of settings made before.",
     "num_units, the cap on a unit's records (where none was given, the size of the largest unit), the length of a "
-    "stream's pieces, the subspace, the precisions, the clip norms and the settings are public.",
+    "stream's pieces, the subspace, the features, the precisions, the clip norms and the settings are public.",
     "The curator who runs the mechanism is trusted and releases nothing else: no diagnostics, sums, keys or logs, nor "
     "how long it took.",
 )
@@ -108,6 +117,7 @@ def make_certificate(
     provenance: dict[str, Any],
     prng_impl: str,
     discrete_noise: DiscreteNoise | None = None,
+    tilt: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The dictionary that accompanies a release.
 
@@ -124,33 +134,20 @@ def make_certificate(
       provenance: of `make_provenance`.
       prng_impl: name of the noise's generator, `PRNG_IMPL`.
       discrete_noise: of a hardened release; `noise_multiplier` is its multiplier.
+      tilt: of the draw before the rounds, with its `noise_multiplier`; None where there was none.
     """
-    epsilon, delta = privacy.check_budget(epsilon, delta)
     rounds = arguments.count("rounds", plan.rounds)
     noise_multiplier = arguments.positive("noise_multiplier", noise_multiplier)
     hardened, dim = discrete_noise is not None, round(float(np.sum(plan.spectrum.dims)))
-    mu_per_round = privacy.mu_from_noise(noise_multiplier, relation)
-    mu = privacy.compose([mu_per_round] * rounds)
-    rho_per_round, rho = privacy.zcdp_rho(mu_per_round), privacy.zcdp_rho(mu)
-    share = {
-        "purpose": "gradient",
-        "noise_multiplier": noise_multiplier,
-        "mu": None if hardened else mu_per_round,
-        "zcdp_rho": rho_per_round,
-    }
+    share = _share("gradient", noise_multiplier, relation, hardened)
+    budget = [dict(share) for _ in range(rounds)]
+    if tilt is not None:
+        budget.insert(0, _share("tilt", tilt["noise_multiplier"], relation, hardened))
     return {
         "schema": SCHEMA,
         "mechanism": MECHANISMS[hardened],
         "hardened": hardened,
-        "epsilon": epsilon,
-        "delta": delta,
-        "mu": None if hardened else mu,
-        "zcdp_rho": rho,
-        "privacy_curve": [
-            {"epsilon": e, "delta": privacy.delta_from_rho(rho, e) if hardened else privacy.delta_from_mu(mu, e)}
-            for e in (epsilon * factor for factor in _CURVE)
-        ],
-        "budget": [dict(share) for _ in range(rounds)],
+        **_promise(epsilon, delta, relation, budget, hardened),
         "neighboring_relation": relation.name,
         "neighbors": NEIGHBORS[relation],
         "privacy_unit": unit,
@@ -160,6 +157,7 @@ def make_certificate(
         "most_rounds": arguments.count("most_rounds", plan.most_rounds),
         "mu_per_round": share["mu"],
         "noise_multiplier": noise_multiplier,
+        "tilt": None if tilt is None else {name: x for name, x in tilt.items() if name != "noise_multiplier"},
         "geometries": _geometries(plan, roundings),
         "discrete_noise": None if discrete_noise is None else discrete_noise._asdict(),
         "subspace": certified_name(plan.subspace),
@@ -173,6 +171,79 @@ def make_certificate(
         "prng_impl": prng_impl,
         "assumptions": assumptions(hardened),
         "versions": _versions(),
+    }
+
+
+def make_tilt_certificate(
+    *,
+    epsilon: float,
+    delta: float,
+    relation: NeighboringRelation,
+    num_units: int,
+    num_units_from: str,
+    unit: str,
+    public: Any,
+    prng_impl: str,
+    tilt: dict[str, Any],
+) -> dict[str, Any]:
+    """The dictionary that accompanies weights of `tilt.weights`: one draw, and no rounds.
+
+    Args:
+      epsilon: the budget asked for.
+      delta: the budget asked for.
+      relation: neighbouring relation.
+      num_units: public N.
+      num_units_from: `"slots"` or `"public_count"`.
+      unit: what one unit is, of `PRIVACY_UNITS`.
+      public: the public records, of which a digest is taken.
+      prng_impl: name of the noise's generator, `PRNG_IMPL`.
+      tilt: of the draw, with its `noise_multiplier`.
+    """
+    budget = [_share("tilt", tilt["noise_multiplier"], relation, False)]
+    return {
+        "schema": TILT_SCHEMA,
+        "mechanism": TILT_MECHANISM,
+        "hardened": False,
+        **_promise(epsilon, delta, relation, budget, False),
+        "neighboring_relation": relation.name,
+        "neighbors": NEIGHBORS[relation],
+        "privacy_unit": unit,
+        "num_units": arguments.count("num_units", num_units),
+        "num_units_from": num_units_from,
+        "tilt": {name: x for name, x in tilt.items() if name != "noise_multiplier"},
+        "provenance": {"public_records_sha256": sha256_of(public)},
+        "prng_impl": prng_impl,
+        "assumptions": assumptions(False),
+        "versions": _versions(),
+    }
+
+
+def _promise(epsilon, delta, relation, budget, hardened):
+    """The budget asked for, what its shares add up to, and the curve that follows."""
+    epsilon, delta = privacy.check_budget(epsilon, delta)
+    mu = privacy.compose([privacy.mu_from_noise(part["noise_multiplier"], relation) for part in budget])
+    rho = privacy.zcdp_rho(mu)
+    return {
+        "epsilon": epsilon,
+        "delta": delta,
+        "mu": None if hardened else mu,
+        "zcdp_rho": rho,
+        "privacy_curve": [
+            {"epsilon": e, "delta": privacy.delta_from_rho(rho, e) if hardened else privacy.delta_from_mu(mu, e)}
+            for e in (epsilon * factor for factor in _CURVE)
+        ],
+        "budget": budget,
+    }
+
+
+def _share(purpose, noise_multiplier, relation, hardened):
+    """One draw's part of the budget."""
+    mu = privacy.mu_from_noise(noise_multiplier, relation)
+    return {
+        "purpose": purpose,
+        "noise_multiplier": noise_multiplier,
+        "mu": None if hardened else mu,
+        "zcdp_rho": privacy.zcdp_rho(mu),
     }
 
 

@@ -43,6 +43,7 @@ _WARNING = (
 _SETTINGS = "settings.json"
 _PAID = "paid.txt"
 _DATA = "data_digest.txt"
+_DRAW = "draw.json"
 _FIRST_ROUND = 2**32  # a step's number is this many times its round, and its batches
 
 
@@ -203,6 +204,17 @@ def bind_data(store: Store, digest: bytes) -> None:
         _write(path, digest.hex())
     elif path.read_text() != digest.hex():
         raise ValueError("The private data are not those, in their order, that the checkpoint was made of.")
+
+
+def save_draw(store: Store, draw: np.ndarray) -> None:
+    """Writes a draw that is made once, before the rounds."""
+    _write(store.folder / _DRAW, json.dumps(np.asarray(draw, np.float64).tolist()))
+
+
+def restore_draw(store: Store) -> np.ndarray | None:
+    """The draw of `save_draw`, None before it."""
+    path = store.folder / _DRAW
+    return np.asarray(json.loads(path.read_text())) if path.exists() else None
 
 
 def save(store: Store, progress: Progress) -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from dp_accounting import NeighboringRelation
 
-from qexp_jax import arguments, isolation, passes, preflight, privacy, stream, validation
+from qexp_jax import arguments, door, isolation, passes, preflight, privacy, tilting, validation, weighting
 from qexp_jax import checkpoint as checkpoints
 from qexp_jax import hardened as hardening
 from qexp_jax import ledger as ledgers
@@ -20,14 +20,12 @@ from qexp_jax import subspace as subspaces
 from qexp_jax.certificate import ONE_ID, ONE_RECORD, make_certificate, make_provenance
 from qexp_jax.checkpoint import Checkpoint
 from qexp_jax.gradients import Mode, moving_leaves
-from qexp_jax.keys import as_threefry
 from qexp_jax.ledger import Ledger
 from qexp_jax.plan import looked_at, make_plan
 from qexp_jax.records import (
     LossFn,
     Params,
     Record,
-    as_unit_ids,
     group_by_unit,
     held,
     num_records,
@@ -52,18 +50,7 @@ class Release(NamedTuple):
     certificate: dict[str, Any]
 
 
-def _with_usual_promotion(function):
-    """The library counts on JAX's defaults; whoever forbids promotion in their own code may call it all the same."""
-
-    @functools.wraps(function)
-    def run(*args, **kwargs):
-        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-            return function(*args, **kwargs)
-
-    return run
-
-
-@_with_usual_promotion
+@door.with_usual_promotion
 def fine_tune(
     key: jax.Array,
     loss_fn: LossFn,
@@ -90,6 +77,8 @@ def fine_tune(
     checkpoint: Checkpoint | None = None,
     memory_budget: int | None = None,
     hardened: bool = False,
+    tilt: bool = True,
+    features: Callable[..., Any] | None = None,
     ledger: Ledger | str | os.PathLike[str] | None = None,
     diagnostics: bool = False,
     progress: Callable[[str], None] | None = None,
@@ -136,6 +125,11 @@ def fine_tune(
         whole.
       hardened: integers, and exact discrete Gaussian noise, instead of floating point; see the room `hardened`, also
         for what it costs. Needs OpenDP. Of a mesh it uses one device a process.
+      tilt: before the rounds, spend a tenth of mu^2 on one draw of the private mean of public features, and train the
+        anchor on public records that are weighted to have this mean (`tilt`, T9); left out where N mu is below 200 or
+        training would take minutes, and without effect where the draw shows no shift or weights cannot express it.
+      features: `(record) -> arrays` or `(params, record) -> arrays`, whose mean is released in place of that of the
+        default features (`features`).
       ledger: of the dataset, or its path; the release is entered there before a private value is read, and stays
         entered if it is then interrupted; one that goes on from its checkpoint is not entered again, and draws no round
         a second time. A hardened one that is killed between the draw of a round and its saving is lost.
@@ -175,7 +169,7 @@ def fine_tune(
         hardening.check_available()
     _check_options(neighboring_relation, checkpoint, mesh, subspace, mode, progress)
     local = passes.local_mesh(mesh)
-    key = _on_no_device(passes.one_key(as_threefry(key), mesh))
+    key = door.secret_key(key, mesh)
     precision_rank = arguments.count("precision_rank", precision_rank)
     rounds, microbatch_size, memory_budget = _counts(
         rounds=rounds, microbatch_size=microbatch_size, memory_budget=memory_budget
@@ -187,52 +181,59 @@ def fine_tune(
     mu = (hardening if hardened else privacy).mu_from_budget(epsilon, delta)
     private_n = neighboring_relation is NeighboringRelation.ADD_OR_REMOVE_ONE
     validation.check_apart(public, private)
-    public = _public_records(public, public_unit_ids)
-    private = _check_data(loss_fn, layout, params, public, private, private_n)
-    _check_devices(mesh, params, subspace, public, private)
+    public = door.public_records(public, public_unit_ids)
+    private = door.check_data(
+        functools.partial(isolation.check_loss, loss_fn, layout, params), params, public, private, private_n
+    )
+    door.check_devices(mesh, params, subspace, public, private)
     layout = _moving(loss_fn, layout, params, public, subspace)
-    unit_ids = _check_ids("unit_ids", private, unit_ids)
-    public_unit_ids = _check_ids("public_unit_ids", public, public_unit_ids)
-    num_units = _public_num_units(private, unit_ids, public_count, private_n, mesh)
+    unit_ids = door.check_ids("unit_ids", private, unit_ids)
+    public_unit_ids = door.check_ids("public_unit_ids", public, public_unit_ids)
+    num_units = door.public_num_units(private, unit_ids, public_count, private_n, mesh)
     unit = ONE_RECORD if unit_ids is None else ONE_ID
     ledger = ledgers.open(ledger) if isinstance(ledger, str | os.PathLike) else ledger
     if memory_budget is not None:
         # Before the records are grouped: that takes the memory.
         found = preflight.estimate(
             loss_fn if unit_ids is None else unit_loss(loss_fn), params,
-            _one_unit(private, public, unit_ids, max_records_per_unit), num_units=num_units,
+            door.one_unit(private, public, unit_ids, max_records_per_unit), num_units=num_units,
             num_public=num_records(public), subspace=subspace, precision_rank=max(precision_rank, subspace_dim or 0),
             microbatch_size=microbatch_size, mode=mode, num_devices=passes.num_shares(local),
-            batch_size=_batch_size(private, private_n), exact=private_n,
+            batch_size=door.batch_size(private, private_n), exact=private_n,
         )  # fmt: skip
         preflight.check(found, memory_budget)
-    unit_fn, units = _units(loss_fn, private, unit_ids, max_records_per_unit)
-    public_fn, public_units = _units(loss_fn, public, public_unit_ids, max_records_per_unit)
-    plan_key, reads_all = jax.random.key(_PLAN_SEED), not (public_unit_ids is None and subspace_dim is None)
+    unit_fn, units = door.grouped(loss_fn, private, unit_ids, max_records_per_unit)
+    public_fn, public_units = door.grouped(loss_fn, public, public_unit_ids, max_records_per_unit)
+    plan_key = jax.random.key(_PLAN_SEED)
+    anchor = subspaces.working(layout, params)
+    prepared = None
+    tilt_share = weighting.share(num_units, mu) if tilt and door.have_one_shape(public, private) else 0.0
+    steps = weighting.num_steps(loss_fn, params, take(public, 0), num_records(public)) if tilt_share else 0
+    if steps:
+        walks.announce(progress, "tilt, public features")
+        prepared = tilting.prepare(jax.random.fold_in(plan_key, 1), anchor, public, features)
+    reads_all = prepared is not None or not (public_unit_ids is None and subspace_dim is None)
     # Beside the rounds, and of what the plan reads alone: hashing a hundred megabytes takes longer than a release.
     provenance = ThreadPoolExecutor(1).submit(
         lambda: make_provenance(params, public if reads_all else looked_at(plan_key, public), subspace)
     )
-    walks.announce(progress, "public curvature")
-    plan = make_plan(
-        plan_key, loss_fn, subspaces.working(layout, params), public, public_fn, public_units,
-        num_units=num_units, noise_multiplier=privacy.noise_multiplier(mu, neighboring_relation), rounds=rounds,
-        precision_rank=precision_rank, layout=layout, subspace=subspace, subspace_dim=subspace_dim, damping=damping,
-        l2_clip_norm=l2_clip_norm,
+    mu_of_tilt, mu_of_rounds = (mu * tilt_share**0.5, mu * (1 - tilt_share) ** 0.5) if prepared else (0.0, mu)
+    plan_at = functools.partial(
+        make_plan, plan_key, loss_fn,
+        public=public, clip_loss_fn=public_fn, public_units=public_units,
+        num_units=num_units, noise_multiplier=privacy.noise_multiplier(mu_of_rounds, neighboring_relation),
+        rounds=rounds, precision_rank=precision_rank, layout=layout, subspace=subspace, subspace_dim=subspace_dim,
+        damping=damping, l2_clip_norm=l2_clip_norm,
     )  # fmt: skip
-    noise_multiplier = privacy.noise_multiplier(mu / plan.rounds**0.5, neighboring_relation)
-    discrete_noise = None
-    if hardened:
-        discrete_noise = hardening.discrete_noise(noise_multiplier, plan.subspace.dim)
-        noise_multiplier = discrete_noise.multiplier
-    exact = walks.needs_exact(plan, neighboring_relation)
-    roundings = walks.roundings(plan, exact)
-    walk = walks.start(layout, params, plan.spectrum, plan.rounds)
+    walks.announce(progress, "public curvature")
+    plan = plan_at(params=anchor)
+    noise_multiplier, discrete_noise = _noise_of_rounds(mu_of_rounds, plan, neighboring_relation, hardened)
+    walks.roundings(plan, walks.needs_exact(plan, neighboring_relation))  # refused before anything is paid
     store = None
     if checkpoint is not None:
         settings = {
             "plan": plan,
-            "pretrained parameters": walk.params,
+            "pretrained parameters": anchor,
             "noise_multiplier": noise_multiplier,
             "neighboring_relation": neighboring_relation.name,
             "num_units": num_units,
@@ -241,130 +242,73 @@ def fine_tune(
             "hardened": hardened,
             "devices": passes.num_shares(local),
             "processes": jax.process_count() if passes.spans_processes(mesh) else 1,
+            "tilt": None if prepared is None else (prepared.features[1:], *prepared[1:], mu_of_tilt, steps),
         }
         store = checkpoints.in_step(mesh, lambda: checkpoints.open_store(checkpoint, settings))
-    store = _enter(
+    store = door.enter(
         ledger, key, store, units, mesh,
         mu=mu, hardened=hardened, neighboring_relation=neighboring_relation, privacy_unit=unit,
     )  # fmt: skip
+    exact = neighboring_relation is NeighboringRelation.ADD_OR_REMOVE_ONE
     engine = walks.Engine(unit_fn, microbatch_size, mode, mesh, hardened, exact, diagnostics, store, progress)
+    terms_of_tilt, noise_key = None, key
+    if prepared is not None:
+        tilt_key, noise_key = jax.random.split(key)
+        tilt_multiplier = privacy.noise_multiplier(mu_of_tilt, neighboring_relation)
+        if hardened:
+            tilt_multiplier = hardening.discrete_noise(tilt_multiplier, 1).multiplier
+        feature_loss = tilting.loss(prepared.features)
+        feature_engine = engine._replace(
+            loss_fn=feature_loss if unit_ids is None else unit_loss(feature_loss), mode="reverse"
+        )
+        noisy, noise_std = tilting.draw(
+            key, tilt_key, prepared, units, feature_engine, noise_multiplier=tilt_multiplier
+        )  # fmt: skip
+        tilted, anchor = tilting.move(
+            jax.random.fold_in(plan_key, 2), prepared, noisy, noise_std, loss_fn, anchor, plan.subspace, public,
+            num_units=num_units, steps=steps, progress=progress,
+        )  # fmt: skip
+        terms_of_tilt = tilting.terms(prepared, tilted, tilt_multiplier, steps)
+        if tilted.accepted:
+            walks.announce(progress, "public curvature")
+            plan = plan_at(
+                params=anchor, weights=tilted.weights, unit_weights=_of_units(tilted.weights, public_unit_ids)
+            )  # fmt: skip
+            noise_multiplier, discrete_noise = _noise_of_rounds(mu_of_rounds, plan, neighboring_relation, hardened)
+    exact = walks.needs_exact(plan, neighboring_relation)
+    roundings = walks.roundings(plan, exact)
+    walk = walks.start(layout, anchor, plan.spectrum, plan.rounds)
     walk, infos = walks.run(
-        key, walk, plan, units, engine, num_units=num_units, noise_multiplier=noise_multiplier
+        noise_key, walk, plan, units, engine._replace(exact=exact),
+        num_units=num_units, noise_multiplier=noise_multiplier, release_key=key,
     )  # fmt: skip
     certificate = make_certificate(
         epsilon=epsilon, delta=delta, relation=neighboring_relation, num_units=num_units,
         num_units_from="slots" if public_count is None else "public_count", unit=unit,
         noise_multiplier=noise_multiplier, plan=plan, roundings=roundings, provenance=provenance.result(),
         prng_impl=str(jax.random.key_impl(key)), discrete_noise=discrete_noise,
+        tilt=terms_of_tilt,
     )  # fmt: skip
     validation.check_finite("released parameters, of which nothing is returned", walk.params)
     release = Release(_cast(layout, walk.params), certificate)
     return (release, infos) if diagnostics else release
 
 
-def _enter(ledger, key, store, units, mesh, **terms):
-    """Debits a new release, and binds its checkpoint to its data and its ledger; returns the store, so bound.
-
-    A checkpoint of other data is refused before anything is entered. A new release is entered before its data is read,
-    and digested after that.
-    """
-    in_memory = store is not None and not stream.is_stream(units)
-    if in_memory:
-        checkpoints.in_step(mesh, lambda: checkpoints.check_units(store, units))
-    checkpoints.in_first(mesh, lambda: _debit(ledger, key, store, **terms))
-    if in_memory:
-        checkpoints.in_step(mesh, lambda: checkpoints.bind_units(store, units))
-    return None if store is None else store._replace(ledger=ledger)
+def _noise_of_rounds(mu, plan, neighboring_relation, hardened):
+    """z of each of the plan's rounds, and the integers of a hardened one."""
+    noise_multiplier = privacy.noise_multiplier(mu / plan.rounds**0.5, neighboring_relation)
+    if not hardened:
+        return noise_multiplier, None
+    noise = hardening.discrete_noise(noise_multiplier, plan.subspace.dim)
+    return noise.multiplier, noise
 
 
-def _debit(ledger, key, store, *, mu, hardened, **terms):
-    """Debits the release, unless checkpoint and ledger agree that it was debited before it was interrupted."""
-    paid = None if store is None else checkpoints.paid_tag(store)
-    if ledger is None and paid is not None:
-        raise ValueError("The checkpoint's release was entered in a ledger, which has to be given for it to go on.")
-    if ledger is None:
-        return
-    ledgers.check(ledger)
-    tag = ledgers.key_tag(ledger, key)
-    if paid == tag and ledgers.holds(ledger, key, mu=mu, hardened=hardened):
-        return
-    ledgers.debit(ledger, key, mu=mu, hardened=hardened, **terms)
-    if store is not None:
-        checkpoints.mark_paid(store, tag)
-
-
-def _one_unit(private, public, unit_ids, max_records_per_unit):
-    """The shapes of one unit, from those of a record and the public cap: they are the same whatever the ids are.
-
-    Of a stream those of the public records, since the width of its units may follow from the data.
-    """
-    records = public if stream.is_stream(private) else private
-    record = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x)[1:], jnp.result_type(x)), records)
-    return record if unit_ids is None else preflight.unit_of(record, max_records_per_unit)
-
-
-def _batch_size(private, private_n):
-    """Units of a stream held at a time, where that is public: the length of a batch is not if their number is not."""
-    if not stream.is_stream(private):
-        return None
-    first = None if private_n else stream.first(private)
-    return stream.batch_size(private) or (None if first is None else num_records(first))
-
-
-_PUBLIC_SAMPLE = 4096
-
-
-def _public_records(public, public_unit_ids):
-    """Public records in memory, of a stream a sample, as JAX will hold them."""
-    if not stream.is_stream(public):
-        return held(public, "public records", hide_length=False)
-    if public_unit_ids is not None:
-        raise ValueError("A public stream is sampled: public_unit_ids need public records in memory.")
-    # The sample is the same in every process and at every start: a checkpoint goes on with the same plan.
-    return held(stream.sample(np.random.default_rng(0), public, _PUBLIC_SAMPLE), "public records")
-
-
-def _check_data(loss_fn, layout, params, public, private, private_n):
-    """The private records as JAX will hold them; of a stream each batch, when it is read."""
-    validation.check_configuration()
-    validation.check_records("public", public)
-    validation.check_finite("public records", public)
-    validation.check_finite("anchor parameters", params)
-    isolation.check_loss(loss_fn, layout, params, public)
-    check = functools.partial(_check_private, loss_fn, layout, params, public)
-    if not stream.is_stream(private):
-        return check(private, private_n, hide_length=private_n)
-    batches = stream.each(private, functools.partial(check, allow_empty=True, hide_length=True))
-    if stream.first(batches) is None and not private_n:
-        raise ValueError("Expected at least one private record, found none in the stream.")
-    return batches
-
-
-def _check_private(loss_fn, layout, params, public, records, allow_empty, hide_length):
-    """Private records as JAX will hold them; none are none of the public ones' shapes.
-
-    Structure first, so that what names a leaf is public, then types, so that nothing is converted that JAX cannot hold.
-    """
-    validation.check_same_structure(public, records)
-    records = held(records, "private records", hide_length=hide_length)
-    if not validation.check_records("private", records, allow_empty=allow_empty, hide_length=hide_length):
-        return take(public, slice(0, 0))
-    isolation.check_loss(loss_fn, layout, params, records)
-    return records
-
-
-def _check_devices(mesh, params, subspace, public, private):
-    """Of a mesh, the private records go to its devices, wherever they are."""
-    arrays = {"params": params, "public": public, "subspace": None if subspace is None else subspace.arrays}
-    validation.check_devices(**arrays if mesh is not None else arrays | {"private": private})
-
-
-def _on_no_device(key):
-    """The key, free to go where it is used: a mesh has devices that it may not have been put on."""
-    if not key.committed:
-        return key
-    words = jnp.asarray(np.asarray(jax.random.key_data(key)))
-    return jax.random.wrap_key_data(words, impl=jax.random.key_impl(key))
+def _of_units(weights, unit_ids):
+    """The weight of each unit, the mean of its records'."""
+    if unit_ids is None:
+        return weights
+    grouped, mask = group_by_unit(weights, unit_ids)
+    return np.asarray(jnp.sum(grouped * mask, axis=1) / jnp.sum(mask, axis=1))
 
 
 def _layout(params, subspace, subspace_dim):
@@ -408,36 +352,6 @@ def _check_settings(damping, l2_clip_norm, memory_budget, unit_ids, max_records_
     damping = None if damping is None else arguments.positive("damping", damping)
     l2_clip_norm = None if l2_clip_norm is None else arguments.positive("l2_clip_norm", l2_clip_norm)
     return damping, l2_clip_norm
-
-
-def _check_ids(name, records, unit_ids):
-    if unit_ids is None:
-        return None
-    if stream.is_stream(records):
-        raise ValueError("A stream yields whole units, (records, mask) of group_by_unit, for unit_loss; not unit_ids.")
-    return as_unit_ids(unit_ids, num_records(records), name)
-
-
-def _units(loss_fn, records, unit_ids, max_records_per_unit):
-    if unit_ids is None:
-        return loss_fn, records
-    return unit_loss(loss_fn), group_by_unit(records, unit_ids, max_records_per_unit=max_records_per_unit)
-
-
-def _public_num_units(private, unit_ids, public_count, private_n, mesh):
-    """N, which enters step and noise and must be public."""
-    if public_count is None and private_n:
-        raise ValueError("ADD_OR_REMOVE_ONE keeps the number of private units private: give a public_count.")
-    if public_count is None and passes.spans_processes(mesh):
-        raise ValueError("Several processes hold the private units: give a public_count of all of them.")
-    if public_count is None and unit_ids is not None:
-        public_count = len(np.unique(unit_ids))
-    if public_count is None:
-        public_count = stream.count(private) if stream.is_stream(private) else num_records(private)
-    public_count = arguments.count("public_count", public_count)
-    if public_count >= 2**31:
-        raise ValueError(f"Expected an integer public_count in [1, 2^31), found {public_count}.")
-    return public_count
 
 
 def _moving(loss_fn, layout, params, public, subspace):

@@ -217,7 +217,7 @@ def enter_draw(ledger: Ledger, key: jax.Array, number: int, noisy_sum: Any) -> N
     Args:
       ledger: where the release was entered.
       key: the release's.
-      number: of the round, from 0.
+      number: of the round, from 0; -1 is the tilt's.
       noisy_sum: the draw, an array: all that the release will know of the data in this round.
 
     Formal guarantee: of one debit each round has one draw. The same bits may be entered again, unless the release is
@@ -226,7 +226,7 @@ def enter_draw(ledger: Ledger, key: jax.Array, number: int, noisy_sum: Any) -> N
     Raises:
       ValueError: if the release was not entered, or the round was drawn before; says nothing of either draw.
     """
-    number = arguments.count("number", number, least=0)
+    number = arguments.count("number", number, least=-1)
     tag = key_tag(ledger, key)
     with _locked(ledger):
         body = _read(ledger)

@@ -209,6 +209,8 @@ def make_plan(
     subspace_dim: int | None = None,
     damping: float | None = None,
     l2_clip_norm: float | None = None,
+    weights: np.ndarray | None = None,
+    unit_weights: np.ndarray | None = None,
 ) -> Plan:
     """Chooses what is not given.
 
@@ -229,6 +231,8 @@ def make_plan(
       subspace_dim: tune in the leading public eigenspace of this dimension.
       damping: lambda, in units of curvature.
       l2_clip_norm: C in the norm |M^{-1/2} g|, where M has largest eigenvalue 1.
+      weights: of the public records, as a tilt leaves them.
+      unit_weights: of the public units.
 
     Raises:
       ValueError: if the public curvature is unusable, public losses or what follows from them are not finite, or public
@@ -238,6 +242,7 @@ def make_plan(
     surveyed = surveys.survey(
         keys, loss_fn, params, public, clip_loss_fn, public_units,
         precision_rank=precision_rank, layout=layout, subspace=subspace, subspace_dim=subspace_dim,
+        weights=weights, unit_weights=unit_weights,
     )  # fmt: skip
     damping = _DAMPING * float(surveyed.curvature.max()) if damping is None else damping
     curvature, dims, space = surveyed.curvature, surveyed.dims, surveyed.subspace

@@ -15,6 +15,7 @@ curvature is high. `tests/test_privacy.py` holds the composition against dp_acco
 """
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -168,17 +169,19 @@ def run(
     *,
     num_units: int,
     noise_multiplier: float,
+    release_key: jax.Array | None = None,
 ) -> tuple[Walk, list[RoundInfo]]:
     """All rounds, from the beginning or from where the checkpoint stands.
 
     Args:
-      key: secret; the noise of the release.
+      key: secret; the noise of the rounds.
       walk: see `start`.
       plan: public.
       units: pytree with a leading axis, or a stream.
       engine: how it runs.
       num_units: public N.
       noise_multiplier: z of one of T rounds.
+      release_key: by which a ledger knows the release; by default `key`.
 
     Returns:
       The walk after the last round, and the `RoundInfo` of each round that was run; **not private**.
@@ -205,16 +208,8 @@ def run(
         target = Target(progress.walk.params, plan.subspace, precision, geometry.l2_clip_norm)
         total, clip_info, count = _pass(engine, target, units, progress, count)
         announce(engine.progress, "draw", total)
-        if engine.hardened:
-            noise = hardened.discrete_noise(multiplier, plan.subspace.dim)
-            total, noisy = hardened.noisy_sum(total, noise, geometry.l2_clip_norm)
-            noisy = checkpoints.from_first(engine.mesh, noisy)
-            noise_std = geometry.l2_clip_norm * noise.multiplier
-        else:
-            step = clipping.step_size(precision, geometry.l2_clip_norm)
-            noisy = _noisy_sum(keys[progress.round], total, precision, step, noise_std)
-            total = (_whitened_exactly if engine.diagnostics else _whitened)(precision, total, step)
-        _enter_draw(engine, key, progress.round, noisy)
+        total, noisy, noise_std = _draw(keys[progress.round], engine, target, total, noise_std, multiplier)
+        enter_draw(engine, key if release_key is None else release_key, progress.round, noisy)
         quadratic = Quadratic(precision, total, num_units)
         w, multiples, cost, walk = follow(
             noisy, progress.walk, plan.subspace, quadratic, noise_std, plan.spectrum, geometry, of_rounds
@@ -225,6 +220,42 @@ def run(
         _save(engine, layout, progress)
     announce(engine.progress, "done", progress.walk)
     return progress.walk, [info._replace(noise_std=float(info.noise_std)) for info in infos]
+
+
+def draw_of_pass(
+    key: jax.Array, engine: Engine, target: Target, units: Record, noise_multiplier: float
+) -> tuple[jax.Array, jax.Array | float]:
+    """The noisy sum (k,) of one pass beside the rounds, and its noise's C z: a release that `tilt` makes.
+
+    Args:
+      key: secret; the noise of this release alone.
+      engine: how it runs.
+      target: where gradients are taken and how they are clipped; public.
+      units: pytree with a leading axis, or a stream, of which a partial sum is not saved.
+      noise_multiplier: z.
+
+    Formal guarantee: mu-GDP with mu = Delta / (C z), or rho-zCDP where the engine is hardened (T1).
+    """
+    mesh = passes.local_mesh(engine.mesh)
+    target = passes.replicate(mesh, target)
+    beginning = _beginning(0, None, passes.empty(target.subspace.dim, engine.hardened))
+    alone = engine._replace(store=engine.store and engine.store._replace(every=sys.maxsize))
+    total, _, _ = _pass(alone, target, _placed(engine, mesh, units), beginning, None)
+    noise_std = target.l2_clip_norm * noise_multiplier
+    _, noisy, noise_std = _draw(key, engine, target, total, noise_std, noise_multiplier)
+    return noisy, noise_std
+
+
+def _draw(key, engine, target, total, noise_std, multiplier):
+    """Of an exact sum: itself, whitened, **not private**; with its noise; and the noise's C z."""
+    precision, l2_clip_norm = target.precision, jnp.asarray(target.l2_clip_norm, target.subspace.layout.dtype)
+    if engine.hardened:
+        noise = hardened.discrete_noise(multiplier, target.subspace.dim)
+        total, noisy = hardened.noisy_sum(total, noise, l2_clip_norm)
+        return total, checkpoints.from_first(engine.mesh, noisy), l2_clip_norm * noise.multiplier
+    step = clipping.step_size(precision, l2_clip_norm)
+    noisy = _noisy_sum(key, total, precision, step, noise_std)
+    return (_whitened_exactly if engine.diagnostics else _whitened)(precision, total, step), noisy, noise_std
 
 
 def _split(progress, plan, num_units):
@@ -379,10 +410,11 @@ def _beginning(number, walk, empty):
     return Progress(number, 0, walk, empty, np.zeros(32, np.uint8))
 
 
-def _enter_draw(engine, key, number, noisy):
+def enter_draw(engine: Engine, key: jax.Array, number: int, noisy: jax.Array) -> None:
     """Of the ledger's one debit a round has one draw; without a checkpoint no round could have a second."""
-    if engine.store is not None and engine.store.ledger is not None:
-        checkpoints.in_first(engine.mesh, lambda: ledgers.enter_draw(engine.store.ledger, key, number, noisy))
+    ledger = None if engine.store is None else engine.store.ledger
+    if ledger is not None:
+        checkpoints.in_first(engine.mesh, lambda: ledgers.enter_draw(ledger, key, number, noisy))
 
 
 def _save(engine, layout, progress):

@@ -72,6 +72,8 @@ def survey(
     layout: Layout | None = None,
     subspace: Subspace | None = None,
     subspace_dim: int | None = None,
+    weights: np.ndarray | None = None,
+    unit_weights: np.ndarray | None = None,
 ) -> Survey:
     """Measures the space that a plan may tune in.
 
@@ -87,12 +89,14 @@ def survey(
       subspace: public subspace; by default all parameters, or a count-sketch of them where a sample of gradients would
         not fit.
       subspace_dim: the leading public eigenspace of this dimension.
+      weights: (n,) of the public records, which are drawn by them; by default equal.
+      unit_weights: of the public units, the same.
 
     Raises:
       ValueError: if the public curvature is unusable, public losses are not finite, or public gradients vanish.
     """
     record_key, unit_key, sketch_key = keys
-    curved, held_out = _samples(record_key, public)
+    curved, held_out = _samples(record_key, public, weights)
     layout = subspaces.layout_of(params) if layout is None else layout
     space = _tuned_space(sketch_key, loss_fn, params, layout, curved, public, subspace, subspace_dim)
     for records in (curved, held_out):
@@ -107,7 +111,7 @@ def survey(
     squares = _squares(leading, totals, others)
     curvature = _curvature(loss_fn, params, space, directions, squares, held_out)
     if clip_loss_fn is not loss_fn:
-        units = _samples(unit_key, public_units)[1]
+        units = _samples(unit_key, public_units, unit_weights)[1]
         leading, totals, _ = _gradients(clip_loss_fn, params, space, directions, units)
         squares = _squares(leading, totals, others)
     dims = np.append(np.ones(rank), others)
@@ -124,17 +128,32 @@ def looked_at(key: jax.Array, records: Record) -> Record:
     return take(records, _order(key, num_records(records)))
 
 
-def _samples(key, records):
+def _samples(key, records, weights=None):
     """Two disjoint random samples, for directions and for what is measured; a single record serves as both."""
     n = num_records(records)
-    order, curved = _order(key, n), num_curved(n)
-    return take(records, order[:curved]), take(records, order[curved:] if n > 1 else order)
+    curved = num_curved(n)
+    if weights is None or n == 1:
+        order = _order(key, n)
+        return take(records, order[:curved]), take(records, order[curved:] if n > 1 else order)
+    order = _generator(key).permutation(n)
+    sizes = curved, min(_HELD_OUT, n - curved)
+    halves = np.split(order, [max(curved, n // 2)])
+    return [take(records, _drawn(half, weights[half], size)) for half, size in zip(halves, sizes, strict=True)]
+
+
+def _drawn(index, weights, size):
+    """As many of the index, each about as often as its weight says (systematic resampling)."""
+    ends = np.cumsum(weights, dtype=np.float64)
+    return index[np.searchsorted(ends, (np.arange(size) + 0.5) / size * ends[-1])]
 
 
 def _order(key, n):
     # On the host: NumPy's takes a fiftieth of the time.
-    order = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel()).permutation(n)
-    return order[: num_curved(n) + _HELD_OUT]
+    return _generator(key).permutation(n)[: num_curved(n) + _HELD_OUT]
+
+
+def _generator(key):
+    return np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
 
 
 def _check_losses(loss_fn, params, space, records):

@@ -24,7 +24,17 @@ from dp_accounting import NeighboringRelation, rdp
 from dp_accounting.pld import privacy_loss_distribution as pld
 
 from qexp_jax import privacy
-from qexp_jax.certificate import MECHANISMS, NEIGHBORS, PRIVACY_UNITS, PRNG_IMPL, SCHEMA, VERSIONS, assumptions
+from qexp_jax.certificate import (
+    MECHANISMS,
+    NEIGHBORS,
+    PRIVACY_UNITS,
+    PRNG_IMPL,
+    SCHEMA,
+    TILT_MECHANISM,
+    TILT_SCHEMA,
+    VERSIONS,
+    assumptions,
+)
 from qexp_jax.clipping import sensitivity
 from qexp_jax.hardened import INTEGER_CLIP_NORM
 from qexp_jax.subspace import is_certified_name
@@ -33,7 +43,7 @@ _RELATIVE = 1e-9
 _PLD_DELTA_FROM = 1e-12  # below, a privacy loss distribution is lost in the rounding of its convolutions
 _CELLS_PER_MU, _MOST_CELLS = 1000, 1e6
 _ORDERS = (1 + np.geomspace(1e-3, 1e10, 400)).tolist()
-_SHARE_SENSITIVITY = {"gradient": sensitivity}  # in units of the share's clip norm
+_SHARE_SENSITIVITY = {"gradient": sensitivity, "tilt": sensitivity}  # in units of the share's clip norm
 
 
 class _Kind(NamedTuple):
@@ -97,6 +107,7 @@ _FIELDS: dict[str, Any] = {
     "most_rounds": _COUNT,
     "mu_per_round": _POSITIVE_OR_NONE,
     "noise_multiplier": _POSITIVE,
+    "tilt": _Kind("null or a mapping", lambda x: x is None or isinstance(x, dict)),
     "geometries": [{"tuned_dim": _COUNT, "l2_clip_norm": _POSITIVE, "rounding": _ROUNDING}],
     "discrete_noise": _Kind("null or a mapping", lambda x: x is None or isinstance(x, dict)),
     "subspace": _SUBSPACE,
@@ -121,6 +132,25 @@ _FIELDS: dict[str, Any] = {
     "assumptions": [_TEXT],
     "versions": {"qexp_jax": _VERSION, "jax": _VERSION, "dp_accounting": _VERSION},
 }
+_TILT = {
+    "features": _one_of(["default", "given"]),
+    "num_axes": _COUNT,
+    "l2_clip_norm": _POSITIVE,
+    "rounding": _ROUNDING,
+    "accepted": _FLAG,
+    "effective_sample_size": _SHARE,
+    "training_steps": _Kind("an integer >= 0", lambda x: _is_integer(x) and 0 <= x < 2**63),
+}
+_OF_ROUNDS = (
+    "rounds", "most_rounds", "mu_per_round", "noise_multiplier", "geometries", "discrete_noise", "subspace",
+    "subspace_dim", "precision_rank", "damping", "expected_excess_loss_per_round", "public_evidence", "dtype",
+)  # fmt: skip
+_TILT_FIELDS = {name: kind for name, kind in _FIELDS.items() if name not in _OF_ROUNDS} | {
+    "schema": _one_of([TILT_SCHEMA]),
+    "hardened": _Kind("false", lambda x: x is False),
+    "tilt": _TILT,
+    "provenance": {"public_records_sha256": _SHA256},
+}
 _DISCRETE_NOISE = {"l2_clip_norm": _COUNT, "scale": _COUNT}
 
 
@@ -140,12 +170,16 @@ def verify(certificate: dict[str, Any]) -> None:
       Dong, Roth and Su, arXiv:1905.02383 (mu-GDP); Canonne, Kamath and Steinke, arXiv:2004.00010 (the discrete
       Gaussian).
     """
-    _conform(certificate, _FIELDS, "certificate")
+    is_tilt = isinstance(certificate, dict) and certificate.get("schema") == TILT_SCHEMA
+    _conform(certificate, _TILT_FIELDS if is_tilt else _FIELDS, "certificate")
     relation = NeighboringRelation[certificate["neighboring_relation"]]
     _check_words(certificate, relation)
-    _check_counts(certificate, relation)
+    _check_tilt(certificate)
+    if not is_tilt:
+        _check_counts(certificate)
     _check_shares(certificate, relation)
-    _check_discrete_noise(certificate)
+    if not is_tilt:
+        _check_discrete_noise(certificate)
     _check_total(certificate)
     _check_accountant(certificate, relation)
 
@@ -177,13 +211,14 @@ def _expect(field, found, expected, relative=_RELATIVE):
 
 def _check_words(certificate, relation):
     _expect("neighbors", certificate["neighbors"], NEIGHBORS[relation])
-    _expect("mechanism", certificate["mechanism"], MECHANISMS[certificate["hardened"]])
+    is_tilt = certificate["schema"] == TILT_SCHEMA
+    _expect("mechanism", certificate["mechanism"], TILT_MECHANISM if is_tilt else MECHANISMS[certificate["hardened"]])
     _expect("assumptions", certificate["assumptions"], assumptions(certificate["hardened"]))
-
-
-def _check_counts(certificate, relation):
     if relation is NeighboringRelation.ADD_OR_REMOVE_ONE:
         _expect("num_units_from", certificate["num_units_from"], "public_count")
+
+
+def _check_counts(certificate):
     _expect("rounds", certificate["rounds"], len([s for s in certificate["budget"] if s["purpose"] == "gradient"]))
     if certificate["most_rounds"] < certificate["rounds"]:
         raise ValueError(
@@ -203,6 +238,19 @@ def _check_counts(certificate, relation):
         raise ValueError(f"Certificate field 'public_evidence.tuned_at_first': expected one of {tuned}, found {first}.")
 
 
+def _check_tilt(certificate):
+    """A tilt has one draw, before the rounds, if there are any, which train where it was accepted."""
+    tilt, purposes = certificate["tilt"], [share["purpose"] for share in certificate["budget"]]
+    rounds = certificate.get("rounds", 0)
+    _expect("budget.purpose", purposes, ["tilt"] * (tilt is not None) + ["gradient"] * rounds)
+    if tilt is None:
+        return
+    _conform(tilt, _TILT, "tilt")
+    trained = tilt["training_steps"] > 0
+    if trained != (tilt["accepted"] and rounds > 0):
+        raise ValueError(f"Certificate field 'tilt.accepted': expected training steps with it, found {tilt!r}.")
+
+
 def _check_shares(certificate, relation):
     for i, share in enumerate(certificate["budget"]):
         mu = _SHARE_SENSITIVITY[share["purpose"]](1.0, relation) / share["noise_multiplier"]
@@ -220,6 +268,9 @@ def _check_discrete_noise(certificate):
     _conform(noise, _DISCRETE_NOISE, "discrete_noise")
     _expect("discrete_noise.l2_clip_norm", noise["l2_clip_norm"], INTEGER_CLIP_NORM)
     _expect("discrete_noise.scale", noise["scale"] / noise["l2_clip_norm"], certificate["noise_multiplier"])
+    for i, share in enumerate(certificate["budget"]):
+        steps = share["noise_multiplier"] * noise["l2_clip_norm"]
+        _expect(f"budget[{i}].noise_multiplier", steps, float(round(steps)))
 
 
 def _check_total(certificate):

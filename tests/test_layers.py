@@ -6,11 +6,11 @@ import pathlib
 import qexp_jax
 
 ROOMS = [
-    "arguments", "keys", "rounding", "integers", "records", "operations", "convolutions", "outer_products", "sketching",
-    "subspace", "gradients", "curvature", "directions", "precision", "clipping", "privacy", "ledger", "mechanism",
-    "hardened", "truncated", "pure", "accuracy", "flow", "clip_norms", "isolation", "validation", "survey", "plan",
-    "certificate", "verification", "stream", "passes", "checkpoint", "rounds", "preflight", "finetune", "audit",
-    "__init__",
+    "arguments", "keys", "rounding", "integers", "records", "operations", "convolutions", "outer_products",
+    "sketching", "subspace", "gradients", "curvature", "directions", "precision", "clipping", "privacy", "ledger",
+    "mechanism", "hardened", "truncated", "pure", "accuracy", "flow", "clip_norms", "features", "weighting",
+    "isolation", "validation", "survey", "plan", "certificate", "verification", "stream", "passes", "checkpoint",
+    "rounds", "tilting", "preflight", "door", "tilt", "finetune", "audit", "__init__",
 ]  # fmt: skip
 PACKAGE = pathlib.Path(qexp_jax.__file__).parent
 
