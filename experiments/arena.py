@@ -69,6 +69,7 @@ def parse_args(argv=None):
     parser.add_argument("--epsilons", nargs="+", type=float, default=list(EPSILONS))
     parser.add_argument("--delta", type=float, default=1e-5)
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--first-seed", type=int, default=0, help="searches see seeds 0 and 1, wherever the rows begin")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--metric", choices=list(models.METRICS), help="what rivals are chosen by; default: the task's")
     parser.add_argument("--search-from", type=int, metavar="N", help="start searches where those at N records ended")
@@ -164,15 +165,21 @@ def group_rows(
 ) -> list[dict[str, Any]]:
     """All seeds of one method in one cell, its hyperparameters chosen first, or those of a row that ran `before`."""
     method = METHODS[name]
-    cells = [Cell(anchor, subsample(anchor, n, seed), epsilon, args.delta) for seed in range(args.seeds)]
     if before is None:
-        point = choose(method, cells[:SELECTION_SEEDS], near)
+        searched = [_cell(anchor, n, seed, epsilon, args.delta) for seed in range(min(SELECTION_SEEDS, args.seeds))]
+        point = choose(method, searched, near)
         settings = method.settings(point)
     else:
         point, settings = _point_of(before), json.loads(before["settings"])
-    return [
-        _row(anchor, model_name, cell, name, seed, settings, point, args.delta) for seed, cell in enumerate(cells)
-    ]  # fmt: skip
+    rows = []
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
+        cell = _cell(anchor, n, seed, epsilon, args.delta)
+        rows.append(_row(anchor, model_name, cell, name, seed, settings, point, args.delta))
+    return rows
+
+
+def _cell(anchor, n, seed, epsilon, delta):
+    return Cell(anchor, subsample(anchor, n, seed), epsilon, delta)
 
 
 def _row(anchor, model_name, cell, name, seed, settings, point, delta):

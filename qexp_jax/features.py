@@ -20,7 +20,7 @@ Nothing here sees a private record; the map is applied to them in the private pa
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -91,9 +91,20 @@ def apply(features: FeatureMap, record: Record) -> jax.Array:
     return jnp.matmul(raw - features.center, features.axes, precision=_HIGHEST)
 
 
-def apply_each(features: FeatureMap, records: Record) -> jax.Array:
-    """phi (n, k) of n records."""
-    return _apply_each(features.raw, tuple(features[1:]), records)
+def apply_each(features: FeatureMap, records: Record) -> np.ndarray:
+    """phi (n, k) of n records, on the host."""
+    parts = chunks(records, _SAMPLE)
+    rows = [np.asarray(_apply_each(features.raw, tuple(features[1:]), part))[:count] for part, count in parts]
+    return np.concatenate(rows)
+
+
+def chunks(records: Record, size: int) -> Iterator[tuple[Record, int]]:
+    """Records of one length after the other, so that one program takes them all, and how many of them count."""
+    n = num_records(records)
+    size = min(size, n)
+    for begin in range(0, n, size):
+        index = np.minimum(np.arange(begin, begin + size), n - 1)
+        yield take(records, index), min(size, n - begin)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -199,7 +199,7 @@ def fine_tune(
             door.one_unit(private, public, unit_ids, max_records_per_unit), num_units=num_units,
             num_public=num_records(public), subspace=subspace, precision_rank=max(precision_rank, subspace_dim or 0),
             microbatch_size=microbatch_size, mode=mode, num_devices=passes.num_shares(local),
-            batch_size=door.batch_size(private, private_n), exact=private_n,
+            batch_size=door.batch_size(private, private_n), exact=private_n, tilt=tilt,
         )  # fmt: skip
         preflight.check(found, memory_budget)
     unit_fn, units = door.grouped(loss_fn, private, unit_ids, max_records_per_unit)

@@ -57,7 +57,6 @@ from qexp_jax.directions import Directions, along, combine
 _HIGHEST = jax.lax.Precision.HIGHEST
 _SAMPLING = 1.5
 _COMMON_SHIFT, _LARGEST_SHIFT = 5e-3, 0.5
-_SMALLEST_SHIFT = 5e-4
 _OTHERS_SHIFT = 0.5
 _NUM_SHIFTS = 21
 _NUM_LENGTHS = 49
@@ -121,14 +120,17 @@ class Belief(NamedTuple):
     recent_var: jax.Array
 
 
-def shift_prior() -> tuple[np.ndarray, np.ndarray]:
-    """Values of tau and log weights: uniform in log tau from .0005 to a common shift of .005, falling as tau^-4 beyond.
+def shift_prior(num_public: int) -> tuple[np.ndarray, np.ndarray]:
+    """Values of tau and log weights: uniform in log tau up to a common shift of .005, falling as tau^-4 beyond.
 
-    >>> tau, log_weight = shift_prior()
-    >>> float(tau[0]), float(tau[-1]), round(float(log_weight[-1]), 2)
+    The least is one over the number of public units, whose own sampling error the anchor has: what n private records
+    say of it against no shift at all is worth n to n_public.
+
+    >>> tau, log_weight = shift_prior(2000)
+    >>> round(float(tau[0]), 5), round(float(tau[-1]), 5), round(float(log_weight[-1]), 2)
     (0.0005, 0.5, -18.42)
     """
-    tau = np.geomspace(_SMALLEST_SHIFT, _LARGEST_SHIFT, _NUM_SHIFTS)
+    tau = np.geomspace(min(1 / num_public, _COMMON_SHIFT), _LARGEST_SHIFT, _NUM_SHIFTS)
     return tau, -4 * np.log(np.maximum(tau / _COMMON_SHIFT, 1))
 
 

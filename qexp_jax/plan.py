@@ -126,7 +126,7 @@ from qexp_jax.clip_norms import Gradients
 from qexp_jax.directions import Directions
 from qexp_jax.flow import Belief, Spectrum
 from qexp_jax.precision import Precision
-from qexp_jax.records import LossFn, Params, Record
+from qexp_jax.records import LossFn, Params, Record, num_records
 from qexp_jax.subspace import Layout, Subspace
 
 _DAMPING = 0.01
@@ -255,9 +255,8 @@ def make_plan(
         trial_key, loss_fn, params, space, precision, surveyed.tried, _NOISE_COST
     )  # fmt: skip
     curvature = _whitened_curvature(curvature / eigenvalues, dims, 2 * cost / tolerance**2)
-    spectrum = Spectrum(
-        surveyed.directions, *as_arrays((curvature, dims, dims, *flow.shift_prior(), cost / _NOISE_COST))
-    )
+    prior = flow.shift_prior(num_records(public_units))
+    spectrum = Spectrum(surveyed.directions, *as_arrays((curvature, dims, dims, *prior, cost / _NOISE_COST)))
     per_unit = float(noise_multiplier) / num_units
     tolerances = tolerance, np.sqrt(2 * _PRIVATE_CURVATURE * cost / np.sum(curvature[:-1]))
     quantile = _clip_quantile(gradients, spectrum, num_units, per_unit, _LONGEST * tolerance / per_unit)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qexp_jax import passes
+from qexp_jax import passes, weighting
 from qexp_jax import precision as precisions
 from qexp_jax import subspace as subspaces
 from qexp_jax import survey as surveys
@@ -33,6 +33,8 @@ class Estimate(NamedTuple):
       microbatch_bytes: gradients, activations and panels of one microbatch: what `microbatch_size` moves.
       pass_bytes: peak of a private pass, all of the above together.
       plan_bytes: peak of the largest step of the public plan.
+      tilt_bytes: peak of training on weighted public records.
+      tilt_gradients: public gradients that this training evaluates, if it is made; 0 where it would take too long.
       flops: floating-point operations of all private passes, on all devices.
       dim: k.
       num_params: d.
@@ -45,6 +47,8 @@ class Estimate(NamedTuple):
     microbatch_bytes: int
     pass_bytes: int
     plan_bytes: int
+    tilt_bytes: int
+    tilt_gradients: int
     flops: float
     dim: int
     num_params: int
@@ -52,7 +56,7 @@ class Estimate(NamedTuple):
     @property
     def peak_bytes(self) -> int:
         """The most that one device holds at any time."""
-        return max(self.pass_bytes, self.plan_bytes)
+        return max(self.pass_bytes, self.plan_bytes, self.tilt_bytes)
 
 
 def estimate(
@@ -70,6 +74,7 @@ def estimate(
     num_devices: int = 1,
     batch_size: int | None = None,
     exact: bool = False,
+    tilt: bool = True,
 ) -> Estimate:
     """What `fine_tune` will need with these settings.
 
@@ -87,6 +92,7 @@ def estimate(
       num_devices: devices that share the units.
       batch_size: units of a batch, where the private data is a stream.
       exact: as `clipping.unit_sum` takes it where the number of units is private.
+      tilt: whether the anchor may be trained on weighted public records.
 
     >>> params, record = {"w": jnp.zeros((100, 10))}, {"x": jnp.zeros(100), "label": jnp.zeros((), int)}
     >>> def loss_fn(params, record):
@@ -105,6 +111,7 @@ def estimate(
     units, mask = _batch(record, held), jax.ShapeDtypeStruct((held,), bool)
     static = {"microbatch_size": microbatch_size, "mode": mode, "exact": exact}
     temporary, result = _held(passes.device_sum.lower(loss_fn, target, units, mask, **static))
+    steps = weighting.num_steps(loss_fn, params, record, num_public) if tilt else 0
     parameter_bytes, data_bytes, public_bytes = map(_bytes, (params, units, (target.subspace, target.precision)))
     released_bytes = space.layout.num_params * space.layout.dtype.itemsize
     flops = count_flops(lambda *a: passes.device_sum(loss_fn, *a, **static), target, units, mask)
@@ -116,6 +123,8 @@ def estimate(
         microbatch_bytes=temporary,
         pass_bytes=parameter_bytes + released_bytes + data_bytes + public_bytes + temporary + result,
         plan_bytes=parameter_bytes + _plan_bytes(loss_fn, params, record, num_public, space, directions),
+        tilt_bytes=parameter_bytes + _tilt_bytes(loss_fn, params, record, num_public, space, steps) if steps else 0,
+        tilt_gradients=weighting.num_gradients(steps, num_public),
         flops=flops / held * num_units * rounds,
         dim=space.dim,
         num_params=space.layout.num_params,
@@ -183,6 +192,21 @@ def _plan_bytes(loss_fn, params, record, num_public, space, directions):
         (few, surveys.curvature_along.lower(loss_fn, params, shapes, directions, 0, few)),
     )
     return max(_bytes(records) + sum(_held(lowered)) for records, lowered in steps)
+
+
+def _tilt_bytes(loss_fn, params, record, num_public, space, steps):
+    """Of the public slope, or of the steps of one program."""
+    shapes, part = _shapes(space), _batch(record, min(num_public, weighting.CHUNK))
+    count, size = weighting.batch_shape(steps, num_public)
+    batches = _batch(_batch(record, size), count)
+    carry = jax.eval_shape(lambda: weighting.start(space, steps))
+    slope = jax.ShapeDtypeStruct((space.dim,), space.layout.dtype)
+    weights = jax.ShapeDtypeStruct((count, size), jnp.float32)
+    programs = (
+        (part, weighting.public_slope.lower(loss_fn, params, shapes, part, 1)),
+        (batches, weighting.train_steps.lower(loss_fn, steps, carry, params, shapes, slope, batches, weights)),
+    )
+    return max(_bytes(records) + sum(_held(lowered)) for records, lowered in programs)
 
 
 def _held(lowered: Any) -> tuple[int, int]:

@@ -62,7 +62,7 @@ def prepare(
     """
     found = feature_maps.fit(key, public, params, feature_fn)
     check_features(found, public)
-    rows = np.asarray(feature_maps.apply_each(found, public))
+    rows = feature_maps.apply_each(found, public)
     if not np.all(np.isfinite(rows)):
         raise ValueError("Expected finite features of the public records, found some that are not.")
     l2_clip_norm = weighting.clip_norm(rows)

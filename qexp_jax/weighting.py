@@ -36,7 +36,7 @@ Phys. Rev. 106, 1957).
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ _STEPS, _BATCH, _LEARNING_RATE = 1000, 128, 1e-3
 _MOST_PASSES, _LEAST_STEPS = 9, 40
 _CHUNKS = 10  # of equal length, so that one program trains, and somebody sees how far it is
 _FLOPS_ON_CPU, _FLOPS_ON_ACCELERATOR = 5e11, 5e14
-_JUDGED = 4096  # public records that say whether training worked
+CHUNK = 4096  # public records on a device at a time, and those that say whether training worked
 
 
 class Tilt(NamedTuple):
@@ -243,7 +243,7 @@ def num_steps(loss_fn: LossFn, params: Params, record: Record, num_public: int) 
 
 def num_gradients(steps: int, num_public: int) -> int:
     """Public gradients that training evaluates: the slope at the anchor, and a batch a step."""
-    return num_public + steps * min(_BATCH, num_public) if steps else 0
+    return num_public + _CHUNKS * math.prod(batch_shape(steps, num_public)) if steps else 0
 
 
 def train(
@@ -269,30 +269,44 @@ def train(
       progress: called with the stage, ten times.
     """
     n = num_records(public)
-    size = at_a_time(loss_fn, params, space, public)
-    slope = _slope(loss_fn, params, space, public, size)
-    state = jnp.zeros(space.dim, space.layout.dtype)
-    carry = state, _optimizer(steps).init(state)
+    parts = feature_maps.chunks(public, CHUNK)
+    slope = sum(count / n * public_slope(loss_fn, params, space, part, count) for part, count in parts)
+    carry = start(space, steps)
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
-    judged = rng.permutation(n)[:_JUDGED]
+    judged = rng.permutation(n)[:CHUNK]
     for i in range(_CHUNKS):
         if progress is not None:
             progress(f"tilt, step {i * steps // _CHUNKS} of {steps}")
-        index = rng.integers(0, n, (steps // _CHUNKS, min(_BATCH, n)))
+        index = rng.integers(0, n, batch_shape(steps, n))
         batches = take(public, index.ravel())
         batches = jax.tree.map(lambda x, i=index: x.reshape(*i.shape, *x.shape[1:]), batches)
-        carry = _steps(loss_fn, steps, carry, params, space, slope, batches, jnp.asarray(weights[index]))
+        carry = train_steps(loss_fn, steps, carry, params, space, slope, batches, jnp.asarray(weights[index]))
     judge = functools.partial(
         _objective, loss_fn, params, space, slope, records=take(public, judged), weights=jnp.asarray(weights[judged])
     )
-    before, after = float(judge(state)), float(judge(carry[0]))
+    before, after = (float(judge(w)) for w in (jnp.zeros_like(carry[0]), carry[0]))
     return _moved(params, space, carry[0]) if after < before else params
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def _slope(loss_fn, params, space, public, size):
-    """Of the unweighted loss at the anchor (k,)."""
-    return mean_gradient(loss_fn, params, space, public, microbatch_size=size)
+@functools.partial(jax.jit, static_argnums=0)
+def public_slope(
+    loss_fn: LossFn, params: Params, space: Subspace, records: Record, count: jax.Array | int
+) -> jax.Array:
+    """Of the unweighted loss at the anchor (k,), over the first `count` records."""
+    mask = jnp.arange(num_records(records)) < count
+    size = at_a_time(loss_fn, params, space, records)
+    return mean_gradient(loss_fn, params, space, records, mask=mask, microbatch_size=size)
+
+
+def start(space: Subspace, steps: int) -> Any:
+    """No displacement, and the optimiser's state."""
+    w = jnp.zeros(space.dim, space.layout.dtype)
+    return w, _optimizer(steps).init(w)
+
+
+def batch_shape(steps: int, num_public: int) -> tuple[int, int]:
+    """Batches that one program takes, and records in each."""
+    return steps // _CHUNKS, min(_BATCH, num_public)
 
 
 @functools.lru_cache(maxsize=16)
@@ -306,8 +320,17 @@ def _moved(params, space, w):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _steps(loss_fn, steps, carry, params, space, slope, batches, weights):
-    """A step of Adam for each batch."""
+def train_steps(
+    loss_fn: LossFn,
+    steps: int,
+    carry: Any,
+    params: Params,
+    space: Subspace,
+    slope: jax.Array,
+    batches: Record,
+    weights: jax.Array,
+) -> Any:
+    """A step of Adam for each of the batches; `carry` is that of `start`."""
     optimizer = _optimizer(steps)
 
     def step(carry, batch):

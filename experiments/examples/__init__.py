@@ -1,0 +1,1 @@
+"""Short scripts for people who arrive: one thing each."""
