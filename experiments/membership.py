@@ -117,10 +117,9 @@ def released(key, anchor, pool, included, epsilon, delta):
             keys, mask = jax.random.split(row[0], made.rounds), row[1]
             walk = rounds.start(layout, start, spectrum, made.rounds)
 
-            def round_of(walk, each):
-                key, done = each
+            def round_of(walk, key):
                 geometry, _ = plan.choose(
-                    walk.belief, spectrum, geometries, noise_multiplier / made.rounds**0.5, count, made.rounds, done
+                    walk.belief, spectrum, geometries, noise_multiplier / made.rounds**0.5, count, made.rounds
                 )  # fmt: skip
                 clip_norm, noise_std = geometry.l2_clip_norm, geometry.l2_clip_norm * noise_multiplier
 
@@ -141,7 +140,7 @@ def released(key, anchor, pool, included, epsilon, delta):
                 *_, walk = rounds.follow(noisy, walk, spaced, quadratic, noise_std, spectrum, geometry, made.rounds)
                 return walk, None
 
-            return jax.lax.scan(round_of, walk, (keys, jnp.arange(made.rounds) / made.rounds))[0].params
+            return jax.lax.scan(round_of, walk, keys)[0].params
 
         return jax.lax.map(one, (noise_keys, included), batch_size=BATCH)
 

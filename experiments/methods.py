@@ -76,9 +76,10 @@ def _qexp(cell, seed, settings):
         private=cell.private,
         epsilon=cell.epsilon,
         delta=cell.delta,
-        diagnostics=True,  # only to count the rounds, of open data
+        diagnostics=True,  # only to count the rounds, of open data; a tilt is one pass more
     )
-    return Outcome(jax.block_until_ready(release.params), len(infos) * cell.num_private, len(infos))
+    passes = len(infos) + (release.certificate["tilt"] is not None)
+    return Outcome(jax.block_until_ready(release.params), passes * cell.num_private, passes)
 
 
 def _zero_shot(cell, seed, settings):

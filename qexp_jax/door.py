@@ -131,11 +131,11 @@ def public_num_units(private: Record, unit_ids: Any, public_count: int | None, p
 
 
 def have_one_shape(public: Record, private: Record) -> bool:
-    """Whether a map of public records applies to private ones; shapes of a record are public."""
-    records = stream.first(private) if stream.is_stream(private) else private
-    return records is not None and all(
-        np.shape(a)[1:] == np.shape(b)[1:] for a, b in zip(*map(jax.tree.leaves, (public, records)), strict=True)
-    )
+    """Whether records in memory have the shapes of the public ones; of a stream nobody knows, and it counts as yes."""
+    if stream.is_stream(private):
+        return True
+    pairs = zip(jax.tree.leaves(public), jax.tree.leaves(private), strict=True)
+    return all(np.shape(a)[1:] == np.shape(b)[1:] for a, b in pairs)
 
 
 def one_unit(private: Record, public: Record, unit_ids: Any, max_records_per_unit: int | None) -> Any:

@@ -6,7 +6,7 @@ look. One rule makes them of public records alone:
 
     numbers     pixels, measurements, flags: centred; the columns of a table each over their own spread, an image as a
                 whole over its own
-    tokens      whole numbers beyond 255 in a sequence: the share of positions in each of 256 buckets
+    tokens      a sequence of whole numbers, some beyond 255: the share of positions in each of 256 buckets
     labels      a leaf of one number a record, where there are at most four such leaves: an indicator of each value that
                 public records have (whole numbers, flags), or of each quarter of them (real numbers)
 
@@ -50,6 +50,8 @@ class FeatureMap(NamedTuple):
       center: (q,) public mean of what `raw` gives.
       axes: (q, k) leading axes, each over the square root of its spread.
       params: at which activations are taken; none where the features are of the record alone.
+      l2_clip_norm: C, to which each record's features are clipped, so that those of a unit are means of as many
+        clipped ones as it has records, as the public ones are.
     """
 
     raw: Callable[[Any, Params, Record], jax.Array]
@@ -57,10 +59,13 @@ class FeatureMap(NamedTuple):
     center: jax.Array
     axes: jax.Array
     params: Params
+    l2_clip_norm: jax.Array | float = float("inf")
 
 
-def fit(key: jax.Array, public: Record, params: Params, features: Callable[..., Any] | None = None) -> FeatureMap:
-    """The map that public records ask for.
+def fit(
+    key: jax.Array, public: Record, params: Params, features: Callable[..., Any] | None = None
+) -> FeatureMap | None:
+    """The map that public records ask for; None where nothing varies among them, or nothing is a real number.
 
     Args:
       key: public randomness: which records, which signs.
@@ -69,26 +74,33 @@ def fit(key: jax.Array, public: Record, params: Params, features: Callable[..., 
       features: `(record) -> arrays` or `(params, record) -> arrays`, in place of the rule above.
 
     Raises:
-      ValueError: if no leaf says anything: all are constant over the public records, or hold no real numbers.
+      ValueError: if features are not finite.
     """
     order = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel()).permutation(num_records(public))
     sample = take(public, order[:_SAMPLE])
     raw, arrays = _default(key, sample) if features is None else (_of_function(features), ())
     params = params if features is not None and _takes_params(features) else ()
+    if not jax.eval_shape(raw, arrays, params, take(sample, 0)).size:
+        return None
     rows = _raw_each(raw, arrays, params, sample)
     center = jnp.mean(rows, axis=0)
-    rank = min(NUM_AXES, *rows.shape)
-    basis, spread = _leading(rows - center, rank)
-    kept = np.asarray(spread) > 1e-6 * float(jnp.max(spread))
-    if not (np.all(np.isfinite(spread)) and float(jnp.max(spread)) > 0):
-        raise ValueError("Expected public records with features that vary and are finite, found none; use tilt=False.")
+    basis, spread = _leading(rows - center, min(NUM_AXES, *rows.shape))
+    largest = float(jnp.max(spread))
+    if not np.isfinite(largest):
+        raise ValueError("Expected finite features of the public records, found some that are not.")
+    if largest <= 0:
+        return None
+    kept = np.asarray(spread) > 1e-6 * largest
     return FeatureMap(raw, arrays, center, (basis / jnp.sqrt(spread))[:, kept], params)
 
 
 def apply(features: FeatureMap, record: Record) -> jax.Array:
-    """phi (k,) of one record."""
+    """phi (k,) of one record, clipped. What another shape makes of other length counts as the average, 0."""
     raw = features.raw(features.arrays, features.params, record)
-    return jnp.matmul(raw - features.center, features.axes, precision=_HIGHEST)
+    if raw.shape != features.center.shape:
+        return jnp.zeros(features.axes.shape[1], features.axes.dtype)
+    row = jnp.matmul(raw - features.center, features.axes, precision=_HIGHEST)
+    return row * jnp.minimum(1, features.l2_clip_norm / jnp.maximum(jnp.linalg.norm(row), jnp.finfo(row.dtype).tiny))
 
 
 def apply_each(features: FeatureMap, records: Record) -> np.ndarray:
@@ -151,7 +163,8 @@ def _leading(rows, rank):
 
 
 def _takes_params(features):
-    return len(inspect.signature(features).parameters) > 1
+    needed = [x for x in inspect.signature(features).parameters.values() if x.default is x.empty]
+    return sum(x.kind in (x.POSITIONAL_ONLY, x.POSITIONAL_OR_KEYWORD) for x in needed) > 1
 
 
 @functools.lru_cache(maxsize=64)
@@ -160,7 +173,7 @@ def _of_function(features):
 
     def raw(arrays, params, record):
         found = features(params, record) if takes_params else features(record)
-        return jnp.concatenate([jnp.ravel(x).astype(jnp.float32) for x in jax.tree.leaves(found)])
+        return jnp.concatenate([jnp.zeros(0), *(jnp.ravel(x).astype(jnp.float32) for x in jax.tree.leaves(found))])
 
     return raw
 
@@ -171,20 +184,25 @@ def _of_function(features):
 def _default(key, sample):
     """The rule's function and its numbers."""
     leaves = jax.tree.leaves(sample)
-    scalars = sum(_is_scalar(x) for x in leaves)
+    scalars = sum(_is_number(x) and _is_scalar(x) for x in leaves)
     kinds = tuple(_kind(x, scalars <= _MOST_LABEL_LEAVES) for x in leaves)
     fitted = tuple(_FIT[kind](x) for kind, x in zip(kinds, leaves, strict=True))
-    columns = _raw_each(_columns_of(kinds), fitted, None, sample)
+    if not {"numbers", "tokens"} & set(kinds):
+        return _crossed(kinds), (fitted, None, None)
+    columns, signs = _raw_each(_columns_of(kinds), fitted, None, sample), None
     if columns.shape[1] > _MOST_COLUMNS:
         signs = jax.random.rademacher(key, columns.shape[1:], jnp.float32)
         columns = _folded(columns, signs)
-    else:
-        signs = None
-    axes = None
-    if columns.shape[1]:
-        axes, spread = _leading(columns, min(_INPUT_AXES, *columns.shape))
-        axes = axes / jnp.maximum(jnp.linalg.norm(spread), jnp.finfo(jnp.float32).tiny)
+    axes, spread = _leading(columns, min(_INPUT_AXES, *columns.shape))
+    axes = axes / jnp.maximum(jnp.linalg.norm(spread), jnp.finfo(jnp.float32).tiny)
     return _crossed(kinds), (fitted, signs, axes)
+
+
+def _is_number(leaf):
+    """Real, or a flag."""
+    if is_key(leaf) or not leaf.size or jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        return False
+    return jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == bool
 
 
 def _is_scalar(leaf):
@@ -193,17 +211,15 @@ def _is_scalar(leaf):
 
 def _kind(leaf, may_be_label):
     """What a leaf holds, of the public records alone."""
-    if is_key(leaf) or not (jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == bool):
-        return "nothing"
-    if jnp.issubdtype(leaf.dtype, jnp.complexfloating) or leaf.size == 0:
+    if not _is_number(leaf):
         return "nothing"
     values = np.asarray(leaf)
     if _is_scalar(leaf) and may_be_label:
         if values.min() == values.max():
             return "nothing"
         return "quarters" if jnp.issubdtype(leaf.dtype, jnp.floating) else "values"
-    is_signed = jnp.issubdtype(leaf.dtype, jnp.signedinteger)
-    return "tokens" if is_signed and values.min() >= 0 and values.max() >= _FIRST_TOKEN else "numbers"
+    is_sequence = leaf.ndim == 2 and jnp.issubdtype(leaf.dtype, jnp.integer)
+    return "tokens" if is_sequence and values.min() >= 0 and values.max() >= _FIRST_TOKEN else "numbers"
 
 
 def _fit_numbers(leaf):
@@ -248,6 +264,8 @@ _FIT: dict[str, Callable[[Any], Any]] = {
 
 def _numbers(fitted, leaf):
     mean, scale = fitted
+    if leaf.shape != mean.shape:  # of a record of another shape nothing is said
+        return jnp.zeros(mean.size)
     return ((leaf.astype(jnp.float32) - mean) * scale).ravel()
 
 

@@ -167,7 +167,7 @@ def fine_tune(
     validation.check_key(key)
     if hardened:
         hardening.check_available()
-    _check_options(neighboring_relation, checkpoint, mesh, subspace, mode, progress)
+    _check_options(neighboring_relation, checkpoint, mesh, subspace, mode, progress=progress, features=features)
     local = passes.local_mesh(mesh)
     key = door.secret_key(key, mesh)
     precision_rank = arguments.count("precision_rank", precision_rank)
@@ -242,7 +242,7 @@ def fine_tune(
             "hardened": hardened,
             "devices": passes.num_shares(local),
             "processes": jax.process_count() if passes.spans_processes(mesh) else 1,
-            "tilt": None if prepared is None else (prepared.features[1:], *prepared[1:], mu_of_tilt, steps),
+            "tilt": None if prepared is None else (prepared.features[1:], prepared.rows, mu_of_tilt, steps),
         }
         store = checkpoints.in_step(mesh, lambda: checkpoints.open_store(checkpoint, settings))
     store = door.enter(
@@ -323,7 +323,7 @@ def _layout(params, subspace, subspace_dim):
     return subspace.layout
 
 
-def _check_options(neighboring_relation, checkpoint, mesh, subspace, mode, progress):
+def _check_options(neighboring_relation, checkpoint, mesh, subspace, mode, **functions):
     """Of their types: a name in place of what it names would be found out in the middle of a release, or never."""
     arguments.neighboring_relation(neighboring_relation)
     if checkpoint is not None:
@@ -333,8 +333,9 @@ def _check_options(neighboring_relation, checkpoint, mesh, subspace, mode, progr
     for name, value, kind in (("mesh", mesh, jax.sharding.Mesh), ("subspace", subspace, Subspace)):
         if not isinstance(value, kind | None):
             raise ValueError(f"Expected {name} to be a {kind.__name__}, found {arguments.described(value)}.")
-    if progress is not None and not callable(progress):
-        raise ValueError(f"Expected progress to be a function, found {arguments.described(progress)}.")
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise ValueError(f"Expected {name} to be a function, found {arguments.described(function)}.")
 
 
 def _counts(**values):

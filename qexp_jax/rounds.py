@@ -200,8 +200,7 @@ def run(
             break
         multiplier = noise_multiplier * (of_rounds / plan.rounds) ** 0.5
         geometry, noise_std = _aim(
-            progress.walk.belief, plan.spectrum, plan.geometries, num_units, of_rounds, whole, multiplier,
-            progress.round / num_rounds,
+            progress.walk.belief, plan.spectrum, plan.geometries, num_units, of_rounds, whole, multiplier
         )  # fmt: skip
         precision = precision_of(plan.spectrum.directions, geometry)
         announce(engine.progress, "private pass", progress.walk)
@@ -268,9 +267,9 @@ def _split(progress, plan, num_units):
 
 
 @jax.jit
-def _aim(belief, spectrum, geometries, num_units, rounds, whole, multiplier, done):
+def _aim(belief, spectrum, geometries, num_units, rounds, whole, multiplier):
     """The geometry of a round, and its C z, where z is `multiplier`, and `whole` that of all together."""
-    geometry, _ = choose(belief, spectrum, geometries, whole, num_units, rounds, done)
+    geometry, _ = choose(belief, spectrum, geometries, whole, num_units, rounds)
     return geometry, geometry.l2_clip_norm * multiplier
 
 
@@ -305,23 +304,20 @@ def follow(
 ) -> tuple[jax.Array, jax.Array, jax.Array, Walk]:
     """The draw of a noisy sum, followed for a step of the flow whose length all releases so far deserve.
 
-    N times the geometry's pull, which is public, is taken off the sum before. Post-processing of `noisy`, but for the
-    cost, which is **not private**. `rounds` such as this one would spend the whole budget.
+    N times the geometry's clipping bias, which is public, is taken off the sum before. Post-processing of `noisy`, but
+    for the cost, which is **not private**. `rounds` such as this one would spend the whole budget.
 
     Returns:
       The draw w, the multiples of it that are followed, the cost of their noise, and the walk after it.
     """
     num_units, share = quadratic.num_units, geometry.share
     noisy = subspaces.without_held(subspace, noisy)
-    corrected = noisy - num_units * combine(spectrum.directions, geometry.pull)
+    corrected = noisy - num_units * combine(spectrum.directions, geometry.bias)
     w = mechanism.release_step(quadratic, corrected)
     seen, noise_var = corrected / (share * num_units), (noise_std / (share * num_units)) ** 2
     belief = flow.observe(walk.belief, spectrum, seen, noise_var, geometry.tuned)
     signal = flow.pooled_signal(belief, spectrum, num_units)
-    rate = flow.signal_rate(belief, spectrum, num_units)
-    wanted, _ = flow.best_length(
-        signal, spectrum, noise_var / rounds, num_units, geometry.longest, geometry.tuned, rate
-    )  # fmt: skip
+    wanted, _ = flow.best_length(signal, spectrum, noise_var / rounds, num_units, geometry.longest, geometry.tuned)
     step, _ = flow.best_step(belief, spectrum, noise_var, num_units, geometry.longest / rounds, geometry.tuned)
     length = jnp.where(is_heavy(belief, spectrum, num_units), step, wanted / rounds)
     multiples, belief = flow.advance(belief, spectrum, length, num_units, geometry.tuned)

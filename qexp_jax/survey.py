@@ -3,12 +3,6 @@
 Everything here is public, and a survey is deterministic given its keys. The curvature is diagonal in directions where
 public gradients are large (`directions`), with their second moments on *other* public records, and equal in all other
 directions; a few Hessian-vector products give its scale.
-
-What was measured and not kept. Hessian-vector products in each of 32 directions cost ten times as much as second
-moments in 128 and gained less. Second moments of all products of principal axes, in place of the 128 largest, gained up
-to .006 on linear models, nothing on networks, and varied with the public sample. Half as many gradients for the
-directions, at a third less time on images, lost .001 on PhysioNet; half as many for the moments lost as much again;
-twice as many of either changed nothing.
 """
 
 import functools

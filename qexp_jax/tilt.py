@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from dp_accounting import NeighboringRelation
 
-from qexp_jax import arguments, door, privacy, tilting, validation, weighting
+from qexp_jax import arguments, door, passes, privacy, tilting, validation, weighting
 from qexp_jax import ledger as ledgers
 from qexp_jax import rounds as walks
 from qexp_jax.certificate import ONE_ID, ONE_RECORD, make_tilt_certificate
@@ -100,6 +100,9 @@ def weights(
     """
     validation.check_key(key)
     arguments.neighboring_relation(neighboring_relation)
+    if not isinstance(mesh, jax.sharding.Mesh | None):
+        raise ValueError(f"Expected mesh to be a Mesh, found {arguments.described(mesh)}.")
+    passes.local_mesh(mesh)
     private_n = neighboring_relation is NeighboringRelation.ADD_OR_REMOVE_ONE
     epsilon, delta = privacy.check_budget(epsilon, delta)
     mu = privacy.mu_from_budget(epsilon, delta)
@@ -110,8 +113,12 @@ def weights(
     validation.check_finite("public records", public)
     walks.announce(progress, "tilt, public features")
     prepared = tilting.prepare(jax.random.key(_SEED), params, public, features)
+    if prepared is None:
+        raise ValueError("Expected public records that vary, found none.")
     check = functools.partial(tilting.check_features, prepared.features)
     private = door.check_data(check, params, public, private, private_n)
+    if not door.have_one_shape(public, private):
+        raise ValueError("Expected private records of the public ones' shapes, found others.")
     unit_ids = door.check_ids("unit_ids", private, unit_ids)
     num_units = door.public_num_units(private, unit_ids, public_count, private_n, mesh)
     ledger = ledgers.open(ledger) if isinstance(ledger, str | os.PathLike) else ledger

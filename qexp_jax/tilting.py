@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qexp_jax import arguments, clipping, isolation, passes, rounds, weighting
 from qexp_jax import checkpoint as checkpoints
-from qexp_jax import clipping, isolation, passes, rounds, weighting
 from qexp_jax import features as feature_maps
 from qexp_jax import precision as precisions
 from qexp_jax import subspace as subspaces
@@ -34,22 +34,25 @@ class Preparation(NamedTuple):
     """What is known of a tilt before any private record is read; public.
 
     Attributes:
-      features: phi.
-      rows: (n, k) of the public records, clipped.
-      l2_clip_norm: C.
+      features: phi, clipped to C.
+      rows: (n, k) of the public records.
       given: whether the caller gave the features.
     """
 
     features: FeatureMap
     rows: np.ndarray
-    l2_clip_norm: float
     given: bool
+
+    @property
+    def l2_clip_norm(self) -> float:
+        """C."""
+        return float(self.features.l2_clip_norm)
 
 
 def prepare(
     key: jax.Array, params: Params, public: Record, feature_fn: Callable[..., Any] | None = None
-) -> Preparation:
-    """Features and clip norm of the public records.
+) -> Preparation | None:
+    """Features and clip norm of the public records; None where these do not vary.
 
     Args:
       key: public randomness.
@@ -58,15 +61,22 @@ def prepare(
       feature_fn: as `features` in `fine_tune`.
 
     Raises:
-      ValueError: for features that mix records, are not finite, or do not vary.
+      ValueError: for features that are no function, mix records, or are not finite; or, if they are given, do not vary.
     """
+    if feature_fn is not None and not callable(feature_fn):
+        raise ValueError(f"Expected features to be a function, found {arguments.described(feature_fn)}.")
     found = feature_maps.fit(key, public, params, feature_fn)
+    if found is None and feature_fn is not None:
+        raise ValueError("Expected features that vary among the public records, found none.")
+    if found is None:
+        return None
     check_features(found, public)
     rows = feature_maps.apply_each(found, public)
     if not np.all(np.isfinite(rows)):
         raise ValueError("Expected finite features of the public records, found some that are not.")
     l2_clip_norm = weighting.clip_norm(rows)
-    return Preparation(found, weighting.clipped(rows, l2_clip_norm), l2_clip_norm, feature_fn is not None)
+    found = found._replace(l2_clip_norm=jnp.asarray(l2_clip_norm))
+    return Preparation(found, weighting.clipped(rows, l2_clip_norm), feature_fn is not None)
 
 
 def check_features(features: FeatureMap, records: Record) -> None:
@@ -84,7 +94,7 @@ def target(preparation: Preparation) -> Target:
     """Where the pass takes features as gradients: in k axes, with M = I."""
     anchor = feature_maps.linear_params(preparation.features)
     space = subspaces.full(anchor, where=_TUNED)
-    return Target(anchor, space, precisions.dense(jnp.eye(space.dim)), jnp.asarray(preparation.l2_clip_norm))
+    return Target(anchor, space, precisions.dense(jnp.eye(space.dim)), preparation.features.l2_clip_norm)
 
 
 def rounding(preparation: Preparation) -> float:

@@ -123,8 +123,7 @@ _FIELDS: dict[str, Any] = {
         "expected_length": _NOT_NEGATIVE,
         "tuned_at_first": _COUNT,
         "public_fraction_clipped": _SHARE,
-        "clipping_pull_in_clip_norms": _NOT_NEGATIVE,
-        "clip_norm_share_under_heavy_shift": _SHARE,
+        "clipping_bias_in_clip_norms": _NOT_NEGATIVE,
     },
     "provenance": {"anchor_sha256": _SHA256, "public_records_sha256": _SHA256, "subspace_sha256": _SHA256_OR_NONE},
     "dtype": _one_of(["float32", "float64"]),
@@ -246,6 +245,8 @@ def _check_tilt(certificate):
     if tilt is None:
         return
     _conform(tilt, _TILT, "tilt")
+    if not tilt["accepted"]:
+        _expect("tilt.effective_sample_size", tilt["effective_sample_size"], 1.0)
     trained = tilt["training_steps"] > 0
     if trained != (tilt["accepted"] and rounds > 0):
         raise ValueError(f"Certificate field 'tilt.accepted': expected training steps with it, found {tilt!r}.")

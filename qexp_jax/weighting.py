@@ -157,9 +157,9 @@ def fit(features: np.ndarray, mean: np.ndarray, noise_std: float, num_units: int
     )
 
 
-def weights_of(tilted: Tilt, features: FeatureMap, l2_clip_norm: float, records: Record) -> np.ndarray:
+def weights_of(tilted: Tilt, features: FeatureMap, records: Record) -> np.ndarray:
     """The weights (n,) of other public records, as a stream brings them: exp(theta . phi - log_mean)."""
-    rows = clipped(np.asarray(feature_maps.apply_each(features, records), np.float64), l2_clip_norm)
+    rows = np.asarray(feature_maps.apply_each(features, records), np.float64)
     return np.exp((rows - tilted.center) @ tilted.theta - tilted.log_mean)
 
 

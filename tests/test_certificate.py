@@ -56,7 +56,35 @@ def issued(relation=NeighboringRelation.REPLACE_SPECIAL, epsilon=1.0, delta=1e-5
     return certificates.make_certificate(**arguments | changes)
 
 
+TERMS = {
+    "features": "default", "num_axes": 5, "l2_clip_norm": 2.5, "rounding": 1e-6, "accepted": True,
+    "effective_sample_size": 0.8, "training_steps": 70,
+}  # fmt: skip
+
+
+def issued_with_tilt(relation=NeighboringRelation.REPLACE_SPECIAL, discrete=False):
+    """A certificate of a release whose rounds follow a tilt, of a tenth of the budget."""
+    mu = (hardened if discrete else privacy).mu_from_budget(1.0, 1e-5)
+    z, of_rounds = (privacy.noise_multiplier(mu * part**0.5, relation) for part in (0.1, 0.9 / PLAN.rounds))
+    noise = None
+    if discrete:
+        z, noise = hardened.discrete_noise(z, 5).multiplier, hardened.discrete_noise(of_rounds, 3)
+        of_rounds = noise.multiplier
+    terms = TERMS | {"noise_multiplier": z}
+    return issued(relation, discrete=discrete, noise_multiplier=of_rounds, discrete_noise=noise, tilt=terms)
+
+
+def issued_for_weights(relation=NeighboringRelation.REPLACE_SPECIAL):
+    """A certificate of `tilt.weights`: one draw of the whole budget, and no rounds."""
+    z = privacy.noise_multiplier(privacy.mu_from_budget(1.0, 1e-5), relation)
+    return certificates.make_tilt_certificate(
+        epsilon=1.0, delta=1e-5, relation=relation, num_units=50, num_units_from="public_count", unit="one record",
+        public=PUBLIC, prng_impl="threefry2x32", tilt=TERMS | {"noise_multiplier": z, "training_steps": 0},
+    )  # fmt: skip
+
+
 PLAIN, HARDENED = issued(), issued(discrete=True)
+TILTED, HARDENED_TILTED, WEIGHTS = issued_with_tilt(), issued_with_tilt(discrete=True), issued_for_weights()
 
 
 @pytest.mark.parametrize("discrete", [False, True])
@@ -65,6 +93,14 @@ def test_issued_certificates_verify_before_and_after_json(relation, discrete):
     certificate = issued(relation, discrete=discrete)
     qexp_jax.verify(certificate)
     qexp_jax.verify(json.loads(json.dumps(certificate, allow_nan=False)))
+
+
+@pytest.mark.parametrize("relation", RELATIONS)
+def test_certificates_of_tilts_verify(relation):
+    """Of weights alone, and before rounds."""
+    found = issued_with_tilt(relation), issued_with_tilt(relation, discrete=True), issued_for_weights(relation)
+    for certificate in found:
+        qexp_jax.verify(json.loads(json.dumps(certificate, allow_nan=False)))
 
 
 @pytest.mark.parametrize("discrete", [False, True])
@@ -168,7 +204,6 @@ PROMISES = {
     "public_evidence.audited": [1.0],
     "public_evidence.public_fraction_clipped": [-0.1, 1.1],
     "public_evidence.leading_share_of_energy": [-0.1, 1.1],
-    "public_evidence.clip_norm_share_under_heavy_shift": [-0.1, 1.1],
     "public_evidence.tuned_at_first": [7],
     "public_evidence.largest_curvature": [0.0, -1.0],
 }  # fmt: skip
@@ -250,8 +285,9 @@ def changed(certificate, path, value):
     return certificate
 
 
-LEAVES = [(c, path, value) for c in (PLAIN, HARDENED) for path, value in leaves(c)]
-IDS = [f"{'hardened' if c['hardened'] else 'plain'} {'.'.join(map(str, path))}" for c, path, _ in LEAVES]
+NAMED = {"plain": PLAIN, "hardened": HARDENED, "tilted": TILTED, "weights": WEIGHTS}
+LEAVES = [(c, path, value) for c in NAMED.values() for path, value in leaves(c)]
+IDS = [f"{name} {'.'.join(map(str, path))}" for name, c in NAMED.items() for path, _ in leaves(c)]
 # Nothing else in the certificate knows these.
 FREE = {
     "num_units", "most_rounds",
@@ -268,9 +304,15 @@ def wrong_kinds(value):
     return [float("nan"), float("inf"), -float("inf"), 10**400, True, None, str(value), [value], {"a": value}]
 
 
+def is_schema_of_weights(certificate, name):
+    """By it their fields are known: without it they are taken for those of a release."""
+    return certificate is WEIGHTS and name == "schema"
+
+
 @pytest.mark.parametrize(("certificate", "path", "value"), LEAVES, ids=IDS)
 def test_a_value_of_another_kind_is_refused_with_its_field(certificate, path, value):
     name = [part for part in path if isinstance(part, str)][-1]
+    name = "Certificate field" if is_schema_of_weights(certificate, name) else name
     for other in wrong_kinds(value):
         with pytest.raises(ValueError, match=name):
             qexp_jax.verify(changed(certificate, path, other))
@@ -279,6 +321,12 @@ def test_a_value_of_another_kind_is_refused_with_its_field(certificate, path, va
 @pytest.mark.parametrize(("certificate", "path", "value"), LEAVES, ids=IDS)
 def test_a_value_that_the_others_contradict_is_refused(certificate, path, value):
     if path[0] in FREE or (path[0] == "geometries" and path[-1] != "tuned_dim"):
+        return
+    if (
+        path[0] == "tilt"
+        and value is not None
+        and path[-1] != ("training_steps" if certificate is WEIGHTS else "accepted")
+    ):
         return
     if isinstance(value, bool) or value is None or isinstance(value, str):
         others = [not value] if isinstance(value, bool) else [0.3] if value is None else [value + " "]
@@ -291,18 +339,57 @@ def test_a_value_that_the_others_contradict_is_refused(certificate, path, value)
             qexp_jax.verify(changed(certificate, path, other))
 
 
-@pytest.mark.parametrize("certificate", [PLAIN, HARDENED], ids=["plain", "hardened"])
+@pytest.mark.parametrize("certificate", NAMED.values(), ids=NAMED)
 def test_missing_and_unknown_fields_are_refused_by_name(certificate):
     for name in certificate:
-        with pytest.raises(ValueError, match=f"'{name}' of 'certificate' is missing"):
+        missing = "" if is_schema_of_weights(certificate, name) else f"'{name}' "
+        with pytest.raises(ValueError, match=f"{missing}of 'certificate' is missing"):
             qexp_jax.verify({k: v for k, v in certificate.items() if k != name})
     with pytest.raises(ValueError, match="'loss' of 'certificate' is unknown"):
         qexp_jax.verify(certificate | {"loss": 1.0})
     for whole in (None, [], "certificate"):
         with pytest.raises(ValueError, match="mapping"):
             qexp_jax.verify(whole)
-    with pytest.raises(ValueError, match="schema"):
-        qexp_jax.verify(certificate | {"schema": "qexp_jax/certificate/2"})
+    with pytest.raises(ValueError, match="Certificate field" if certificate is WEIGHTS else "schema"):
+        qexp_jax.verify(certificate | {"schema": "qexp_jax/certificate/1"})
+
+
+OTHER_BUDGETS = {
+    "no tilt": lambda c: c | {"budget": c["budget"][1:]},
+    "tilt last": lambda c: c | {"budget": c["budget"][1:] + c["budget"][:1]},
+    "two tilts": lambda c: c | {"budget": c["budget"][:1] + c["budget"]},
+    "no terms": lambda c: c | {"tilt": None},
+    "a round more": lambda c: c | {"budget": c["budget"] + c["budget"][-1:]},
+    "terms that lack one": lambda c: c | {"tilt": {k: v for k, v in c["tilt"].items() if k != "accepted"}},
+    "terms with one more": lambda c: c | {"tilt": c["tilt"] | {"loss": 0.1}},
+    "steps without weights": lambda c: c | {"tilt": c["tilt"] | {"accepted": False}},
+    "weights without steps": lambda c: c | {"tilt": c["tilt"] | {"training_steps": 0}},
+    "more noise": lambda c: changed(c, ["budget", 0, "noise_multiplier"], 1.1 * c["budget"][0]["noise_multiplier"]),
+    "schema of weights": lambda c: c | {"schema": certificates.TILT_SCHEMA},
+    "mechanism of weights": lambda c: c | {"mechanism": certificates.TILT_MECHANISM},
+}
+
+
+@pytest.mark.parametrize("name", OTHER_BUDGETS)
+@pytest.mark.parametrize("certificate", [TILTED, HARDENED_TILTED], ids=["plain", "hardened"])
+def test_a_tilt_that_the_budget_contradicts_is_refused(certificate, name):
+    with pytest.raises(ValueError, match="Certificate field"):
+        qexp_jax.verify(OTHER_BUDGETS[name](certificate))
+
+
+def test_budgets_without_their_terms_are_refused():
+    """Weights have one draw; a release without a tilt has no share of it."""
+    share = WEIGHTS["budget"]
+    for wrong in (
+        WEIGHTS | {"budget": share * 2},
+        WEIGHTS | {"tilt": None},
+        WEIGHTS | {"hardened": True},
+        WEIGHTS | {"schema": certificates.SCHEMA},
+        PLAIN | {"budget": share + PLAIN["budget"]},
+        PLAIN | {"tilt": TERMS},
+    ):
+        with pytest.raises(ValueError, match="Certificate field"):
+            qexp_jax.verify(wrong)
 
 
 def consistent_but_wrong(relation, claimed):

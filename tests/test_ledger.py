@@ -343,8 +343,12 @@ def test_a_round_has_one_draw(tmp_path):
             enter_draw(ledger, seed, 0, draw)
     with pytest.raises(ValueError, match="not entered"):
         enter_draw(ledger, 2, 0, [1, 2])
-    with pytest.raises(ValueError, match="integer number >= 0"):
-        enter_draw(ledger, 0, -1, [1, 2])
+    enter_draw(ledger, 0, -1, [4])  # the tilt's, before the rounds
+    before = ledger.path.read_bytes()
+    with pytest.raises(ValueError, match="drawn before"):
+        enter_draw(ledger, 0, -1, [5])
+    with pytest.raises(ValueError, match="integer number >= -1"):
+        enter_draw(ledger, 0, -2, [1, 2])
     assert ledger.path.read_bytes() == before and ledgers.spent(ledger).releases == 2
 
 

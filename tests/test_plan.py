@@ -85,9 +85,9 @@ def test_the_others_are_held_by_an_infinite_precision_with_a_clip_norm_of_its_ow
     assert jnp.linalg.norm(sums[1] - inside) > 0.1 * jnp.linalg.norm(inside)
 
 
-def test_the_clip_norm_is_a_quantile_of_public_norms_that_grows_with_the_budget():
+def test_the_clip_norm_is_a_quantile_of_public_norms():
     fractions = [planned(z).evidence["public_fraction_clipped"] for z in (100.0, 0.3)]
-    np.testing.assert_allclose(fractions, [0.1, 0.02], atol=0.01)
+    np.testing.assert_allclose(fractions, 0.05, atol=0.01)
     for made in (planned(100.0, l2_clip_norm=2.5), planned(0.3, l2_clip_norm=2.5)):
         np.testing.assert_array_equal(made.geometries.l2_clip_norm, 2.5)
 
@@ -95,13 +95,6 @@ def test_the_clip_norm_is_a_quantile_of_public_norms_that_grows_with_the_budget(
 def test_a_space_of_leading_directions_alone_has_one_geometry():
     assert len(planned(100.0, subspace_dim=5).geometries.l2_clip_norm) == 1
     assert len(planned(100.0).geometries.l2_clip_norm) == 2
-
-
-def test_the_less_noise_the_larger_the_share_of_the_clip_norm_under_a_heavy_shift():
-    """In records of a skewed law, whose clipped gradients pull; a clip norm that is given is kept whole."""
-    shares = [planned(z, skewed()).evidence["clip_norm_share_under_heavy_shift"] for z in (300.0, 30.0, 3.0, 0.1)]
-    assert shares == sorted(shares) and shares[0] < 0.5 and shares[-1] > 0.9
-    assert planned(300.0, skewed(), l2_clip_norm=2.5).evidence["clip_norm_share_under_heavy_shift"] == 1
 
 
 def skewed(n=400):
@@ -113,10 +106,10 @@ def skewed(n=400):
 
 
 def test_what_clipping_adds_to_the_mean_gradient_of_skewed_records_is_found_in_each_geometry():
-    """Against the sums of all public records, clipped and whole; the plan sees half of them."""
+    """Against the sums of all public records, clipped and whole; the plan sees two thousand of them."""
     records = skewed(8000)
     made = planned(300.0, records)
-    for i, (clip_norm, pull) in enumerate(zip(made.geometries.l2_clip_norm, made.geometries.pull, strict=True)):
+    for i, (clip_norm, bias) in enumerate(zip(made.geometries.l2_clip_norm, made.geometries.bias, strict=True)):
         geometry = jax.tree.map(lambda x, i=i: x[i], made.geometries)
         precision = plan.precision_of(made.spectrum.directions, geometry)
         clipped, whole = (
@@ -125,7 +118,7 @@ def test_what_clipping_adds_to_the_mean_gradient_of_skewed_records_is_found_in_e
             for c in (clip_norm, 1e2)
         )
         expected = (clipped - whole) / 8000
-        np.testing.assert_allclose(pull, expected, atol=0.25 * float(jnp.linalg.norm(expected)), err_msg=str(i))
+        np.testing.assert_allclose(bias, expected, atol=0.4 * float(jnp.linalg.norm(expected)), err_msg=str(i))
 
 
 def leading_gradient(spectrum, shift):
@@ -152,13 +145,10 @@ def test_the_releases_choose_the_leading_directions_for_a_small_shift_and_all_fo
     assert plan.is_heavy(belief, spectrum, num_units) == heavy
     planned_one = jax.tree.map(lambda x: x[0 if heavy else 1], made.geometries)
     np.testing.assert_allclose(geometry.longest, planned_one.longest * (2 if heavy else 1), rtol=1e-6)
-    share = made.evidence["clip_norm_share_under_heavy_shift"] if heavy else 1
+    share = 0.7 if heavy else 1
     np.testing.assert_allclose(geometry.share, share, rtol=1e-6)
     np.testing.assert_allclose(geometry.l2_clip_norm, share * planned_one.l2_clip_norm, rtol=1e-6)
-    assert not heavy or 0.25 <= share < 0.9
-    np.testing.assert_array_equal(geometry.pull, 0 if heavy else planned_one.pull)
-    late, _ = plan.choose(belief, spectrum, made.geometries, noise_multiplier, num_units, 80.0, 0.75)
-    assert late.share == 1 and late.l2_clip_norm == planned_one.l2_clip_norm and late.longest == geometry.longest
+    np.testing.assert_array_equal(geometry.bias, 0 if heavy else planned_one.bias)
 
 
 @pytest.mark.parametrize(
