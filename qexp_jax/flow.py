@@ -116,8 +116,8 @@ def shift_prior(num_public: int) -> tuple[np.ndarray, np.ndarray]:
     None is the least value, one over the number of public units: the sampling error that the anchor has of its own.
 
     >>> tau, log_weight = shift_prior(2000)
-    >>> [round(float(x), 4) for x in (tau[0], tau[-1], log_weight[0], log_weight[1], log_weight[-1])]
-    [0.0005, 0.5, 3.0445, 0.0, -18.4207]
+    >>> [round(float(x), 4) for x in (tau[0], tau[-1], log_weight[0], log_weight[-1])]
+    [0.0005, 0.5, 3.0445, -18.4207]
     """
     tau = np.geomspace(min(1 / num_public, _COMMON_SHIFT), _LARGEST_SHIFT, _NUM_SHIFTS)
     log_weights = -4 * np.log(np.maximum(tau / _COMMON_SHIFT, 1))

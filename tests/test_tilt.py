@@ -354,7 +354,7 @@ def test_a_release_without_it_has_no_tilt(release):
 
 
 def test_other_shapes_skip_the_tilt():
-    """The public map does not know records of another width: nothing is spent in memory; in a stream they are average."""
+    """The public map knows nothing of another width: in memory nothing is spent, in a stream they are average."""
 
     def of_any_width(params, record):
         return (jnp.mean(record["x"]) * params["w"] - record["y"]) ** 2 / 2
