@@ -15,9 +15,9 @@ as far as it is known: v_i is the variance of its noise and of sampling, and the
 variance c_i, is the most likely one if m_i ~ N(0, tau c_i + v_i). Without a shift tau is 0 and all weights are equal.
 
 *Acceptance.* Weights move towards equal ones until their effective sample size is three quarters of the records, so
-that no few records speak for all. They are refused, and all are equal, unless m is `_LEAST_EVIDENCE` nats more likely
-with a shift than without, and unless at least a quarter of theta is left then: where the private population lies
-outside of what public records look like, no weights make up for it.
+that no few records speak for all. They are refused, and all are equal, unless m is three nats more likely with a shift
+than without, and unless .45 of theta is left then: where the private population lies outside of what public records
+look like, no weights make up for it.
 
 *Training.* The model is trained on the weighted loss less its unweighted slope at the anchor,
 
@@ -58,7 +58,7 @@ _SHARE, _LEAST_UNITS = 0.1, 200.0
 _CLIP_QUANTILE = 0.9
 _SHIFTS = np.geomspace(1e-4, 1, 41)
 _LEAST_EVIDENCE = 3.0
-_LEAST_SAMPLE, _LEAST_TEMPER = 0.75, 0.25
+_LEAST_SAMPLE, _LEAST_TEMPER = 0.75, 0.45
 _STEPS, _BATCH, _LEARNING_RATE = 1000, 128, 1e-3
 _MOST_PASSES, _LEAST_STEPS = 9, 40
 _CHUNKS = 10  # of equal length, so that one program trains, and somebody sees how far it is
