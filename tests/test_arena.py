@@ -67,6 +67,15 @@ def test_the_arena_writes_every_method_with_paired_seeds_and_its_provenance(tmp_
     assert "experiments.arena" in entry["command"] and entry["versions"]["jax_privacy"]
 
 
+def test_later_seeds_have_the_settings_of_the_first(tmp_path):
+    """A search sees seeds 0 and 1, wherever the rows begin."""
+    first = run(tmp_path / "first", "--methods", "dp_gd")
+    later = run(tmp_path / "later", "--methods", "dp_gd", "--first-seed", "1")
+    assert [r["seed"] for r in later] == ["1", "2"] * 2
+    assert [r["settings"] for r in first] == [r["settings"] for r in later]
+    assert [r["metric"] for r in first if r["seed"] == "1"] == [r["metric"] for r in later if r["seed"] == "1"]
+
+
 def test_a_second_run_computes_nothing(tmp_path, monkeypatch):
     first = run(tmp_path, "--methods", "qexp", "zero_shot")
     monkeypatch.setattr(arena, "group_rows", None)

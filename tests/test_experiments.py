@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 from experiments import cluster, data, demo, large, mnist, models, small, tasks
+from experiments.examples import tilted_training
 
 QEXP_DATA = pathlib.Path(os.environ.get("QEXP_DATA", "absent"))
 
@@ -253,3 +254,12 @@ def test_a_cache_that_cannot_be_made_is_named_without_a_traceback(tmp_path):
     found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert found.returncode == 1
     assert "Traceback" not in found.stderr and "error: " in found.stderr
+
+
+@pytest.mark.skipif(not (QEXP_DATA / "mnist").is_dir(), reason="full MNIST is not present; set QEXP_DATA")
+def test_tilted_training_runs(capsys):
+    """The example's own loop, on few images and few steps."""
+    sizes = ["--num-public", "1500", "--num-private", "1500", "--steps", "60"]
+    tilted_training.main(["--data-dir", str(QEXP_DATA), *sizes])
+    shown = capsys.readouterr().out
+    assert "equal weights" in shown and "tilted" in shown and "of 1500 public records" in shown
