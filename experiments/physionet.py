@@ -53,7 +53,7 @@ _HOW_TO_GET = (
 
 def by_icu(data_dir: pathlib.Path, cache_dir: pathlib.Path) -> Split:
     """Surgical stays are public, medical stays private (sets a and b) and test (set c)."""
-    sets, notice = _of_known_icu(_tables(data_dir, cache_dir))
+    sets, notice = stays_of_known_icu(data_dir, cache_dir)
     surgical, medical = ([_of_icu(table, types) for table in sets] for types in (SURGICAL, MEDICAL))
     return _split(
         _concat(surgical),
@@ -66,7 +66,7 @@ def by_icu(data_dir: pathlib.Path, cache_dir: pathlib.Path) -> Split:
 
 def no_shift(data_dir: pathlib.Path, cache_dir: pathlib.Path) -> Split:
     """The control: set a is public, set b private, set c the test, all from one population."""
-    sets, notice = _of_known_icu(_tables(data_dir, cache_dir))
+    sets, notice = stays_of_known_icu(data_dir, cache_dir)
     return _split(
         *sets,
         "PhysioNet 2012 (MIMIC-II): set a is public, set b private, set c test, without shift; in-hospital death"
@@ -84,6 +84,11 @@ def _split(public, private, test, description):
         {"x": x, "label": part["label"]} for x, part in zip(features, (public, private, test), strict=True)
     ]  # fmt: skip
     return Split(*parts, description)
+
+
+def stays_of_known_icu(data_dir: pathlib.Path, cache_dir: pathlib.Path) -> tuple[list[Records], str]:
+    """The stays of sets a, b and c, raw features with `"icu"`, and a notice of those that were left out."""
+    return _of_known_icu(_tables(data_dir, cache_dir))
 
 
 def _of_known_icu(tables: list[Records]) -> tuple[list[Records], str]:

@@ -142,7 +142,7 @@ def _one_hot(codes: np.ndarray, num_levels: int) -> np.ndarray:
 
 def rare_physionet(data_dir: pathlib.Path, cache_dir: pathlib.Path) -> Split:
     """Random parts of all stays of PhysioNet as one-hot columns; fifths and their series are of the public part."""
-    sets, notice = physionet._of_known_icu(physionet._tables(data_dir, cache_dir))
+    sets, notice = physionet.stays_of_known_icu(data_dir, cache_dir)
     stays = {name: np.concatenate([table[name] for table in sets]) for name in ("x", "label", "icu")}
     num_stays = len(stays["label"])
     order = np.random.default_rng(_STAYS_SEED).permutation(num_stays)

@@ -81,6 +81,12 @@ def neighboring_relation(value: Any) -> NeighboringRelation:
     return value
 
 
+def function(name: str, value: Any) -> None:
+    """Raises unless `value` is None or can be called."""
+    if value is not None and not callable(value):
+        raise ValueError(f"Expected {name} to be a function, found {described(value)}.")
+
+
 def described(value: Any) -> str:
     """Type, dtype and shape, without the content."""
     kind = type(value).__name__

@@ -148,16 +148,12 @@ def make_certificate(
         "mechanism": MECHANISMS[hardened],
         "hardened": hardened,
         **_promise(epsilon, delta, relation, budget, hardened),
-        "neighboring_relation": relation.name,
-        "neighbors": NEIGHBORS[relation],
-        "privacy_unit": unit,
-        "num_units": arguments.count("num_units", num_units),
-        "num_units_from": num_units_from,
+        **_neighbors(relation, unit, num_units, num_units_from),
         "rounds": rounds,
         "most_rounds": arguments.count("most_rounds", plan.most_rounds),
         "mu_per_round": share["mu"],
         "noise_multiplier": noise_multiplier,
-        "tilt": None if tilt is None else {name: x for name, x in tilt.items() if name != "noise_multiplier"},
+        "tilt": None if tilt is None else _of_tilt(tilt),
         "geometries": _geometries(plan, roundings),
         "discrete_noise": None if discrete_noise is None else discrete_noise._asdict(),
         "subspace": certified_name(plan.subspace),
@@ -205,12 +201,8 @@ def make_tilt_certificate(
         "mechanism": TILT_MECHANISM,
         "hardened": False,
         **_promise(epsilon, delta, relation, budget, False),
-        "neighboring_relation": relation.name,
-        "neighbors": NEIGHBORS[relation],
-        "privacy_unit": unit,
-        "num_units": arguments.count("num_units", num_units),
-        "num_units_from": num_units_from,
-        "tilt": {name: x for name, x in tilt.items() if name != "noise_multiplier"},
+        **_neighbors(relation, unit, num_units, num_units_from),
+        "tilt": _of_tilt(tilt),
         "provenance": {"public_records_sha256": sha256_of(public)},
         "prng_impl": prng_impl,
         "assumptions": assumptions(False),
@@ -234,6 +226,22 @@ def _promise(epsilon, delta, relation, budget, hardened):
         ],
         "budget": budget,
     }
+
+
+def _neighbors(relation, unit, num_units, num_units_from):
+    """Between which datasets the promise holds."""
+    return {
+        "neighboring_relation": relation.name,
+        "neighbors": NEIGHBORS[relation],
+        "privacy_unit": unit,
+        "num_units": arguments.count("num_units", num_units),
+        "num_units_from": num_units_from,
+    }
+
+
+def _of_tilt(tilt):
+    """Its noise multiplier stands in the budget."""
+    return {name: x for name, x in tilt.items() if name != "noise_multiplier"}
 
 
 def _share(purpose, noise_multiplier, relation, hardened):

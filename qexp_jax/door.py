@@ -145,9 +145,9 @@ def one_unit(private: Record, public: Record, unit_ids: Any, max_records_per_uni
     """
     records = public if stream.is_stream(private) else private
     record = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x)[1:], jnp.result_type(x)), records)
-    return (
-        record if max_records_per_unit is None or unit_ids is None else preflight.unit_of(record, max_records_per_unit)
-    )
+    if unit_ids is None or max_records_per_unit is None:
+        return record
+    return preflight.unit_of(record, max_records_per_unit)
 
 
 def batch_size(private: Record, private_n: bool) -> int | None:

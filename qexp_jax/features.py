@@ -20,7 +20,7 @@ Nothing here sees a private record; the map is applied to them in the private pa
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from qexp_jax.curvature import leading_basis
-from qexp_jax.records import LossFn, Params, Record, is_key, num_records, take
+from qexp_jax.keys import generator
+from qexp_jax.records import LossFn, Params, Record, chunks, is_key, num_records, take
 
 NUM_AXES = 64  # of a map; at 1000 units and epsilon 1 noise hides more
 _SAMPLE = 4096  # public records that axes are fitted to
@@ -76,7 +77,7 @@ def fit(
     Raises:
       ValueError: if features are not finite.
     """
-    order = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel()).permutation(num_records(public))
+    order = generator(key).permutation(num_records(public))
     sample = take(public, order[:_SAMPLE])
     raw, arrays = _default(key, sample) if features is None else (_of_function(features), ())
     params = params if features is not None and _takes_params(features) else ()
@@ -108,15 +109,6 @@ def apply_each(features: FeatureMap, records: Record) -> np.ndarray:
     parts = chunks(records, _SAMPLE)
     rows = [np.asarray(_apply_each(features.raw, tuple(features[1:]), part))[:count] for part, count in parts]
     return np.concatenate(rows)
-
-
-def chunks(records: Record, size: int) -> Iterator[tuple[Record, int]]:
-    """Records of one length after the other, so that one program takes them all, and how many of them count."""
-    n = num_records(records)
-    size = min(size, n)
-    for begin in range(0, n, size):
-        index = np.minimum(np.arange(begin, begin + size), n - 1)
-        yield take(records, index), min(size, n - begin)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -249,8 +249,7 @@ def fine_tune(
         ledger, key, store, units, mesh,
         mu=mu, hardened=hardened, neighboring_relation=neighboring_relation, privacy_unit=unit,
     )  # fmt: skip
-    exact = neighboring_relation is NeighboringRelation.ADD_OR_REMOVE_ONE
-    engine = walks.Engine(unit_fn, microbatch_size, mode, mesh, hardened, exact, diagnostics, store, progress)
+    engine = walks.Engine(unit_fn, microbatch_size, mode, mesh, hardened, private_n, diagnostics, store, progress)
     terms_of_tilt, noise_key = None, key
     if prepared is not None:
         tilt_key, noise_key = jax.random.split(key)
@@ -333,9 +332,8 @@ def _check_options(neighboring_relation, checkpoint, mesh, subspace, mode, **fun
     for name, value, kind in (("mesh", mesh, jax.sharding.Mesh), ("subspace", subspace, Subspace)):
         if not isinstance(value, kind | None):
             raise ValueError(f"Expected {name} to be a {kind.__name__}, found {arguments.described(value)}.")
-    for name, function in functions.items():
-        if function is not None and not callable(function):
-            raise ValueError(f"Expected {name} to be a function, found {arguments.described(function)}.")
+    for name, value in functions.items():
+        arguments.function(name, value)
 
 
 def _counts(**values):

@@ -6,7 +6,7 @@ its records and which is clipped as one.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import chex
@@ -152,6 +152,15 @@ def microbatches(records: Record, size: int, mask: jax.Array | None = None) -> t
     m = min(size, 8 * _ceil(even, 8))
     records, mask = pad(records, m, mask)
     return jax.tree.map(lambda x: jnp.reshape(x, (-1, m, *jnp.shape(x)[1:])), (records, mask))
+
+
+def chunks(records: Record, size: int) -> Iterator[tuple[Record, int]]:
+    """Records of one length after the other, so that one program takes them all, and how many of each count."""
+    n = num_records(records)
+    size = min(size, n)
+    for begin in range(0, n, size):
+        index = np.minimum(np.arange(begin, begin + size), n - 1)
+        yield take(records, index), min(size, n - begin)
 
 
 def _ceil(a, b):

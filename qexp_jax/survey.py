@@ -20,6 +20,7 @@ from qexp_jax.accuracy import noise_tolerance
 from qexp_jax.curvature import hessian_product, mean_loss, top_eigenspace
 from qexp_jax.directions import Directions
 from qexp_jax.gradients import at_a_time, gradient_rows, moved_coordinates
+from qexp_jax.keys import generator
 from qexp_jax.outer_products import Rows
 from qexp_jax.precision import Precision
 from qexp_jax.records import LossFn, Params, Record, microbatches, num_records, take
@@ -129,7 +130,7 @@ def _samples(key, records, weights=None):
     if weights is None or n == 1:
         order = _order(key, n)
         return take(records, order[:curved]), take(records, order[curved:] if n > 1 else order)
-    order = _generator(key).permutation(n)
+    order = generator(key).permutation(n)
     sizes = curved, min(_HELD_OUT, n - curved)
     halves = np.split(order, [max(curved, n // 2)])
     return [take(records, _drawn(half, weights[half], size)) for half, size in zip(halves, sizes, strict=True)]
@@ -142,12 +143,7 @@ def _drawn(index, weights, size):
 
 
 def _order(key, n):
-    # On the host: NumPy's takes a fiftieth of the time.
-    return _generator(key).permutation(n)[: num_curved(n) + _HELD_OUT]
-
-
-def _generator(key):
-    return np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
+    return generator(key).permutation(n)[: num_curved(n) + _HELD_OUT]
 
 
 def _check_losses(loss_fn, params, space, records):

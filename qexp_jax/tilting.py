@@ -63,8 +63,7 @@ def prepare(
     Raises:
       ValueError: for features that are no function, mix records, or are not finite; or, if they are given, do not vary.
     """
-    if feature_fn is not None and not callable(feature_fn):
-        raise ValueError(f"Expected features to be a function, found {arguments.described(feature_fn)}.")
+    arguments.function("features", feature_fn)
     found = feature_maps.fit(key, public, params, feature_fn)
     if found is None and feature_fn is not None:
         raise ValueError("Expected features that vary among the public records, found none.")

@@ -50,8 +50,9 @@ from qexp_jax.convolutions import as_products
 from qexp_jax.curvature import mean_gradient
 from qexp_jax.features import FeatureMap
 from qexp_jax.gradients import at_a_time
+from qexp_jax.keys import generator
 from qexp_jax.operations import count_flops
-from qexp_jax.records import LossFn, Params, Record, num_records, take
+from qexp_jax.records import LossFn, Params, Record, chunks, num_records, take
 from qexp_jax.subspace import Subspace
 
 _SHARE, _LEAST_UNITS = 0.1, 200.0
@@ -143,17 +144,16 @@ def fit(features: np.ndarray, mean: np.ndarray, noise_std: float, num_units: int
     accepted = bool(evidence > _LEAST_EVIDENCE and temper > _LEAST_TEMPER)
     theta = np.asarray(theta * (temper if accepted else 0))
     weights, log_mean = _weights(rows @ theta)
-    size = _effective_share(weights)
     return Tilt(
-        weights.astype(np.float32),
-        np.asarray(theta),
-        log_mean,
-        np.asarray(center),
-        shift,
-        evidence,
-        size,
-        temper,
-        accepted,
+        weights=weights.astype(np.float32),
+        theta=theta,
+        log_mean=log_mean,
+        center=center,
+        shift=shift,
+        evidence=evidence,
+        effective_sample_size=_effective_share(weights),
+        temper=temper,
+        accepted=accepted,
     )
 
 
@@ -269,10 +269,10 @@ def train(
       progress: called with the stage, ten times.
     """
     n = num_records(public)
-    parts = feature_maps.chunks(public, CHUNK)
+    parts = chunks(public, CHUNK)
     slope = sum(count / n * public_slope(loss_fn, params, space, part, count) for part, count in parts)
     carry = start(space, steps)
-    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
+    rng = generator(key)
     judged = rng.permutation(n)[:CHUNK]
     for i in range(_CHUNKS):
         if progress is not None:
