@@ -18,7 +18,7 @@ SMALL_TASKS ?= $(foreach kind,moved flipped inverted,physionet_$(kind)) \
 ON_SMALL_TASKS = --tasks $(SMALL_TASKS) --models linear mlp --sizes 500 2000 --epsilons 1 8 \
   --methods zero_shot qexp dp_gd dp_sgd_all non_private
 
-.PHONY: demo compare compare-full mnist mimic mimic-published trained shift small loss units ablation predicted membership benchmarks cluster large report test lint clean
+.PHONY: demo compare compare-full mnist mimic mimic-published shift small loss units ablation predicted membership benchmarks cluster large report test lint clean
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -31,7 +31,7 @@ demo: .venv/ready
 
 # A representative part of the arena: at most a quarter of an hour on two cores.
 compare: .venv/ready
-	$(ARENA) --tasks physionet_icu mnist_writers --models linear mlp --sizes 1000 --epsilons 1 8 --seeds 3 \
+	$(ARENA) --tasks physionet_icu mnist_trained --models linear mlp --sizes 1000 --epsilons 1 8 --seeds 3 \
 	  $(FEW_RIVALS) --out $(OUT)/compare $(ARGS)
 	$(REPORT) --results $(OUT)/compare
 
@@ -43,7 +43,7 @@ compare-full: .venv/ready
 	$(REPORT)
 
 mnist: .venv/ready
-	$(ARENA) --tasks mnist_writers $(ONE_TASK) $(FEW_RIVALS) --out $(OUT)/mnist $(ARGS)
+	$(ARENA) --tasks mnist_trained $(ONE_TASK) $(FEW_RIVALS) --out $(OUT)/mnist $(ARGS)
 	$(REPORT) --results $(OUT)/mnist
 
 # DATA=<directory of MIMIC-III or MIMIC-IV> for users with credentials; MIMIC_TASKS="mimic_mortality_by_era ...".
@@ -64,12 +64,6 @@ mimic-published: .venv/ready
 	  --sizes 100000 --epsilons 0.001 0.01 0.1 1 10 --methods qexp zero_shot non_private dp_gd dp_sgd_all \
 	  --out $(OUT)/mimic_published $(ARGS)
 	$(BIN)/python -m experiments.mimic_medians --results $(OUT)/mimic_published
-
-# MNIST by writers after longer pretraining.
-trained: .venv/ready
-	$(ARENA) --tasks mnist_trained --models linear mlp cnn --sizes 250 1000 4000 --epsilons 0.5 1 2 8 \
-	  --methods zero_shot non_private qexp dp_gd dp_sgd_all dp_adam_all dp_sgd_bias --out $(OUT)/trained $(ARGS)
-	$(REPORT) --results $(OUT)/trained
 
 # A shift so heavy that public curvature says little: MNIST turned by 40 degrees.
 shift: .venv/ready

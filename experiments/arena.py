@@ -4,7 +4,7 @@
     python -m experiments.arena --part 0/2            # one of two processes that share the grid
     python -m experiments.arena --models cnn --sizes 10000 --search-from 4000
     python -m experiments.arena --settings-from DIR --best-rivals --out NEW   # a table anew, without searches
-    python -m experiments.arena --tasks mnist_writers --sizes 1000 --epsilons 1 --seeds 3 --out DIR
+    python -m experiments.arena --tasks mnist_trained --sizes 1000 --epsilons 1 --seeds 3 --out DIR
 
 A cell is task x model x n x epsilon. A seed is a private subsample of size n, the order of the public records (of which
 a plan takes samples) and the noise; all methods share the subsamples. A rival's hyperparameters are those with the best

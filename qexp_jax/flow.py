@@ -45,16 +45,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from qexp_jax.directions import Directions, along, combine
+from qexp_jax.rule import RULE
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-_SAMPLING = 1.5
-_COMMON_SHIFT, _LARGEST_SHIFT = 5e-3, 0.5
-_OTHERS_SHIFT = 0.5
+_LARGEST_SHIFT = 0.5
 _NUM_SHIFTS = 21
 _NUM_LENGTHS = 49
 _SHORTEST = 1 / 64
 _LONGEST_ROUND = 4.0
-_STEEPNESS = 2.0  # prior mean and standard deviation
 _STEEPEST = 1000.0
 
 
@@ -119,8 +117,8 @@ def shift_prior(num_public: int) -> tuple[np.ndarray, np.ndarray]:
     >>> [round(float(x), 4) for x in (tau[0], tau[-1], log_weight[0], log_weight[-1])]
     [0.0005, 0.5, 3.0445, -18.4207]
     """
-    tau = np.geomspace(min(1 / num_public, _COMMON_SHIFT), _LARGEST_SHIFT, _NUM_SHIFTS)
-    log_weights = -4 * np.log(np.maximum(tau / _COMMON_SHIFT, 1))
+    tau = np.geomspace(min(1 / num_public, RULE.common_shift), _LARGEST_SHIFT, _NUM_SHIFTS)
+    log_weights = -4 * np.log(np.maximum(tau / RULE.common_shift, 1))
     log_weights[0] += np.log(_NUM_SHIFTS)
     return tau, log_weights
 
@@ -196,7 +194,7 @@ def steepness(belief: Belief, spectrum: Spectrum, num_units: int) -> jax.Array:
     from their minimum, is jumped over and over by steps that suit the mean of its curvatures.
     """
     large = 1 + jnp.sum(pooled_signal(belief, spectrum, num_units)[:-1] / spectrum.moments[:-1])
-    prior = jnp.stack([jnp.maximum(_STEEPNESS, large), jnp.full_like(large, _STEEPNESS)])
+    prior = jnp.stack([jnp.maximum(RULE.steepness, large), jnp.full_like(large, RULE.steepness)])
     mean = (belief.slopes[0] + 1 / prior) / (belief.slopes[1] + 1 / prior**2)
     pair = jnp.clip(jnp.maximum(mean, belief.steepest), 1.0, _STEEPEST)
     return _of_two(pair, len(spectrum.curvature))
@@ -308,7 +306,7 @@ def signal(energy: jax.Array, spectrum: Spectrum, noise_var: jax.Array | float, 
       energy: (r + 1,) `energies` of a released mean gradient.
       spectrum: public.
       noise_var: variance of its noise in each coordinate, or (r + 1,); infinite where nothing was released.
-      num_units: N, for the sampling error, 1.5 v_j / N: private records vary more than public ones.
+      num_units: N, for the sampling error v_j / N.
     """
     weights, prior, shrunk = _posterior(energy, spectrum, noise_var, num_units)
     return jnp.matmul(weights, shrunk**2 * energy + prior * (1 - shrunk), precision=_HIGHEST)
@@ -316,8 +314,8 @@ def signal(energy: jax.Array, spectrum: Spectrum, noise_var: jax.Array | float, 
 
 def _posterior(energy, spectrum, noise_var, num_units):
     """Weights (m,) of the shifts; the variance (m, r + 1) of g_j in each, and its share in what is seen."""
-    prior = spectrum.shifts[:, None] * spectrum.moments.at[-1].multiply(_OTHERS_SHIFT)
-    error = _SAMPLING * spectrum.moments / num_units + noise_var
+    prior = spectrum.shifts[:, None] * spectrum.moments.at[-1].multiply(RULE.others_shift)
+    error = spectrum.moments / num_units + noise_var
     # Against tau = 0, so that large blocks do not cancel in float32.
     ratio = prior / error
     shrunk = ratio / (1 + ratio)
@@ -335,7 +333,7 @@ def excess(
 ) -> jax.Array:
     """J(L), the expected excess of a flow of one `length`; `signals` (r + 1,) are E[g_j^2]."""
     curvature, noise_curvature, length = signal_curvature(spectrum), spectrum.curvature, tuned * length
-    left, sampling = jnp.exp(-length * curvature), _SAMPLING * spectrum.moments / num_units
+    left, sampling = jnp.exp(-length * curvature), spectrum.moments / num_units
     cost = (signals * left**2 + sampling * (1 - left) ** 2) / (2 * curvature)
     cost += noise_var * jnp.expm1(-length * noise_curvature) ** 2 / (2 * noise_curvature)
     return jnp.sum(spectrum.dims * cost)

@@ -9,19 +9,19 @@ With the surveyed curvature H, N units and noise multiplier z:
                  is taken off every release.
     length       what the steps of all rounds may add up to: four times the length at which the noise of all of them
                  raises the *public* loss by .006 of its root mean square; within it, what the releases deserve (`flow`)
-    rounds       T, from 8 to 24, so that each step is expected within about one over the largest private curvature
+    rounds       T = 12
     geometry     a round tunes all parameters or, with an infinite M elsewhere, the leading directions alone: they hold
                  about half of a gradient's energy and little of its noise. The one of less expected excess, given the
                  releases before it (`choose`).
 
-**A heavy shift** is one whose expected size, given the releases, exceeds `_HEAVY_SHIFT`. Far from the anchor no public
+**A heavy shift** is one whose expected size, given the releases, exceeds .02. Far from the anchor no public
 quadratic says how much there is to gain. What is left of the budget is then split over so many rounds that there are 80
-in all, lengths may be longer, units are clipped at .7 C, since most are clipped there, and a round takes the step that
-lowers the loss most by itself (`flow.best_step`). It tunes all parameters, unless no step of all is expected to lower
-the loss; but a fifth of the rounds, and one in ten in a row, look at all again, where more may have emerged.
+in all, steps may be twice as long, units are clipped at .7 C, since most are clipped there, and a round takes the step
+that lowers the loss most by itself (`flow.best_step`). It tunes all parameters, unless no step of all is expected to
+lower the loss; but one round in ten looks at all again, where more may have emerged.
 
-The rule is ours. It reads N and the budget, which are public, and is deterministic given its key. What else was tried,
-and what each choice is worth, is in `experiments/ABLATIONS.md`.
+The rule is ours; its numbers are in `rule`. It reads N and the budget, which are public, and is deterministic given its
+key. What else was tried, and what each choice is worth, is in `experiments/ABLATIONS.md`.
 """
 
 import functools
@@ -39,22 +39,11 @@ from qexp_jax.directions import Directions
 from qexp_jax.flow import Belief, Spectrum
 from qexp_jax.precision import Precision
 from qexp_jax.records import LossFn, Params, Record, num_records
+from qexp_jax.rule import RULE
 from qexp_jax.subspace import Layout, Subspace
 
-_DAMPING = 0.01
-_CLIP_QUANTILE = 0.95
 _SMALLEST_CLIP_NORM = 1e-18  # C, C z and sums of C stay within float32
 _SMALLEST_NOISE, _LARGEST_NOISE = 1e-15, 1e11  # of the mean gradient: products of four are within float32
-_NOISE_COST = 0.006
-_LONGEST = 4.0
-_LONGER_UNDER_HEAVY_SHIFT = 2.0, 4.0  # where all is tuned; where the leading directions are
-_LEAST_ROUNDS, _COMMON_ROUNDS, _MOST_ROUNDS, _HEAVY_ROUNDS = 8, 12, 24, 80
-_HEAVY_SHIFT = 0.02
-_SHARE_UNDER_HEAVY_SHIFT = 0.7  # of the clip norm
-_LOOKS_AT_ALL = 0.2  # share of the rounds so far that, under a heavy shift, tuned all parameters at least
-_LONGEST_HOLD = 9  # rounds in a row that may hold the others there
-_PRIVATE_CURVATURE = 1.5  # private over public curvature: 1 to 2.4 was found under shift
-_EXPECTED_SHIFT = 1.5e-3
 
 
 class Geometry(NamedTuple):
@@ -156,7 +145,7 @@ def make_plan(
         precision_rank=precision_rank, layout=layout, subspace=subspace, subspace_dim=subspace_dim,
         weights=weights, unit_weights=unit_weights,
     )  # fmt: skip
-    damping = _DAMPING * float(surveyed.curvature.max()) if damping is None else damping
+    damping = RULE.damping * float(surveyed.curvature.max()) if damping is None else damping
     curvature, dims, space = surveyed.curvature, surveyed.dims, surveyed.subspace
     eigenvalues = np.sqrt((curvature + damping) / (curvature.max() + damping))
     leading, squares = surveyed.leading / np.sqrt(eigenvalues[:-1]), surveyed.squares / eigenvalues
@@ -164,13 +153,13 @@ def make_plan(
     root = as_arrays(eigenvalues)
     precision = precisions.spectral(root[-1], surveyed.directions, root[:-1])
     tolerance, cost = surveys.tolerated_noise(
-        trial_key, loss_fn, params, space, precision, surveyed.tried, _NOISE_COST
+        trial_key, loss_fn, params, space, precision, surveyed.tried, RULE.noise_cost
     )  # fmt: skip
     curvature = _whitened_curvature(curvature / eigenvalues, dims, 2 * cost / tolerance**2)
     prior = flow.shift_prior(num_records(public_units))
     spectrum = Spectrum(surveyed.directions, *as_arrays((curvature, dims, dims, *prior)))
     per_unit = float(noise_multiplier) / num_units
-    tolerances = tolerance, np.sqrt(2 * _PRIVATE_CURVATURE * cost / np.sum(curvature[:-1]))
+    tolerances = tolerance, np.sqrt(2 * cost / np.sum(curvature[:-1]))
     found = _geometries(leading, squares, dims, eigenvalues, curvature, tolerances, per_unit, l2_clip_norm)
     _, _, clip_norm, longest, bias = found[0]
     _check_noise(clip_norm * per_unit)
@@ -181,17 +170,13 @@ def make_plan(
     moments = np.mean(squares * kept[:, None] ** 2, axis=0)
     moments = np.maximum(moments, 1e-9 * moments.max())
     spectrum = spectrum._replace(moments=as_arrays(moments))
-    noise_std, largest_curvature = clip_norm * per_unit, float(curvature.max())
-    expected = float(_expected_length(spectrum, noise_std**2, num_units, longest))
-    most_rounds = _HEAVY_ROUNDS if rounds is None else rounds
-    rounds = _rounds(expected * largest_curvature) if rounds is None else rounds
+    rounds, most_rounds = (RULE.rounds, RULE.heavy_rounds) if rounds is None else (rounds, rounds)
     first, expected_cost = _first_round(spectrum, geometries, noise_multiplier, num_units, rounds)
     evidence = {
-        "largest_curvature": largest_curvature,
+        "largest_curvature": float(curvature.max()),
         "leading_share_of_energy": float(np.sum(moments[:-1]) / np.sum(dims * moments)),
         "tolerated_noise": tolerance,
         "longest_length": longest,
-        "expected_length": expected,
         "tuned_at_first": int(np.sum(dims * np.asarray(first.tuned))),
         "public_fraction_clipped": float(np.mean(kept < 1)),
         "clipping_bias_in_clip_norms": float(np.linalg.norm(bias)) / clip_norm,
@@ -245,9 +230,8 @@ def choose(
 ) -> tuple[Geometry, jax.Array]:
     """The geometry of least expected excess given all releases, and its length: post-processing (T5).
 
-    Under a heavy shift the first, of all parameters, where its best step is expected to lower the loss, and wherever no
-    more than a fifth of the rounds so far tuned all, or none of the last nine did; else the last. Units are then
-    clipped at a share of C.
+    Under a heavy shift the first, of all parameters, where its best step is expected to lower the loss or none of the
+    last nine rounds tuned all; else the last. Units are then clipped at a share of C.
 
     Args:
       belief: what the releases say.
@@ -260,8 +244,8 @@ def choose(
     signals = flow.pooled_signal(belief, spectrum, num_units)
     heavy = is_heavy(belief, spectrum, num_units)
     noise_vars = (geometries.l2_clip_norm * noise_multiplier / num_units) ** 2
-    share = jnp.where(heavy, _SHARE_UNDER_HEAVY_SHIFT, geometries.share)
-    longer = jnp.where(heavy, jnp.where(geometries.tuned[:, -1] > 0, *_LONGER_UNDER_HEAVY_SHIFT), 1)
+    share = jnp.where(heavy, RULE.heavy_clip, geometries.share)
+    longer = jnp.where(heavy, RULE.heavy_longer, 1)
     geometries = geometries._replace(
         l2_clip_norm=share * geometries.l2_clip_norm, share=share, longest=longer * geometries.longest,
         bias=jnp.where(heavy, 0, geometries.bias),
@@ -275,7 +259,7 @@ def choose(
     _, change = flow.best_step(
         belief, spectrum, rounds * noise_vars[0], num_units, of_all.longest / rounds, of_all.tuned
     )  # fmt: skip
-    must_look = (belief.times[-1] <= _LOOKS_AT_ALL * belief.times[0]) | (belief.idle[-1] >= _LONGEST_HOLD)
+    must_look = belief.idle[-1] >= RULE.heavy_hold
     far_from_anchor = jnp.where(must_look | (change < 0), 0, len(costs) - 1)
     chosen = jnp.where(heavy, far_from_anchor, jnp.argmin(costs))
     return jax.tree.map(lambda x: x[chosen], geometries), lengths[chosen]
@@ -284,7 +268,7 @@ def choose(
 @jax.jit
 def is_heavy(belief: Belief, spectrum: Spectrum, num_units: int) -> jax.Array:
     """Whether the releases show a shift that asks for more rounds and longer ones: post-processing (T5)."""
-    return flow.pooled_shift(belief, spectrum, num_units) > _HEAVY_SHIFT
+    return flow.pooled_shift(belief, spectrum, num_units) > RULE.heavy_shift
 
 
 def _geometries(leading, squares, dims, eigenvalues, curvature, tolerances, per_unit, given):
@@ -294,7 +278,7 @@ def _geometries(leading, squares, dims, eigenvalues, curvature, tolerances, per_
     for tuned, tolerance in zip((whole, np.append(whole[:-1], 0)), tolerances, strict=True):
         squared_norms = squares @ (dims * tuned)
         clip_norm = _clip_norm(squared_norms, given)
-        held, longest = np.where(tuned, eigenvalues, np.inf), _LONGEST * tolerance / (clip_norm * per_unit)
+        held, longest = np.where(tuned, eigenvalues, np.inf), RULE.longest * tolerance / (clip_norm * per_unit)
         bias = _clipping_bias(leading, _kept(squared_norms, clip_norm), curvature[:-1])
         found.append((held, tuned, clip_norm, longest, bias))
     return found if dims[-1] > 0 else found[:1]
@@ -334,15 +318,9 @@ def _first_step(spectrum, geometries, noise_multiplier, num_units, rounds):
     return geometry, multiples
 
 
-def _rounds(length: float) -> int:
-    """T for a length in units of one over the largest curvature."""
-    most = np.clip(np.ceil(length / 2), _COMMON_ROUNDS, _MOST_ROUNDS)
-    return int(np.clip(np.ceil(length), _LEAST_ROUNDS, most))
-
-
 def _clip_norm(squared_norms, given):
     """C, a float32."""
-    clip_norm = np.sqrt(np.quantile(squared_norms, _CLIP_QUANTILE)) if given is None else given
+    clip_norm = np.sqrt(np.quantile(squared_norms, RULE.clip_quantile)) if given is None else given
     if not _SMALLEST_CLIP_NORM <= clip_norm <= 1 / _SMALLEST_CLIP_NORM:
         raise ValueError(f"Expected a clip norm in [1e-18, 1e18], found {clip_norm}; give l2_clip_norm.")
     return float(np.float32(clip_norm))
@@ -357,7 +335,7 @@ def _check_noise(noise_std):
 
 
 def _whitened_curvature(curvature, dims, trace):
-    """K (r + 1,), for the private quadratic.
+    """K (r + 1,).
 
     The rest has what the leading directions leave of the trace that the tolerated noise shows, but not less than its
     second moments say, and not more than a leading direction.
@@ -365,10 +343,4 @@ def _whitened_curvature(curvature, dims, trace):
     leading, rest = curvature[:-1], curvature[-1]
     remainder = (trace - np.sum(leading)) / max(1, dims[-1])
     curvature = np.append(leading, min(max(rest, remainder), leading.min()))
-    return _PRIVATE_CURVATURE * np.maximum(curvature, 1e-6 * curvature.max())
-
-
-@jax.jit
-def _expected_length(spectrum, noise_var, num_units, longest):
-    """The length that the common shift deserves where all is tuned."""
-    return flow.best_length(_EXPECTED_SHIFT * spectrum.moments, spectrum, noise_var, num_units, longest)[0]
+    return np.maximum(curvature, 1e-6 * curvature.max())

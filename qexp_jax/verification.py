@@ -120,7 +120,6 @@ _FIELDS: dict[str, Any] = {
         "leading_share_of_energy": _SHARE,
         "tolerated_noise": _POSITIVE,
         "longest_length": _NOT_NEGATIVE,
-        "expected_length": _NOT_NEGATIVE,
         "tuned_at_first": _COUNT,
         "public_fraction_clipped": _SHARE,
         "clipping_bias_in_clip_norms": _NOT_NEGATIVE,

@@ -53,13 +53,10 @@ from qexp_jax.gradients import at_a_time
 from qexp_jax.keys import generator
 from qexp_jax.operations import count_flops
 from qexp_jax.records import LossFn, Params, Record, chunks, num_records, take
+from qexp_jax.rule import RULE
 from qexp_jax.subspace import Subspace
 
-_SHARE, _LEAST_UNITS = 0.1, 200.0
-_CLIP_QUANTILE = 0.9
 _SHIFTS = np.geomspace(1e-4, 1, 41)
-_LEAST_EVIDENCE = 3.0
-_LEAST_SAMPLE, _LEAST_TEMPER = 0.75, 0.45
 _STEPS, _BATCH, _LEARNING_RATE = 1000, 128, 1e-3
 _MOST_PASSES, _LEAST_STEPS = 9, 40
 _CHUNKS = 10  # of equal length, so that one program trains, and somebody sees how far it is
@@ -103,12 +100,12 @@ def share(num_units: int, mu: float) -> float:
     >>> share(1000, 1.0), share(100, 1.0)
     (0.1, 0.0)
     """
-    return _SHARE if num_units * mu >= _LEAST_UNITS else 0.0
+    return RULE.tilt_share if num_units * mu >= RULE.least_signal else 0.0
 
 
 def clip_norm(features: np.ndarray) -> float:
-    """C: the .9 quantile of the public features' norms, a float32."""
-    return float(np.float32(np.quantile(np.linalg.norm(features, axis=1), _CLIP_QUANTILE)))
+    """C: the .95 quantile of the public features' norms, a float32."""
+    return float(np.float32(np.quantile(np.linalg.norm(features, axis=1), RULE.clip_quantile)))
 
 
 def clipped(features: np.ndarray, l2_clip_norm: float) -> np.ndarray:
@@ -141,7 +138,7 @@ def fit(features: np.ndarray, mean: np.ndarray, noise_std: float, num_units: int
     shift, evidence = _most_likely_shift(mean, spreads, variances)
     theta = _solve(rows, mean, variances / shift)
     temper = _temper(rows @ theta)
-    accepted = bool(evidence > _LEAST_EVIDENCE and temper > _LEAST_TEMPER)
+    accepted = bool(evidence > RULE.least_evidence and temper > RULE.least_temper)
     theta = np.asarray(theta * (temper if accepted else 0))
     weights, log_mean = _weights(rows @ theta)
     return Tilt(
@@ -210,12 +207,12 @@ def _effective_share(weights):
 
 def _temper(scores):
     """The largest share of theta, up to 1, at which the effective sample size is large enough; by bisection."""
-    if _effective_share(_weights(scores)[0]) >= _LEAST_SAMPLE:
+    if _effective_share(_weights(scores)[0]) >= RULE.least_sample:
         return 1.0
     low, high = 0.0, 1.0
     for _ in range(30):
         middle = (low + high) / 2
-        enough = _effective_share(_weights(middle * scores)[0]) >= _LEAST_SAMPLE
+        enough = _effective_share(_weights(middle * scores)[0]) >= RULE.least_sample
         low, high = (middle, high) if enough else (low, middle)
     return low
 

@@ -8,7 +8,7 @@ import qexp_jax
 ROOMS = [
     "arguments", "keys", "rounding", "integers", "records", "operations", "convolutions", "outer_products",
     "sketching", "subspace", "gradients", "curvature", "directions", "precision", "clipping", "privacy", "ledger",
-    "mechanism", "hardened", "truncated", "pure", "accuracy", "flow", "features", "weighting",
+    "mechanism", "hardened", "truncated", "pure", "accuracy", "rule", "flow", "features", "weighting",
     "isolation", "validation", "survey", "plan", "certificate", "verification", "stream", "passes", "checkpoint",
     "rounds", "tilting", "preflight", "door", "tilt", "finetune", "audit", "__init__",
 ]  # fmt: skip
