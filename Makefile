@@ -18,7 +18,7 @@ SMALL_TASKS ?= $(foreach kind,moved flipped inverted,physionet_$(kind)) \
 ON_SMALL_TASKS = --tasks $(SMALL_TASKS) --models linear mlp --sizes 500 2000 --epsilons 1 8 \
   --methods zero_shot qexp dp_gd dp_sgd_all non_private
 
-.PHONY: demo compare compare-full mnist mimic mimic-published shift small loss units ablation predicted membership benchmarks cluster large report test lint clean
+.PHONY: demo compare compare-full mnist mimic mimic-published shift small loss units ablation predicted membership benchmarks cluster large report test lint docs clean
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -118,5 +118,10 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# HTML pages from the docstrings; a broken reference is an error.
+docs: .venv/ready
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -q -E -W -n docs docs/_build
+
 clean:
-	rm -rf .venv $(OUT)
+	rm -rf .venv $(OUT) docs/_build docs/api

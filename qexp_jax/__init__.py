@@ -24,6 +24,7 @@
     truncated    a Gaussian restricted to a ball
     pure         draws of pure epsilon
     accuracy     what the noise costs
+    rule         every number that decides how a release moves a model
     flow         how far to follow the released gradients
     features     what public records look like, in few numbers
     weighting    public records weighted towards the private population

@@ -7,8 +7,8 @@ With the surveyed curvature H, N units and noise multiplier z:
                  in the curvature's (1), which noise in flat ones does.
     clip norm    C, the .95 quantile of the public norms |M^{-1/2} g|. What clipping adds to the public mean gradient
                  is taken off every release.
-    length       what the steps of all rounds may add up to: four times the length at which the noise of all of them
-                 raises the *public* loss by .006 of its root mean square; within it, what the releases deserve (`flow`)
+    length       what the steps of all rounds may add up to: the length at which the noise of all of them raises the
+                 *public* loss by a tenth of its root mean square; within it, what the releases deserve (`flow`)
     rounds       T = 12
     geometry     a round tunes all parameters or, with an infinite M elsewhere, the leading directions alone: they hold
                  about half of a gradient's energy and little of its noise. The one of less expected excess, given the
@@ -278,7 +278,7 @@ def _geometries(leading, squares, dims, eigenvalues, curvature, tolerances, per_
     for tuned, tolerance in zip((whole, np.append(whole[:-1], 0)), tolerances, strict=True):
         squared_norms = squares @ (dims * tuned)
         clip_norm = _clip_norm(squared_norms, given)
-        held, longest = np.where(tuned, eigenvalues, np.inf), RULE.longest * tolerance / (clip_norm * per_unit)
+        held, longest = np.where(tuned, eigenvalues, np.inf), tolerance / (clip_norm * per_unit)
         bias = _clipping_bias(leading, _kept(squared_norms, clip_norm), curvature[:-1])
         found.append((held, tuned, clip_norm, longest, bias))
     return found if dims[-1] > 0 else found[:1]

@@ -20,7 +20,6 @@ class Rule:
       damping: lambda, in largest public curvatures.
       clip_quantile: of the public norms; C.
       noise_cost: rise of the public loss, in its root mean square, that the noise of all rounds may cause.
-      longest: what steps add up to at most, in lengths at which the noise does that.
       rounds: T.
       common_shift: up to this tau the prior is uniform in log tau, and falls as tau^-4 beyond.
       others_shift: tau outside of the leading directions, in their tau.
@@ -40,8 +39,7 @@ class Rule:
     least_temper: float = 0.45
     damping: float = 0.01
     clip_quantile: float = 0.95
-    noise_cost: float = 0.006
-    longest: float = 4.0
+    noise_cost: float = 0.1
     rounds: int = 12
     common_shift: float = 5e-3
     others_shift: float = 0.5
