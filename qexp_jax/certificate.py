@@ -9,14 +9,11 @@ import importlib.metadata
 import re
 from typing import Any
 
-import numpy as np
 from dp_accounting import NeighboringRelation
 
 from qexp_jax import arguments, privacy
-from qexp_jax.hardened import DiscreteNoise
-from qexp_jax.plan import Plan
+from qexp_jax.discrete import DiscreteNoise
 from qexp_jax.records import absorb
-from qexp_jax.subspace import Subspace, certified_name
 
 SCHEMA = "qexp_jax/certificate/2"
 NEIGHBORS = {
@@ -88,18 +85,18 @@ def sha256_of(tree: Any) -> str:
     return digest.hexdigest()
 
 
-def make_provenance(params: Any, public: Any, subspace: Subspace | None) -> dict[str, Any]:
+def make_provenance(params: Any, public: Any, subspace_arrays: Any) -> dict[str, Any]:
     """Digests of the public inputs from which subspace, curvature and clip norm were made.
 
     Args:
       params: the anchor.
       public: the records that the plan read (`plan.looked_at`).
-      subspace: as given.
+      subspace_arrays: the numbers of the subspace, as given, or None.
     """
     return {
         "anchor_sha256": sha256_of(params),
         "public_records_sha256": sha256_of(public),
-        "subspace_sha256": None if subspace is None else sha256_of(subspace.arrays),
+        "subspace_sha256": None if subspace_arrays is None else sha256_of(subspace_arrays),
     }
 
 
@@ -112,8 +109,7 @@ def make_certificate(
     num_units_from: str,
     unit: str,
     noise_multiplier: float,
-    plan: Plan,
-    roundings: list[float],
+    plan: dict[str, Any],
     provenance: dict[str, Any],
     prng_impl: str,
     discrete_noise: DiscreteNoise | None = None,
@@ -129,16 +125,15 @@ def make_certificate(
       num_units_from: `"slots"` or `"public_count"`.
       unit: what one unit is, of `PRIVACY_UNITS`.
       noise_multiplier: z of each round.
-      plan: public plan of the rounds.
-      roundings: of each geometry, the share of the clip norm that is kept for what rounding adds (`clipping.rounding`).
+      plan: what a certificate says of the public plan of the rounds, `plan.terms`.
       provenance: of `make_provenance`.
       prng_impl: name of the noise's generator, `PRNG_IMPL`.
       discrete_noise: of a hardened release; `noise_multiplier` is its multiplier.
       tilt: of the draw before the rounds, with its `noise_multiplier`; None where there was none.
     """
-    rounds = arguments.count("rounds", plan.rounds)
+    rounds = plan["rounds"]
     noise_multiplier = arguments.positive("noise_multiplier", noise_multiplier)
-    hardened, dim = discrete_noise is not None, round(float(np.sum(plan.spectrum.dims)))
+    hardened = discrete_noise is not None
     share = _share("gradient", noise_multiplier, relation, hardened)
     budget = [dict(share) for _ in range(rounds)]
     if tilt is not None:
@@ -149,21 +144,12 @@ def make_certificate(
         "hardened": hardened,
         **_promise(epsilon, delta, relation, budget, hardened),
         **_neighbors(relation, unit, num_units, num_units_from),
-        "rounds": rounds,
-        "most_rounds": arguments.count("most_rounds", plan.most_rounds),
+        **plan,
         "mu_per_round": share["mu"],
         "noise_multiplier": noise_multiplier,
         "tilt": None if tilt is None else _of_tilt(tilt),
-        "geometries": _geometries(plan, roundings),
         "discrete_noise": None if discrete_noise is None else discrete_noise._asdict(),
-        "subspace": certified_name(plan.subspace),
-        "subspace_dim": dim,
-        "precision_rank": len(plan.spectrum.directions),
-        "damping": arguments.real("damping", plan.damping),
-        "expected_excess_loss_per_round": arguments.real("expected_cost", plan.expected_cost),
-        "public_evidence": {name: _plain(name, value) for name, value in plan.evidence.items()},
         "provenance": provenance,
-        "dtype": str(plan.subspace.layout.dtype),
         "prng_impl": prng_impl,
         "assumptions": assumptions(hardened),
         "versions": _versions(),
@@ -253,22 +239,6 @@ def _share(purpose, noise_multiplier, relation, hardened):
         "mu": None if hardened else mu,
         "zcdp_rho": privacy.zcdp_rho(mu),
     }
-
-
-def _geometries(plan, roundings):
-    """How many dimensions each tunes, C, and the share of C that holds what rounding adds to a unit's part."""
-    tuned = np.asarray(plan.geometries.tuned, np.float64) @ np.asarray(plan.spectrum.dims, np.float64)
-    norms = np.asarray(plan.geometries.l2_clip_norm)
-    return [
-        {"tuned_dim": round(t), "l2_clip_norm": float(c), "rounding": float(r)}
-        for t, c, r in zip(tuned, norms, roundings, strict=True)
-    ]
-
-
-def _plain(name, value):
-    """As JSON knows numbers: whatever scalar the plan made it."""
-    is_integer = np.asarray(value).dtype.kind in "iu"
-    return int(value) if is_integer else arguments.real(name, value)
 
 
 def _versions():

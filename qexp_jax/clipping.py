@@ -25,9 +25,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from dp_accounting import NeighboringRelation
 
-from qexp_jax import arguments, integers
+from qexp_jax import integers
 from qexp_jax.gradients import Mode, at_a_time, gradient_rows
 from qexp_jax.integers import Words
 from qexp_jax.outer_products import Outer, Rows, grouped_sums, whole
@@ -47,12 +46,6 @@ class ClipInfo(NamedTuple):
     num_units: jax.Array
     num_clipped: jax.Array
     num_nonfinite: jax.Array
-
-
-def sensitivity(l2_clip_norm: float, relation: NeighboringRelation) -> float:
-    """Largest |S - S'| between neighbours: C for zero-out and add/remove, 2 C for replace-one."""
-    relation = arguments.neighboring_relation(relation)
-    return 2 * l2_clip_norm if relation is NeighboringRelation.REPLACE_ONE else l2_clip_norm
 
 
 def clip(

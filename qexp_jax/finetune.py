@@ -21,7 +21,7 @@ from qexp_jax.certificate import ONE_ID, ONE_RECORD, make_certificate, make_prov
 from qexp_jax.checkpoint import Checkpoint
 from qexp_jax.gradients import Mode, moving_leaves
 from qexp_jax.ledger import Ledger
-from qexp_jax.plan import looked_at, make_plan
+from qexp_jax.plan import looked_at, make_plan, terms
 from qexp_jax.records import (
     LossFn,
     Params,
@@ -215,7 +215,9 @@ def fine_tune(
     reads_all = prepared is not None or not (public_unit_ids is None and subspace_dim is None)
     # Beside the rounds, and of what the plan reads alone: hashing a hundred megabytes takes longer than a release.
     provenance = ThreadPoolExecutor(1).submit(
-        lambda: make_provenance(params, public if reads_all else looked_at(plan_key, public), subspace)
+        lambda: make_provenance(
+            params, public if reads_all else looked_at(plan_key, public), None if subspace is None else subspace.arrays
+        )
     )
     mu_of_tilt, mu_of_rounds = (mu * tilt_share**0.5, mu * (1 - tilt_share) ** 0.5) if prepared else (0.0, mu)
     plan_at = functools.partial(
@@ -284,7 +286,7 @@ def fine_tune(
     certificate = make_certificate(
         epsilon=epsilon, delta=delta, relation=neighboring_relation, num_units=num_units,
         num_units_from="slots" if public_count is None else "public_count", unit=unit,
-        noise_multiplier=noise_multiplier, plan=plan, roundings=roundings, provenance=provenance.result(),
+        noise_multiplier=noise_multiplier, plan=terms(plan, roundings), provenance=provenance.result(),
         prng_impl=str(jax.random.key_impl(key)), discrete_noise=discrete_noise,
         tilt=terms_of_tilt,
     )  # fmt: skip

@@ -24,74 +24,22 @@ The grid and the shrinking are ours.
 """
 
 import functools
-import math
-import operator
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qexp_jax import arguments, privacy
-from qexp_jax.clipping import ClipInfo, clip
-from qexp_jax.gradients import Mode, projected_gradients
-from qexp_jax.outer_products import norms
-from qexp_jax.precision import Precision, whiten
-from qexp_jax.records import LossFn, Params, Record, is_key, num_records
-from qexp_jax.subspace import Subspace
+from qexp_jax.discrete import INTEGER_CLIP_NORM, DiscreteNoise, discrete_noise, mu_from_budget
 
-INTEGER_CLIP_NORM = 2**20
-# Sums of squares over coordinates and sums over units stay below 2^63, and a scale is exact as a double.
-_MOST_COORDINATES, _MOST_UNITS, _LARGEST_SCALE = 2**22, 2**40, 2**53
-
-
-class DiscreteNoise(NamedTuple):
-    """The public integers of a hardened release.
-
-    Attributes:
-      l2_clip_norm: 2^20, the exact bound on the norm of a unit's steps.
-      scale: sigma of the discrete Gaussian in steps, an integer.
-    """
-
-    l2_clip_norm: int
-    scale: int
-
-    @property
-    def multiplier(self) -> float:
-        """z, in units of the clip norm."""
-        return self.scale / self.l2_clip_norm
-
-
-def mu_from_budget(epsilon: float, delta: float) -> float:
-    """sqrt(2 rho) of the largest rho for which rho-zCDP is known to imply (epsilon, delta)-DP.
-
-    The mu of the continuous twin: what calibrates noise, and **not** the mu of a GDP guarantee.
-    """
-    return math.sqrt(2 * privacy.rho_from_budget(epsilon, delta))
-
-
-def discrete_noise(noise_multiplier: float, dim: int) -> DiscreteNoise:
-    """Noise of at least the multiplier, rounded up to whole steps.
-
-    Args:
-      noise_multiplier: z > 0 of one round.
-      dim: k.
-
-    Raises:
-      ValueError: if integers of 64 bits would not hold a release of such noise or dimension.
-
-    >>> noise = discrete_noise(3.0, 100)
-    >>> noise.scale == 3 * 2**20, noise.multiplier
-    (True, 3.0)
-    """
-    dim = arguments.count("dim", dim)
-    noise_multiplier = arguments.real("noise_multiplier", noise_multiplier)
-    if not 0 < noise_multiplier < _LARGEST_SCALE / INTEGER_CLIP_NORM:
-        raise ValueError(f"Expected a noise multiplier in (0, 2^33) of a hardened release, found {noise_multiplier}.")
-    scale = math.ceil(noise_multiplier * INTEGER_CLIP_NORM)
-    if dim > _MOST_COORDINATES:
-        raise ValueError(f"Expected at most {_MOST_COORDINATES} coordinates of a hardened release, found k = {dim}.")
-    return DiscreteNoise(INTEGER_CLIP_NORM, scale)
+__all__ = [
+    "INTEGER_CLIP_NORM",
+    "DiscreteNoise",
+    "check_available",
+    "discrete_gaussian",
+    "discrete_noise",
+    "mu_from_budget",
+    "noisy_sum",
+]
 
 
 def check_available() -> None:
@@ -120,88 +68,6 @@ def discrete_gaussian(total: np.ndarray, scale: int) -> np.ndarray:
       scale: sigma >= 1, an integer below 2^53.
     """
     return np.asarray(_sampler(scale)(np.asarray(total, np.int64)), np.int64)
-
-
-@functools.partial(jax.jit, static_argnames=("loss_fn", "mode"))
-def unit_steps(
-    loss_fn: LossFn,
-    params: Params,
-    subspace: Subspace,
-    precision: Precision,
-    unit: Record,
-    l2_clip_norm: float,
-    mode: Mode = "reverse",
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One unit's whitened, clipped gradient in steps of the grid, int32 (k,), whether clipped, whether finite."""
-    record = jax.tree.map(lambda x: jnp.asarray(x)[None], unit)
-    whitened = whiten(precision, projected_gradients(loss_fn, params, subspace, record, mode=mode)[0])
-    clipped, was_clipped, finite = clip(whitened, norms([whitened[None]])[0], l2_clip_norm)
-    steps = jnp.round(clipped * (INTEGER_CLIP_NORM / l2_clip_norm))
-    steps = jnp.nan_to_num(steps, nan=0.0, posinf=0.0, neginf=0.0)
-    return jnp.clip(steps, -INTEGER_CLIP_NORM, INTEGER_CLIP_NORM).astype(jnp.int32), was_clipped, finite
-
-
-def within_norm(steps: np.ndarray) -> np.ndarray:
-    """Rows of norm at most 2^20, exactly: a longer row is multiplied by 2^20 / (floor(norm) + 1), towards zero.
-
-    Args:
-      steps: integers (m, k), each at most 2^20 in absolute value, k <= 2^22.
-
-    >>> within_norm(np.array([[3, -4], [2**20, 2**20]])).tolist()
-    [[3, -4], [741454, 741454]]
-    """
-    steps = np.asarray(steps, np.int64)
-    squares = np.einsum("ij,ij->i", steps, steps)
-    for i in np.flatnonzero(squares > INTEGER_CLIP_NORM**2):
-        longer = math.isqrt(int(squares[i])) + 1
-        steps[i] = np.sign(steps[i]) * (np.abs(steps[i]) * INTEGER_CLIP_NORM // longer)
-    return steps
-
-
-def integer_sum(
-    loss_fn: LossFn,
-    params: Params,
-    subspace: Subspace,
-    precision: Precision,
-    units: Record,
-    *,
-    l2_clip_norm: float,
-    microbatch_size: int | None = None,
-    mode: Mode = "reverse",
-) -> tuple[np.ndarray, ClipInfo]:
-    """The exact sum over units of their clipped gradients in steps of the grid.
-
-    Args:
-      loss_fn: loss of one unit.
-      params: the anchor: public, or an earlier release.
-      subspace: public.
-      precision: public.
-      units: pytree with leading axis n < 2^40.
-      l2_clip_norm: C > 0, public, in the whitened norm; 2^20 steps.
-      microbatch_size: units whose integers are held at a time, by default 32.
-      mode: see `gradients.projected_gradients`.
-
-    Returns:
-      int64 (k,), **not private** without noise, and `ClipInfo`, not private at all. Sums of several parts of the
-      units, from any devices, add up to the same integers.
-
-    Formal guarantee: between neighbouring datasets the sum differs by an integer vector of norm at most 2^20 (2^21 for
-    replace-one), exactly, provided that `unit_steps` depends on its unit and on public values alone. A unit whose
-    gradient is not finite contributes zero.
-    """
-    n = num_records(units)
-    if n > _MOST_UNITS:
-        raise ValueError(f"Expected at most {_MOST_UNITS} units, found {n}.")
-    units = jax.tree.map(lambda x: x if is_key(x) else np.asarray(x), units)
-    total, counts = np.zeros(subspace.dim, np.int64), np.zeros(2, np.int64)
-    size = microbatch_size or 32
-    for start in range(0, n, size):
-        members = [jax.tree.map(operator.itemgetter(i), units) for i in range(start, min(n, start + size))]
-        launched = [unit_steps(loss_fn, params, subspace, precision, unit, l2_clip_norm, mode) for unit in members]
-        steps, clipped, finite = (np.stack([np.asarray(x) for x in part]) for part in zip(*launched, strict=True))
-        total += np.sum(within_norm(steps), axis=0)
-        counts += np.sum(clipped), np.sum(~finite)
-    return total, ClipInfo(*map(jnp.asarray, (n, *counts)))
 
 
 def noisy_sum(total: np.ndarray, noise: DiscreteNoise, l2_clip_norm: jax.Array) -> tuple[np.ndarray, jax.Array]:

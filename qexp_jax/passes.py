@@ -24,8 +24,8 @@ from qexp_jax import integers
 from qexp_jax import records as record_trees
 from qexp_jax import stream as streams
 from qexp_jax.clipping import ClipInfo, unit_sum
+from qexp_jax.exact_clipping import integer_sum
 from qexp_jax.gradients import Mode
-from qexp_jax.hardened import integer_sum
 from qexp_jax.integers import Words
 from qexp_jax.precision import Precision
 from qexp_jax.records import LossFn, Params, Record
@@ -146,7 +146,7 @@ def device_sum(
 def exact_sum(
     loss_fn: LossFn, target: Target, units: Record, mask: Any, *, microbatch_size: int | None, mode: Mode
 ) -> tuple[np.ndarray, ClipInfo]:
-    """`hardened.integer_sum` of the units that the mask keeps; one unit after the other, on one device."""
+    """`exact_clipping.integer_sum` of the units that the mask keeps; one unit after the other, on one device."""
     if mask is not None:
         units = record_trees.take(units, np.flatnonzero(mask))
     return integer_sum(

@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qexp_jax import flow
+from qexp_jax import arguments, flow
 from qexp_jax import precision as precisions
 from qexp_jax import survey as surveys
 from qexp_jax.accuracy import noise_cost
@@ -40,7 +40,7 @@ from qexp_jax.flow import Belief, Spectrum
 from qexp_jax.precision import Precision
 from qexp_jax.records import LossFn, Params, Record, num_records
 from qexp_jax.rule import RULE
-from qexp_jax.subspace import Layout, Subspace
+from qexp_jax.subspace import Layout, Subspace, certified_name
 
 _SMALLEST_CLIP_NORM = 1e-18  # C, C z and sums of C stay within float32
 _SMALLEST_NOISE, _LARGEST_NOISE = 1e-15, 1e11  # of the mean gradient: products of four are within float32
@@ -194,6 +194,43 @@ def _check_finite(plan):
     wrong = sorted(name for name, x in numbers.items() if not np.all(np.isfinite(np.asarray(x, np.float64))))
     if wrong:
         raise ValueError(f"Expected a finite plan from the public records, found no finite {', '.join(wrong)}.")
+
+
+def terms(plan: Plan, roundings: list[float]) -> dict[str, Any]:
+    """What a certificate says of a plan.
+
+    Args:
+      plan: public.
+      roundings: of each geometry, the share of the clip norm that is kept for what rounding adds (`clipping.rounding`).
+    """
+    return {
+        "rounds": arguments.count("rounds", plan.rounds),
+        "most_rounds": arguments.count("most_rounds", plan.most_rounds),
+        "geometries": _certified(plan, roundings),
+        "subspace": certified_name(plan.subspace),
+        "subspace_dim": round(float(np.sum(plan.spectrum.dims))),
+        "precision_rank": len(plan.spectrum.directions),
+        "damping": arguments.real("damping", plan.damping),
+        "expected_excess_loss_per_round": arguments.real("expected_cost", plan.expected_cost),
+        "public_evidence": {name: _plain(name, value) for name, value in plan.evidence.items()},
+        "dtype": str(plan.subspace.layout.dtype),
+    }
+
+
+def _certified(plan, roundings):
+    """How many dimensions each tunes, C, and the share of C that holds what rounding adds to a unit's part."""
+    tuned = np.asarray(plan.geometries.tuned, np.float64) @ np.asarray(plan.spectrum.dims, np.float64)
+    norms = np.asarray(plan.geometries.l2_clip_norm)
+    return [
+        {"tuned_dim": round(t), "l2_clip_norm": float(c), "rounding": float(r)}
+        for t, c, r in zip(tuned, norms, roundings, strict=True)
+    ]
+
+
+def _plain(name, value):
+    """As JSON knows numbers: whatever scalar the plan made it."""
+    is_integer = np.asarray(value).dtype.kind in "iu"
+    return int(value) if is_integer else arguments.real(name, value)
 
 
 def looked_at(key: jax.Array, public: Record) -> Record:

@@ -30,7 +30,6 @@ from scipy.optimize import brentq
 from scipy.special import erfcx, ndtr
 
 from qexp_jax import arguments
-from qexp_jax.clipping import sensitivity
 
 EPSILON_RANGE = 1e-4, 1e4
 DELTA_RANGE = 1e-30, 0.999
@@ -39,6 +38,12 @@ _MARGIN = 2e-14
 _LARGEST_MU, _LARGEST_RHO = 1e6, 1e12  # a larger one has no epsilon that double precision resolves
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(64)
 _TAIL = 40.0  # what the integral leaves out is below exp(-40) of it
+
+
+def sensitivity(l2_clip_norm: float, relation: NeighboringRelation) -> float:
+    """Largest |S - S'| between neighbours: C for zero-out and add/remove, 2 C for replace-one."""
+    relation = arguments.neighboring_relation(relation)
+    return 2 * l2_clip_norm if relation is NeighboringRelation.REPLACE_ONE else l2_clip_norm
 
 
 def delta_from_mu(mu: float, epsilon: float) -> float:
@@ -216,7 +221,7 @@ def mu_from_noise(noise_multiplier: float, relation: NeighboringRelation) -> flo
 
 
 def _unit_sensitivity(relation):
-    return sensitivity(1.0, arguments.neighboring_relation(relation))
+    return sensitivity(1.0, relation)
 
 
 def compose(mus: Iterable[float]) -> float:

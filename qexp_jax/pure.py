@@ -41,7 +41,6 @@ from scipy.optimize import brentq
 from scipy.stats import gamma
 
 from qexp_jax import arguments, privacy, truncated
-from qexp_jax.clipping import sensitivity
 from qexp_jax.mechanism import Quadratic, protecting_key, release_step
 from qexp_jax.precision import uncolor
 
@@ -114,7 +113,7 @@ def knorm_excess_quantile(
 
 def _knorm_scale(l2_clip_norm, epsilon, relation):
     clip_norm = arguments.positive("l2_clip_norm", l2_clip_norm)
-    return sensitivity(clip_norm, arguments.neighboring_relation(relation)) / privacy.check_epsilon(epsilon)
+    return privacy.sensitivity(clip_norm, arguments.neighboring_relation(relation)) / privacy.check_epsilon(epsilon)
 
 
 class Ball(NamedTuple):
@@ -179,7 +178,7 @@ def calibrate_ball(
     num_units = arguments.count("num_units", num_units)
     l2_clip_norm = arguments.positive("l2_clip_norm", l2_clip_norm)
     epsilon = privacy.check_epsilon(epsilon)
-    delta = sensitivity(l2_clip_norm, arguments.neighboring_relation(relation))
+    delta = privacy.sensitivity(l2_clip_norm, arguments.neighboring_relation(relation))
     largest_sum = num_units * l2_clip_norm
     sum_bound = largest_sum if sum_bound is None else min(arguments.positive("sum_bound", sum_bound), largest_sum)
     radius = sum_bound / num_units if radius is None else arguments.positive("radius", radius)

@@ -28,6 +28,7 @@ import numpy as np
 from qexp_jax import sketching
 from qexp_jax.outer_products import Outer, Rows
 from qexp_jax.records import Params
+from qexp_jax.subspace_names import BASE_NAME, DIRECTIONS, TOP
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -438,17 +439,6 @@ def compose(outer: Subspace, basis: jax.Array, *, orthonormal: bool = False, nam
     )
 
 
-_DIRECTIONS, _TOP = "directions in ", "top eigenspace in "
-# The regular expression of `where` is a user's text, quoted as Python quotes it.
-_QUOTED = r"""'([^'\\\n]|\\[^\n])*'|"([^"\\\n]|\\[^\n])*\""""
-_BASE_NAME = rf"full|leaves matching ({_QUOTED})|orthonormal|span|gaussian|count_sketch|given operator"
-
-
-def is_certified_name(name: str) -> bool:
-    """Whether `certified_name` may say it."""
-    return re.fullmatch(rf"({_DIRECTIONS}|{_TOP})*({_BASE_NAME})", name) is not None
-
-
 def certified_name(subspace: Subspace) -> str:
     """What a subspace is in the words of this room, whatever its name says: a certificate knows no others.
 
@@ -458,12 +448,12 @@ def certified_name(subspace: Subspace) -> str:
     """
     name = subspace.name
     if subspace.operator.lift is not _composed_lift:
-        return name if re.fullmatch(_BASE_NAME, name) else "given operator"
+        return name if re.fullmatch(BASE_NAME, name) else "given operator"
     outer, _ = subspace.arrays
     within = certified_name(outer)
     if subspace.dim == outer.dim:  # other columns of the same space
         return within
-    return f"{_TOP if name.startswith(_TOP) else _DIRECTIONS}{within}"
+    return f"{TOP if name.startswith(TOP) else DIRECTIONS}{within}"
 
 
 _ORTHONORMALISED_UP_TO = 2048

@@ -35,15 +35,14 @@ from qexp_jax.certificate import (
     VERSIONS,
     assumptions,
 )
-from qexp_jax.clipping import sensitivity
-from qexp_jax.hardened import INTEGER_CLIP_NORM
-from qexp_jax.subspace import is_certified_name
+from qexp_jax.discrete import INTEGER_CLIP_NORM
+from qexp_jax.subspace_names import is_certified_name
 
 _RELATIVE = 1e-9
 _PLD_DELTA_FROM = 1e-12  # below, a privacy loss distribution is lost in the rounding of its convolutions
 _CELLS_PER_MU, _MOST_CELLS = 1000, 1e6
 _ORDERS = (1 + np.geomspace(1e-3, 1e10, 400)).tolist()
-_SHARE_SENSITIVITY = {"gradient": sensitivity, "tilt": sensitivity}  # in units of the share's clip norm
+_SHARE_SENSITIVITY = {"gradient": privacy.sensitivity, "tilt": privacy.sensitivity}  # in units of the share's clip norm
 
 
 class _Kind(NamedTuple):

@@ -145,7 +145,7 @@ def test_a_hardened_unit_is_clipped_in_the_same_norm():
     space = subspace.full(params)
     found, _ = survey.leading_directions(wide_layer_loss, params, data, 6, space)
     geometry = precision.spectral(0.1, found, jnp.linspace(2.0, 0.5, 6))
-    exact, info = hardened.integer_sum(wide_layer_loss, params, space, geometry, data, l2_clip_norm=0.5)
+    exact, info = exact_clipping.integer_sum(wide_layer_loss, params, space, geometry, data, l2_clip_norm=0.5)
     total, same = clipping.clipped_sum(wide_layer_loss, params, space, geometry, data, l2_clip_norm=0.5)
     np.testing.assert_allclose(exact * 0.5 / hardened.INTEGER_CLIP_NORM, total, atol=5e-3)
     assert info.num_clipped == same.num_clipped > 3

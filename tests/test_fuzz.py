@@ -93,10 +93,10 @@ def test_a_clipped_sum_is_finite_and_one_unit_moves_it_by_at_most_the_clip_norm(
 def test_an_integer_sum_moves_by_at_most_the_integer_clip_norm_exactly(data, n, name, clip_exponent):
     values = data.draw(arrays(n, D))
     args, rest = clipped(values, jnp.float32, name, 10.0**clip_exponent)
-    total, _ = hardened.integer_sum(*args, **rest)
+    total, _ = exact_clipping.integer_sum(*args, **rest)
     for i in range(n):
         args, _ = clipped(np.delete(values, i, axis=0), jnp.float32, name, 10.0**clip_exponent)
-        moved = total - hardened.integer_sum(*args, **rest)[0]
+        moved = total - exact_clipping.integer_sum(*args, **rest)[0]
         assert sum(int(x) ** 2 for x in moved) <= hardened.INTEGER_CLIP_NORM**2
 
 

@@ -44,7 +44,7 @@ def rescaled_in_floats(rows):
 
 def test_shrunk_rows_are_within_the_norm_exactly_and_rows_rescaled_in_floats_are_not():
     rows = hard_rows()
-    shrunk = hardened.within_norm(rows.copy())
+    shrunk = exact_clipping.within_norm(rows.copy())
     assert max(map(square, shrunk)) <= C**2
     kept = np.array([square(row) <= C**2 for row in rows])
     assert 50 < kept.sum() < 250
@@ -68,7 +68,7 @@ def setting(low_rank=False):
 @functools.cache
 def whole_sum(low_rank=False, mode="reverse"):
     params, data, space, factored = setting(low_rank)
-    return hardened.integer_sum(network_loss, params, space, factored, data, l2_clip_norm=0.5, mode=mode)
+    return exact_clipping.integer_sum(network_loss, params, space, factored, data, l2_clip_norm=0.5, mode=mode)
 
 
 @pytest.mark.parametrize(("low_rank", "mode"), [(False, "reverse"), (True, "reverse"), (False, "forward")])
@@ -84,7 +84,7 @@ def test_the_integer_sum_is_the_clipped_sum_to_the_grid(low_rank, mode):
 def test_any_order_batching_or_split_gives_the_same_bits_and_floats_do_not():
     params, data, space, factored = setting()
     rest = {"l2_clip_norm": 0.5}
-    integer = lambda data, **changes: hardened.integer_sum(
+    integer = lambda data, **changes: exact_clipping.integer_sum(
         network_loss, params, space, factored, data, **rest | changes
     )[0]
     order = np.random.default_rng(1).permutation(21)
@@ -105,7 +105,7 @@ def test_one_unit_moves_the_sum_by_at_most_the_integer_clip_norm_exactly(value):
     changed = data | {"y": data["y"].at[7].set(value)}
     absent = jax.tree.map(lambda x: np.delete(x, 7, axis=0), data)
     with_unit, without = (
-        hardened.integer_sum(network_loss, params, space, factored, d, l2_clip_norm=0.5)[0] for d in (changed, absent)
+        exact_clipping.integer_sum(network_loss, params, space, factored, d, l2_clip_norm=0.5)[0] for d in (changed, absent)
     )
     moved = square(with_unit - without)
     assert moved <= C**2
@@ -121,8 +121,8 @@ def test_steps_of_any_clip_norm_are_bounded(clip_norm):
     units = {"g": jnp.array([[1e30, 1, 0], [1e-30, -1e-30, 0], [1, 2, 3], [-1e15, 1e15, 1e15], [0, 0, 0]])}
     args = linear_loss, params, subspace.full(params), precision.dense(jnp.eye(3))
     for i in range(5):
-        steps = hardened.unit_steps(*args, jax.tree.map(lambda x, i=i: x[i], units), clip_norm)[0]
-        assert np.abs(steps).max() <= C and square(hardened.within_norm(steps[None])[0]) <= C**2
+        steps = exact_clipping.unit_steps(*args, jax.tree.map(lambda x, i=i: x[i], units), clip_norm)[0]
+        assert np.abs(steps).max() <= C and square(exact_clipping.within_norm(steps[None])[0]) <= C**2
 
 
 def pmf(scale, reach):
@@ -213,7 +213,7 @@ def test_a_hardened_release_verifies_and_holds_the_budget_that_the_exact_gaussia
     release = tune(neighboring_relation=relation, public_count=60, epsilon=2.0)
     certificate = json.loads(json.dumps(release.certificate))
     qexp_jax.verify(certificate)
-    sensitivity = clipping.sensitivity(C, relation)
+    sensitivity = privacy.sensitivity(C, relation)
     rho = 2 * (sensitivity / certificate["discrete_noise"]["scale"]) ** 2 / 2
     assert 0.999e-5 < privacy.delta_from_rho(rho, 2.0) <= 1e-5
     plain = tune(neighboring_relation=relation, public_count=60, epsilon=2.0, hardened=False).certificate
