@@ -21,7 +21,7 @@ from scipy.stats import chi2
 import qexp_jax
 from experiments import mnist, models
 from experiments.data import run_cli
-from qexp_jax import rounds
+from qexp_jax.fine_tuning import rounds
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -22,7 +22,7 @@ from jax_privacy.experimental.execution_plan import BandMFExecutionPlanConfig
 from experiments import tasks
 from experiments.adapters import ADAPTERS
 from experiments.data import Records
-from qexp_jax.convolutions import as_products
+from qexp_jax.model.convolutions import as_products
 
 OPTIMIZERS = {"sgd": optax.identity(), "adam": optax.scale_by_adam()}
 _BLOCK = 32  # more gradients at a time leave the cache, so that seeds or settings side by side would gain nothing

@@ -31,8 +31,9 @@ from tqdm import tqdm
 from experiments import models, tasks
 from experiments.arena import RESULTS, write_table
 from experiments.data import run_cli, select
-from qexp_jax import clipping, mechanism, plan, precision, privacy, rounds
+from qexp_jax import clipping, mechanism, plan, precision, privacy
 from qexp_jax import subspace as subspaces
+from qexp_jax.fine_tuning import rounds
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

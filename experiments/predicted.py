@@ -22,7 +22,8 @@ import qexp_jax
 from experiments import models, tasks
 from experiments.arena import RESULTS, subsample, write_table
 from experiments.data import run_cli
-from qexp_jax import privacy, rounds
+from qexp_jax import privacy
+from qexp_jax.fine_tuning import rounds
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -26,8 +26,9 @@ import numpy as np
 from dp_accounting import NeighboringRelation
 from scipy.stats import beta, norm
 
-from qexp_jax import arguments, privacy
-from qexp_jax.records import Record, num_records
+from qexp_jax.data import arguments
+from qexp_jax.data.records import Record, num_records
+from qexp_jax.privacy import accounting
 
 Mechanism = Callable[[jax.Array, Any], jax.Array]
 
@@ -55,7 +56,7 @@ def attained_delta(mu: float, epsilon: float) -> float:
     epsilon = arguments.not_negative("epsilon", epsilon)
     if mu in (0, math.inf):
         return float(mu > 0)
-    return privacy.delta_from_mu(mu, epsilon)
+    return accounting.delta_from_mu(mu, epsilon)
 
 
 class WorstNeighbour(NamedTuple):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qexp_jax import curvature, precision, subspace
-from qexp_jax.mechanism import Quadratic
+from qexp_jax.mechanism.gaussian import Quadratic
 
 
 def network_loss(params, record):

@@ -17,7 +17,10 @@ import pytest
 from dp_accounting import NeighboringRelation
 
 import qexp_jax
-from qexp_jax import clipping, hardened, integers, plan, precision, records, rounds, subspace
+from qexp_jax import clipping, hardened, plan, precision, records, subspace
+from qexp_jax.fine_tuning import rounds
+from qexp_jax.numerics import integers
+from qexp_jax.private_pass import exact_clipping
 
 WIDTH, N, SLOT = 70, 45, 17
 # Columns of the records; both of a pair are the same in all public records, and the unseen are zero there.
@@ -258,8 +261,8 @@ def test_directions_held_by_weight_alone_are_caught(monkeypatch):
 
 
 def test_a_hardened_unit_that_is_not_shrunk_is_caught(monkeypatch):
-    monkeypatch.setattr(hardened, "within_norm", lambda steps: np.asarray(steps, np.int64))
-    monkeypatch.setattr(hardened, "clip", lambda x, norm, c: (x, norm > c, jnp.isfinite(norm)))
+    monkeypatch.setattr(exact_clipping, "within_norm", lambda steps: np.asarray(steps, np.int64))
+    monkeypatch.setattr(exact_clipping, "clip", lambda x, norm, c: (x, norm > c, jnp.isfinite(norm)))
     found, *_ = excesses(monkeypatch, KINDS["hardened"], CANDIDATES[::12], loss=lambda p, r: linear(p, r))
     assert max(found.values()) > 1.5
 

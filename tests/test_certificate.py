@@ -15,8 +15,8 @@ import pytest
 from dp_accounting import NeighboringRelation
 
 import qexp_jax
-from qexp_jax import certificate as certificates
 from qexp_jax import hardened, privacy, verification
+from qexp_jax.privacy import certificate as certificates
 
 DATA = {"x": jax.random.normal(jax.random.key(1), (60, 3)), "y": jax.random.normal(jax.random.key(2), (60,))}
 PUBLIC = jax.tree.map(lambda a: a[:30], DATA)

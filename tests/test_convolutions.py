@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qexp_jax import clipping, convolutions, precision, subspace
+from qexp_jax import clipping, precision, subspace
+from qexp_jax.model import convolutions
 
 KEY = jax.random.key(11)
 NHWC = ("NHWC", "HWIO", "NHWC")

@@ -6,20 +6,12 @@ import numpy as np
 import pytest
 from problems import wide_layer_loss, wide_layer_network
 
-from qexp_jax import (
-    clipping,
-    directions,
-    fine_tune,
-    gradients,
-    hardened,
-    outer_products,
-    precision,
-    records,
-    subspace,
-    survey,
-)
-from qexp_jax.curvature import leading_basis
-from qexp_jax.outer_products import Outer
+from qexp_jax import clipping, fine_tune, gradients, hardened, precision, records, subspace
+from qexp_jax.model import factored_gradients
+from qexp_jax.model.factored_gradients import Outer
+from qexp_jax.private_pass import exact_clipping
+from qexp_jax.quadratic import directions, public_curvature
+from qexp_jax.quadratic.curvature import leading_basis
 
 KEY = jax.random.key(32)
 R = 9
@@ -51,14 +43,16 @@ def test_they_are_orthonormal(example):
 
 def test_products_are_those_of_the_array_for_gradients_whole_and_in_factors(example):
     rows, found, array = example
-    whole = np.asarray(outer_products.whole(rows), np.float64)
-    parts = [rows[0], outer_products.whole(rows[1:])]
-    for gradients_ in (rows, parts, [outer_products.whole(rows)]):
+    whole = np.asarray(factored_gradients.whole(rows), np.float64)
+    parts = [rows[0], factored_gradients.whole(rows[1:])]
+    for gradients_ in (rows, parts, [factored_gradients.whole(rows)]):
         np.testing.assert_allclose(directions.along_each(found, gradients_), whole @ array.T, atol=1e-4)
         np.testing.assert_allclose(
             directions.along_each(jnp.asarray(array, jnp.float32), gradients_), whole @ array.T, atol=1e-4
         )
-    np.testing.assert_allclose(directions.along(found, outer_products.whole(rows)[3]), whole[3] @ array.T, atol=1e-4)
+    np.testing.assert_allclose(
+        directions.along(found, factored_gradients.whole(rows)[3]), whole[3] @ array.T, atol=1e-4
+    )
 
 
 def principal(x):
@@ -70,10 +64,10 @@ def test_they_are_the_products_and_principal_directions_of_most_energy(example):
     others, left, right = (np.asarray(x, np.float64) for x in (rows[0], *rows[1]))
     axes = [principal(x * np.linalg.norm(y, axis=1)[:, None])[1] for x, y in ((left, right), (right, left))]
     energies = np.append((((left @ axes[0]) ** 2).T @ (right @ axes[1]) ** 2).ravel(), principal(others)[0])
-    held = np.sum((np.asarray(outer_products.whole(rows), np.float64) @ array.T) ** 2)
+    held = np.sum((np.asarray(factored_gradients.whole(rows), np.float64) @ array.T) ** 2)
     np.testing.assert_allclose(held, np.sum(np.sort(energies)[-R:]), rtol=2e-3)
     random = np.linalg.qr(np.random.default_rng(0).normal(size=array.T.shape))[0]
-    assert np.sum((np.asarray(outer_products.whole(rows), np.float64) @ random) ** 2) < 0.3 * held
+    assert np.sum((np.asarray(factored_gradients.whole(rows), np.float64) @ random) ** 2) < 0.3 * held
 
 
 @pytest.mark.parametrize(
@@ -95,8 +89,8 @@ def test_a_precision_of_directions_is_that_of_the_array(example):
     values, rest = jnp.geomspace(1, 1e-2, R), 0.1
     operator = precision.spectral(rest, found, values)
     root = np.sqrt(rest) * (np.eye(array.shape[1]) - array.T @ array) + array.T * np.sqrt(values) @ array
-    whole = np.asarray(outer_products.whole(rows), np.float64)
-    x, expected = outer_products.whole(rows)[0], np.linalg.solve(root, whole[0])
+    whole = np.asarray(factored_gradients.whole(rows), np.float64)
+    x, expected = factored_gradients.whole(rows)[0], np.linalg.solve(root, whole[0])
     scale = np.linalg.norm(expected)
     for transform in (precision.whiten, precision.color):
         np.testing.assert_allclose(transform(operator, x) / scale, expected / scale, atol=1e-5)
@@ -128,7 +122,7 @@ def test_a_round_in_factors_has_the_sum_of_whole_gradients(monkeypatch):
 def test_a_pass_over_units_of_several_records_is_that_in_the_array_of_the_directions():
     params, data = wide_layer_network(KEY, 60)
     space = subspace.full(params)
-    found, _ = survey.leading_directions(wide_layer_loss, params, data, 6, space)
+    found, _ = public_curvature.leading_directions(wide_layer_loss, params, data, 6, space)
     units = records.group_by_unit(data, np.arange(60) // 3)
     sums = []
     for rows in (found, jax.vmap(lambda c: directions.combine(found, c))(jnp.eye(6))):
@@ -143,7 +137,7 @@ def test_a_pass_over_units_of_several_records_is_that_in_the_array_of_the_direct
 def test_a_hardened_unit_is_clipped_in_the_same_norm():
     params, data = wide_layer_network(KEY, 20)
     space = subspace.full(params)
-    found, _ = survey.leading_directions(wide_layer_loss, params, data, 6, space)
+    found, _ = public_curvature.leading_directions(wide_layer_loss, params, data, 6, space)
     geometry = precision.spectral(0.1, found, jnp.linspace(2.0, 0.5, 6))
     exact, info = exact_clipping.integer_sum(wide_layer_loss, params, space, geometry, data, l2_clip_norm=0.5)
     total, same = clipping.clipped_sum(wide_layer_loss, params, space, geometry, data, l2_clip_norm=0.5)

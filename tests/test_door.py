@@ -11,7 +11,9 @@ from dp_accounting import NeighboringRelation
 from test_finetune import regression, tune
 
 import qexp_jax
-from qexp_jax import finetune, ledger, preflight, records, stream, subspace
+from qexp_jax import ledger, preflight, records, subspace
+from qexp_jax.data import stream
+from qexp_jax.fine_tuning import finetune
 
 DATA = jax.tree.map(np.asarray, regression())
 PRIVATE, PUBLIC = DATA["private"], DATA["public"]

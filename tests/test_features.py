@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qexp_jax import features, isolation, subspace, tilting
+from qexp_jax import features, subspace
+from qexp_jax.fine_tuning import tilting
+from qexp_jax.model import isolation
 
 KEY, N = jax.random.key(3), 300
 _RNG = np.random.default_rng(0)

@@ -12,8 +12,10 @@ from flax import nnx
 from problems import network, network_loss
 
 import qexp_jax
-from qexp_jax import accuracy, clipping, finetune, flow, plan, privacy, rounds, subspace
-from qexp_jax import certificate as certificates
+from qexp_jax import accuracy, clipping, plan, privacy, subspace
+from qexp_jax.fine_tuning import finetune, rounds
+from qexp_jax.privacy import certificate as certificates
+from qexp_jax.quadratic import step_size
 
 KEY = jax.random.key(17)
 BUDGET = {"epsilon": 1.0, "delta": 1e-5}
@@ -115,7 +117,7 @@ def test_diagnostics_are_apart_and_measure_the_excess():
     assert release._fields == ("params", "certificate")
     assert info[0].noise_cost > 0 and info[0].clip_info.num_units == 400
     plan = info[0].plan
-    step = flow.scale(plan.spectrum.directions, info[0].multiples, info[0].w)
+    step = step_size.scale(plan.spectrum.directions, info[0].multiples, info[0].w)
     moved = subspace.displace(plan.subspace, {"w": jnp.ones(3)}, step)
     np.testing.assert_allclose(moved["w"], release.params["w"], rtol=1e-5)
     mean, degrees = accuracy.noise_cost(
@@ -203,18 +205,18 @@ def test_a_round_takes_its_share_of_the_best_length_or_under_a_heavy_shift_the_b
     spectrum, num_units = made.spectrum, quadratic.num_units
     geometry = jax.tree.map(lambda x: x[0], made.geometries)._replace(share=jnp.float32(1), bias=jnp.zeros(4))
     walk = rounds.start(made.subspace.layout, {"w": jnp.ones(WIDE)}, spectrum, made.rounds)
-    g = flow.scale(spectrum.directions, jnp.sqrt(shift * spectrum.moments), jax.random.normal(KEY, (WIDE,)))
+    g = step_size.scale(spectrum.directions, jnp.sqrt(shift * spectrum.moments), jax.random.normal(KEY, (WIDE,)))
     noise_var = jnp.mean(g**2) / 4
     _, multiples, _, _ = rounds.follow(
         num_units * g, walk, made.subspace, quadratic, num_units * noise_var**0.5, spectrum, geometry, 8.0
     )
-    belief = flow.observe(walk.belief, spectrum, g, noise_var)
+    belief = step_size.observe(walk.belief, spectrum, g, noise_var)
     assert plan.is_heavy(belief, spectrum, num_units) == is_heavy
-    signal = flow.pooled_signal(belief, spectrum, num_units)
-    share = flow.best_length(signal, spectrum, noise_var / 8, num_units, geometry.longest)[0] / 8
-    step, _ = flow.best_step(belief, spectrum, noise_var, num_units, geometry.longest / 8)
+    signal = step_size.pooled_signal(belief, spectrum, num_units)
+    share = step_size.best_length(signal, spectrum, noise_var / 8, num_units, geometry.longest)[0] / 8
+    step, _ = step_size.best_step(belief, spectrum, noise_var, num_units, geometry.longest / 8)
     expected, other = (
-        flow.advance(belief, spectrum, x, num_units)[0] for x in ((step, share) if is_heavy else (share, step))
+        step_size.advance(belief, spectrum, x, num_units)[0] for x in ((step, share) if is_heavy else (share, step))
     )
     np.testing.assert_allclose(multiples, expected, rtol=1e-4)
     assert jnp.all(jnp.abs(multiples / other - 1) > 0.05)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qexp_jax import flow
+from qexp_jax.quadratic import step_size
 
 KEY = jax.random.key(29)
 HOLD_OTHERS = jnp.array([1.0, 1.0, 1.0, 0.0])
@@ -14,7 +14,7 @@ HOLD_OTHERS = jnp.array([1.0, 1.0, 1.0, 0.0])
 def example(rest=7, shifts=(1e-3, 1e-2, 1e-1)):
     """Three leading directions in R^10, and the block of the other seven."""
     directions = jnp.linalg.qr(jax.random.normal(KEY, (3 + rest, 3)))[0].T
-    return flow.Spectrum(
+    return step_size.Spectrum(
         directions, jnp.array([2.0, 1.0, 0.5, 0.1]), jnp.array([4.0, 2.0, 1.0, 0.25]),
         jnp.array([1.0, 1.0, 1.0, rest]), jnp.array(shifts), jnp.zeros(len(shifts)),
     )  # fmt: skip
@@ -28,10 +28,10 @@ def dense_curvature(spectrum):
 
 def test_energies_and_scale_agree_with_the_dense_matrices():
     spectrum, x = example(), jax.random.normal(KEY, (10,))
-    energy = flow.energies(spectrum, x)
+    energy = step_size.energies(spectrum, x)
     np.testing.assert_allclose(jnp.vdot(spectrum.dims, energy), jnp.vdot(x, x), rtol=1e-5)
     np.testing.assert_allclose(energy[:3], (spectrum.directions @ x) ** 2, rtol=1e-5)
-    scaled = flow.scale(spectrum.directions, spectrum.curvature, x)
+    scaled = step_size.scale(spectrum.directions, spectrum.curvature, x)
     np.testing.assert_allclose(scaled, dense_curvature(spectrum) @ x, rtol=1e-4, atol=1e-5)
 
 
@@ -55,18 +55,18 @@ def test_the_expected_excess_is_that_of_simulated_gradient_flows():
     num_units, noise_var, length = 20, 0.1, 0.7
     flat = example()._replace(curvature=jnp.array([2.0, 1.0, 0.1, 0.1]))
     measured = simulated_excess(flat, num_units, noise_var, length, share=1.0)
-    predicted = flow.excess(length, 0.05 * flat.moments, flat, noise_var, num_units)
+    predicted = step_size.excess(length, 0.05 * flat.moments, flat, noise_var, num_units)
     np.testing.assert_allclose(predicted, measured, rtol=0.02)
-    assert abs(flow.excess(length, 0.05 * flat.moments, flat, 4 * noise_var, num_units) / measured - 1) > 0.1
+    assert abs(step_size.excess(length, 0.05 * flat.moments, flat, 4 * noise_var, num_units) / measured - 1) > 0.1
 
 
 def test_a_blocks_signal_is_taken_to_lie_where_it_is_steep():
     spectrum = example(rest=200)._replace(curvature=jnp.array([2.0, 1.0, 0.5, 0.02]))
     measured = simulated_excess(spectrum, 20, 1e-4, 3.0, share=0.01)
     signals = 0.05 * spectrum.moments
-    np.testing.assert_allclose(flow.excess(3.0, signals, spectrum, 1e-4, 20), measured, rtol=0.03)
+    np.testing.assert_allclose(step_size.excess(3.0, signals, spectrum, 1e-4, 20), measured, rtol=0.03)
     naive = spectrum._replace(curvature=jnp.array([2.0, 1.0, 0.02, 0.02]))
-    assert flow.excess(3.0, signals, naive, 1e-4, 20) > 5 * measured
+    assert step_size.excess(3.0, signals, naive, 1e-4, 20) > 5 * measured
 
 
 @functools.partial(jax.jit, static_argnames="rounds")
@@ -78,21 +78,21 @@ def rounds_of(spectrum, private_curvature, noise_std, rounds, length, key=KEY):
     def one(carried, noise_key):
         belief, gradient = carried
         seen = gradient + noise_std * jax.random.normal(noise_key, (10,))
-        belief = flow.observe(belief, spectrum, seen, noise_std**2)
-        multiples, belief = flow.advance(belief, spectrum, length, 10**6)
-        return (belief, gradient - private_curvature @ flow.scale(spectrum.directions, multiples, seen)), None
+        belief = step_size.observe(belief, spectrum, seen, noise_std**2)
+        multiples, belief = step_size.advance(belief, spectrum, length, 10**6)
+        return (belief, gradient - private_curvature @ step_size.scale(spectrum.directions, multiples, seen)), None
 
-    carried = flow.before_release(spectrum), start
+    carried = step_size.before_release(spectrum), start
     return jax.lax.scan(one, carried, jax.random.split(key, rounds))[0][0], start
 
 
 @pytest.mark.parametrize(("times", "others"), [(1.5, 1.5), (4.0, 30.0), (9.0, 3.0)])
 def test_the_steepness_of_the_private_curvature_is_found_in_the_leading_directions_and_in_the_others(times, others):
     spectrum = example()._replace(directions=jnp.eye(10)[:3])
-    public = flow.signal_curvature(spectrum)
+    public = step_size.signal_curvature(spectrum)
     private = jnp.diag(jnp.append(times * public[:3], jnp.full(7, others * public[-1])))
     found, _ = rounds_of(spectrum, private, 1e-3, 4, 0.1)
-    np.testing.assert_allclose(flow.steepness(found, spectrum, 10**6), [times] * 3 + [others], rtol=0.02)
+    np.testing.assert_allclose(step_size.steepness(found, spectrum, 10**6), [times] * 3 + [others], rtol=0.02)
 
 
 def test_the_prior_of_the_steepness_is_kept_under_noise():
@@ -100,36 +100,36 @@ def test_the_prior_of_the_steepness_is_kept_under_noise():
 
     def hidden(key):
         found, _ = rounds_of(spectrum, 4 * dense_curvature(spectrum), 1e3, 4, 0.1, key)
-        return flow.steepness(found, spectrum, 10**6)
+        return step_size.steepness(found, spectrum, 10**6)
 
     np.testing.assert_allclose(jnp.median(jax.jit(jax.vmap(hidden))(jax.random.split(KEY, 100)), axis=0), 2.0, rtol=0.1)
-    np.testing.assert_allclose(flow.steepness(flow.before_release(spectrum), spectrum, 10**6), 2.0)
+    np.testing.assert_allclose(step_size.steepness(step_size.before_release(spectrum), spectrum, 10**6), 2.0)
 
 
 def test_a_gradient_that_is_large_for_its_moments_is_expected_to_be_as_steep_as_its_own_square():
     """The largest generalised eigenvalue of V + g g^T against V, in the leading directions."""
     spectrum = example()._replace(directions=jnp.eye(10)[:3])
     g = jnp.append(3 * jnp.sqrt(spectrum.moments[:3]), jnp.zeros(7))
-    belief = flow.observe(flow.before_release(spectrum), spectrum, g, 1e-9)
+    belief = step_size.observe(step_size.before_release(spectrum), spectrum, g, 1e-9)
     moments = jnp.diag(spectrum.moments[:3])
     steepest = jnp.linalg.eigvals(jnp.linalg.solve(moments, moments + jnp.outer(g[:3], g[:3]))).real.max()
-    steepness = flow.steepness(belief, spectrum, 10**6)
+    steepness = step_size.steepness(belief, spectrum, 10**6)
     np.testing.assert_allclose(steepness, [steepest] * 3 + [2.0], rtol=0.02)
 
 
 def test_the_measured_and_the_public_curvature_have_no_bias_under_noise():
     spectrum = example()._replace(directions=jnp.eye(10)[:3])
     g, followed = jnp.append(jnp.array([2.0, -1.0, 1.5]), jnp.full(7, 0.8)), jnp.array([0.4, 0.3, 0.2, 0.5])
-    curvature, steps = flow.signal_curvature(spectrum), jnp.append(followed[:3], jnp.full(7, followed[3]))
+    curvature, steps = step_size.signal_curvature(spectrum), jnp.append(followed[:3], jnp.full(7, followed[3]))
     private = jnp.append(curvature[:3], jnp.full(7, spectrum.curvature[3]))  # the others as noise meets them
 
     def one(key):
         first, second = jax.random.split(key)
         y = g + jax.random.normal(first, (10,))
         later = g - private * steps * y + jax.random.normal(second, (10,))
-        belief = flow.before_release(spectrum)._replace(last=y, last_var=jnp.array(1.0), followed=followed)
+        belief = step_size.before_release(spectrum)._replace(last=y, last_var=jnp.array(1.0), followed=followed)
         naive = jnp.vdot(steps[:3] * y[:3], (y - later)[:3])
-        return flow.secant(belief, spectrum, later), naive
+        return step_size.secant(belief, spectrum, later), naive
 
     pairs, naive = jax.jit(jax.vmap(one))(jax.random.split(KEY, 200_000))
     moved = (steps * g) ** 2
@@ -145,9 +145,9 @@ def final_excess(times, length_of, dim=60, rank=40, rounds=80):
     For each of `times` as steep as the public one.
     """
     curvature = jnp.append(jnp.geomspace(2.0, 0.02, rank), 0.02)
-    shifts = (jnp.asarray(x, jnp.float32) for x in flow.shift_prior(2000))
+    shifts = (jnp.asarray(x, jnp.float32) for x in step_size.shift_prior(2000))
     dims = jnp.append(jnp.ones(rank), dim - rank)
-    spectrum = flow.Spectrum(jnp.eye(dim)[:rank], curvature, curvature, dims, *shifts)
+    spectrum = step_size.Spectrum(jnp.eye(dim)[:rank], curvature, curvature, dims, *shifts)
     public = jnp.append(curvature[:-1], jnp.full(dim - rank, 0.02))
     g = jnp.sqrt(0.1 * public) * jax.random.normal(jax.random.key(1), (dim,))
     along = jnp.vdot(g, public * g) / jnp.vdot(g, g) ** 2 * jnp.outer(g, g)
@@ -156,14 +156,14 @@ def final_excess(times, length_of, dim=60, rank=40, rounds=80):
     def one(private, carried, key):
         belief, x = carried
         seen = g + private @ x + jnp.sqrt(noise_var) * jax.random.normal(key, (dim,))
-        belief = flow.observe(belief, spectrum, seen, noise_var)
+        belief = step_size.observe(belief, spectrum, seen, noise_var)
         length = length_of(belief, spectrum, noise_var, rounds)
-        multiples, belief = flow.advance(belief, spectrum, length, 10**6)
-        return (belief, x - flow.scale(spectrum.directions, multiples, seen)), None
+        multiples, belief = step_size.advance(belief, spectrum, length, 10**6)
+        return (belief, x - step_size.scale(spectrum.directions, multiples, seen)), None
 
     def run(steepness, key):
         private = jnp.diag(public) + steepness * along
-        start = flow.before_release(spectrum), jnp.zeros(dim)
+        start = step_size.before_release(spectrum), jnp.zeros(dim)
         (_, x), _ = jax.lax.scan(functools.partial(one, private), start, jax.random.split(key, rounds))
         error = x + jnp.linalg.solve(private, g)
         return error @ private @ error / 2
@@ -174,12 +174,12 @@ def final_excess(times, length_of, dim=60, rank=40, rounds=80):
 
 def planned(belief, spectrum, noise_var, rounds):
     """The rounds' shares of the length of least J."""
-    signal = flow.pooled_signal(belief, spectrum, 10**6)
-    return flow.best_length(signal, spectrum, noise_var / rounds, 10**6, 20.0)[0] / rounds
+    signal = step_size.pooled_signal(belief, spectrum, 10**6)
+    return step_size.best_length(signal, spectrum, noise_var / rounds, 10**6, 20.0)[0] / rounds
 
 
 def of_its_own(belief, spectrum, noise_var, rounds):
-    return flow.best_step(belief, spectrum, noise_var, 10**6, 20.0 / rounds)[0]
+    return step_size.best_step(belief, spectrum, noise_var, 10**6, 20.0 / rounds)[0]
 
 
 def test_a_gradient_that_one_step_consumes_is_not_followed_by_rounds_of_noise():
@@ -188,10 +188,10 @@ def test_a_gradient_that_one_step_consumes_is_not_followed_by_rounds_of_noise():
 
 
 def test_the_recent_mean_has_the_latest_releases_with_the_most_weight_and_the_stated_variance():
-    spectrum, belief = example(), flow.before_release(example())
+    spectrum, belief = example(), step_size.before_release(example())
     seen, noise_vars = jax.random.normal(KEY, (4, 10)), jnp.array([1.0, 3.0, 0.5, 2.0])
     for y, noise_var, tuned in zip(seen, noise_vars, (1.0, HOLD_OTHERS, 1.0, 1.0), strict=True):
-        belief = flow.observe(belief, spectrum, y, noise_var, tuned)
+        belief = step_size.observe(belief, spectrum, y, noise_var, tuned)
     leading, others = jnp.array([1, 2, 3, 4]) / 10, jnp.array([1, 0, 2, 3]) / 6
     np.testing.assert_allclose(spectrum.directions @ belief.recent, leading @ seen @ spectrum.directions.T, rtol=1e-4)
     outside = jnp.eye(10) - spectrum.directions.T @ spectrum.directions
@@ -202,9 +202,9 @@ def test_the_recent_mean_has_the_latest_releases_with_the_most_weight_and_the_st
 
 
 def test_rounds_that_hold_a_block_count_since_it_was_tuned():
-    belief, found = flow.before_release(example()), []
+    belief, found = step_size.before_release(example()), []
     for tuned in (HOLD_OTHERS, 1.0, HOLD_OTHERS, HOLD_OTHERS):
-        belief = flow.observe(belief, example(), jnp.ones(10), 1.0, tuned)
+        belief = step_size.observe(belief, example(), jnp.ones(10), 1.0, tuned)
         found.append([float(belief.idle[0]), float(belief.idle[-1])])
     assert found == [[0, float("inf")], [0, 0], [0, 1], [0, 2]]
 
@@ -216,10 +216,10 @@ def test_the_signal_left_is_what_the_latest_releases_show_but_for_one_standard_d
     noise_std = 3.0
 
     def found(key):
-        belief = flow.observe(flow.before_release(spectrum), spectrum, 10 * g, 1e-6)
+        belief = step_size.observe(step_size.before_release(spectrum), spectrum, 10 * g, 1e-6)
         for k in jax.random.split(key, 8):
-            belief = flow.observe(belief, spectrum, g + noise_std * jax.random.normal(k, (1000,)), noise_std**2)
-        left = flow.signal_left(belief, spectrum, 10**9)
+            belief = step_size.observe(belief, spectrum, g + noise_std * jax.random.normal(k, (1000,)), noise_std**2)
+        left = step_size.signal_left(belief, spectrum, 10**9)
         return jnp.stack([jnp.sum(left[:3]), 997 * left[-1]])
 
     weights = np.arange(1, 10) / 45
@@ -233,18 +233,20 @@ def test_the_signal_left_is_what_the_latest_releases_show_but_for_one_standard_d
 
 def test_no_more_is_left_than_the_anchor_had_and_what_was_never_tuned_keeps_it_all():
     spectrum, seen = example(), jax.random.normal(KEY, (10,))
-    before = flow.before_release(spectrum)
+    before = step_size.before_release(spectrum)
     np.testing.assert_array_equal(
-        flow.signal_left(before, spectrum, 100), flow.pooled_signal(before, spectrum, 100)
+        step_size.signal_left(before, spectrum, 100), step_size.pooled_signal(before, spectrum, 100)
     )  # fmt: skip
-    belief = flow.observe(before, spectrum, seen, 0.5, HOLD_OTHERS)
-    left, had = (f(belief, spectrum, 100) for f in (flow.signal_left, flow.pooled_signal))
+    belief = step_size.observe(before, spectrum, seen, 0.5, HOLD_OTHERS)
+    left, had = (f(belief, spectrum, 100) for f in (step_size.signal_left, step_size.pooled_signal))
     assert left[-1] == had[-1]
     np.testing.assert_array_equal(left, had)  # together they show more than that
     quieter = belief._replace(recent=belief.recent / 100)
-    assert jnp.sum(flow.signal_left(quieter, spectrum, 100)[:-1]) < jnp.sum(had[:-1])
+    assert jnp.sum(step_size.signal_left(quieter, spectrum, 100)[:-1]) < jnp.sum(had[:-1])
     louder = belief._replace(recent=100 * belief.recent)
-    np.testing.assert_array_equal(flow.signal_left(louder, spectrum, 100), flow.pooled_signal(louder, spectrum, 100))
+    np.testing.assert_array_equal(
+        step_size.signal_left(louder, spectrum, 100), step_size.pooled_signal(louder, spectrum, 100)
+    )
 
 
 def test_loud_noise_does_not_hide_what_many_leading_directions_have_left_together():
@@ -259,10 +261,10 @@ def test_loud_noise_does_not_hide_what_many_leading_directions_have_left_togethe
     g = jax.random.normal(jax.random.key(1), (80,))
 
     def found(key):
-        belief = flow.observe(flow.before_release(spectrum), spectrum, g, 1e-6)
+        belief = step_size.observe(step_size.before_release(spectrum), spectrum, g, 1e-6)
         for k in jax.random.split(key, 5):
-            belief = flow.observe(belief, spectrum, g + 4 * jax.random.normal(k, (80,)), 16.0)
-        return jnp.sum(flow.signal_left(belief, spectrum, 10**9)[:64])
+            belief = step_size.observe(belief, spectrum, g + 4 * jax.random.normal(k, (80,)), 16.0)
+        return jnp.sum(step_size.signal_left(belief, spectrum, 10**9)[:64])
 
     left, had = jax.jit(jax.vmap(found))(jax.random.split(KEY, 500)), jnp.sum(g[:64] ** 2)
     assert jnp.mean(left > 0) > 0.9 and jnp.median(left) > 0.5 * had
@@ -274,10 +276,10 @@ def test_the_best_step_lowers_the_loss_most_by_itself(times, noise_std):
     """The private curvature is `times` the public one along the signal; noise meets the public one."""
     spectrum = example(rest=40, shifts=(100.0,))._replace(directions=jnp.eye(43)[:3])
     g, xi = jax.random.normal(jax.random.key(1), (43,)), noise_std * jax.random.normal(KEY, (4000, 43))
-    belief = flow.observe(flow.before_release(spectrum), spectrum, g, 1e-6)
+    belief = step_size.observe(step_size.before_release(spectrum), spectrum, g, 1e-6)
     belief = belief._replace(slopes=1e9 * jnp.array([[times, times], [1.0, 1.0]]))  # measured for good
     along, public = (
-        jnp.append(x[:3], jnp.full(40, x[3])) for x in (flow.signal_curvature(spectrum), spectrum.curvature)
+        jnp.append(x[:3], jnp.full(40, x[3])) for x in (step_size.signal_curvature(spectrum), spectrum.curvature)
     )  # fmt: skip
 
     def change(length):
@@ -285,33 +287,33 @@ def test_the_best_step_lowers_the_loss_most_by_itself(times, noise_std):
         signal = -jnp.sum(steps * g**2) + times * jnp.sum(along * (steps * g) ** 2) / 2
         return signal + jnp.mean(jnp.sum(public * (steps * xi) ** 2, axis=1)) / 2
 
-    costs = jax.jit(jax.vmap(change))(flow.lengths_up_to(20.0))
-    best, lowered = flow.best_step(belief, spectrum, noise_std**2, 10**9, 20.0)
+    costs = jax.jit(jax.vmap(change))(step_size.lengths_up_to(20.0))
+    best, lowered = step_size.best_step(belief, spectrum, noise_std**2, 10**9, 20.0)
     assert jnp.min(costs) < 0 and change(best) < 0.999 * jnp.min(costs)
     assert lowered == pytest.approx(float(change(best)), rel=0.02)
-    louder, silent = (flow.best_step(belief, spectrum, v, 10**9, 20.0)[0] for v in (4 * noise_std**2, 1e-9))
+    louder, silent = (step_size.best_step(belief, spectrum, v, 10**9, 20.0)[0] for v in (4 * noise_std**2, 1e-9))
     assert louder < best < silent
 
 
 def test_where_no_signal_is_left_the_best_step_is_the_shortest():
     spectrum = example()
-    belief = flow.observe(flow.before_release(spectrum), spectrum, jnp.full(10, 1e-6), 1.0)
-    length, change = flow.best_step(belief, spectrum, 1.0, 10**6, 5.0)
+    belief = step_size.observe(step_size.before_release(spectrum), spectrum, jnp.full(10, 1e-6), 1.0)
+    length, change = step_size.best_step(belief, spectrum, 1.0, 10**6, 5.0)
     assert length == pytest.approx(5 / 64) and change > 0
-    held = flow.observe(flow.before_release(spectrum), spectrum, jnp.ones(10), 0.01, HOLD_OTHERS)
+    held = step_size.observe(step_size.before_release(spectrum), spectrum, jnp.ones(10), 0.01, HOLD_OTHERS)
     alone = spectrum._replace(dims=HOLD_OTHERS)  # of directions held fixed neither signal nor noise counts
-    lengths = [flow.best_step(held, s, 0.01, 10**6, 5.0, HOLD_OTHERS) for s in (spectrum, alone)]
+    lengths = [step_size.best_step(held, s, 0.01, 10**6, 5.0, HOLD_OTHERS) for s in (spectrum, alone)]
     np.testing.assert_array_equal(*lengths)
 
 
 def test_no_flow_passes_the_minimum_of_a_quadratic_as_steep_as_measured():
     spectrum = example()
     belief, _ = rounds_of(spectrum, 6 * dense_curvature(spectrum), 1e-3, 4, 0.2)
-    multiples, _ = flow.advance(belief, spectrum, 1e6, 10**6)
-    rates = flow.steepness(belief, spectrum, 10**6) * flow.signal_curvature(spectrum)
+    multiples, _ = step_size.advance(belief, spectrum, 1e6, 10**6)
+    rates = step_size.steepness(belief, spectrum, 10**6) * step_size.signal_curvature(spectrum)
     np.testing.assert_allclose(multiples * rates, -np.expm1(-4 * rates / spectrum.curvature.max()), rtol=1e-5)
     assert 0.98 < jnp.max(multiples * rates) <= 1
-    short, _ = flow.advance(belief, spectrum, 1e-6, 10**6)
+    short, _ = step_size.advance(belief, spectrum, 1e-6, 10**6)
     np.testing.assert_allclose(short, 1e-6, rtol=1e-4)
 
 
@@ -322,12 +324,12 @@ def valley(width, remember, rounds=40):
     def one(carried, _):
         belief, x = carried
         seen = jnp.zeros(10).at[0].set(3 * (jax.nn.sigmoid(x / width) - 0.5))
-        belief = flow.observe(belief, spectrum, seen, 1e-6)
+        belief = step_size.observe(belief, spectrum, seen, 1e-6)
         belief = belief if remember else belief._replace(steepest=jnp.zeros(2))
-        multiples, belief = flow.advance(belief, spectrum, 1.0, 10**6)
+        multiples, belief = step_size.advance(belief, spectrum, 1.0, 10**6)
         return (belief, x - multiples[0] * seen[0]), x
 
-    return jax.lax.scan(one, (flow.before_release(spectrum), 1.0), length=rounds)[1]
+    return jax.lax.scan(one, (step_size.before_release(spectrum), 1.0), length=rounds)[1]
 
 
 @pytest.mark.parametrize("width", [0.01, 0.001])
@@ -354,15 +356,15 @@ def test_a_passed_minimum_shows_no_more_steepness_than_there_is_however_little_o
     """
     spectrum = example(rest=997)._replace(directions=jnp.eye(1000)[:3])
     followed, jumped = jnp.array([0.1, 0.1, 0.1, 1.0]), 2.2  # private curvature times step
-    truth = jumped / (followed[-1] * flow.signal_curvature(spectrum)[-1])
+    truth = jumped / (followed[-1] * step_size.signal_curvature(spectrum)[-1])
 
     def steepest(key):
         first, second = jax.random.split(key)
         g = jnp.zeros(1000).at[500].set(10.0)
         y = g + jax.random.normal(first, g.shape)
         later = g.at[500].add(-jumped * y[500]) + jax.random.normal(second, g.shape)
-        belief = flow.before_release(spectrum)._replace(last=y, last_var=jnp.array(1.0), followed=followed)
-        return flow.observe(belief, spectrum, later, 1.0).steepest[1]
+        belief = step_size.before_release(spectrum)._replace(last=y, last_var=jnp.array(1.0), followed=followed)
+        return step_size.observe(belief, spectrum, later, 1.0).steepest[1]
 
     found = jax.jit(lambda keys: jax.lax.map(steepest, keys, batch_size=500))(jax.random.split(KEY, 20_000))
     assert jnp.mean(found > 0) > 0.3 and found.max() < truth
@@ -372,13 +374,13 @@ def test_the_anchors_gradient_is_remembered_through_the_flow_with_the_stated_var
     spectrum = example()._replace(curvature=jnp.array([2.0, 1.0, 0.1, 0.1]))
     private = 2.0 * dense_curvature(spectrum)  # the steepness expected
     belief, gradient = rounds_of(spectrum, private, 1e-4, 8, 0.3)
-    remembered = flow.scale(spectrum.directions, 1 / belief.weights, belief.gradients)
+    remembered = step_size.scale(spectrum.directions, 1 / belief.weights, belief.gradients)
     np.testing.assert_allclose(remembered, gradient, atol=5e-3)
     assert jnp.linalg.norm(belief.gradients / 8 - gradient) > 0.3 * jnp.linalg.norm(gradient)
 
     def energy(key):
         found, _ = rounds_of(spectrum, 0 * private, 1.0, 4, 1e-9, key)
-        return jnp.sum((flow.scale(spectrum.directions, 1 / found.weights, found.gradients) - gradient) ** 2)
+        return jnp.sum((step_size.scale(spectrum.directions, 1 / found.weights, found.gradients) - gradient) ** 2)
 
     mean = jnp.mean(jax.jit(jax.vmap(energy))(jax.random.split(KEY, 2000)))
     np.testing.assert_allclose(mean, 10 / 4, rtol=0.05)
@@ -388,17 +390,17 @@ def test_the_best_length_is_the_least_of_the_excess_and_grows_with_signal_over_n
     spectrum = example()
 
     def best(shift, noise_var):
-        return flow.best_length(shift * spectrum.moments, spectrum, noise_var, 1000, 50.0)[0]
+        return step_size.best_length(shift * spectrum.moments, spectrum, noise_var, 1000, 50.0)[0]
 
     lengths = jnp.geomspace(50 / 64, 50, 49)
-    costs = [flow.excess(length, 0.1 * spectrum.moments, spectrum, 0.05, 1000) for length in lengths]
+    costs = [step_size.excess(length, 0.1 * spectrum.moments, spectrum, 0.05, 1000) for length in lengths]
     np.testing.assert_allclose(best(0.1, 0.05), lengths[np.argmin(costs)], rtol=1e-5)
-    _, cost = flow.best_length(0.1 * spectrum.moments, spectrum, 0.05, 1000, 50.0)
+    _, cost = step_size.best_length(0.1 * spectrum.moments, spectrum, 0.05, 1000, 50.0)
     np.testing.assert_allclose(cost, np.min(costs), rtol=1e-5)
     # e^{-L K} is the share of sampling error in the signal, where noise has none: L = 17.6 at K = .5.
     assert best(10.0, 1e-9) == pytest.approx(17.6, rel=0.1) and best(1e-8, 1.0) == pytest.approx(50 / 64, rel=1e-5)
     flat = spectrum._replace(curvature=jnp.array([2.0, 1.0, 0.1, 0.1]))
-    assert flow.best_length(10 * flat.moments, flat, 1e-9, 1000, 50.0)[0] > 40
+    assert step_size.best_length(10 * flat.moments, flat, 1e-9, 1000, 50.0)[0] > 40
     assert best(0.1, 0.1) < best(0.1, 0.01) and best(0.01, 0.05) < best(0.1, 0.05)
 
 
@@ -406,7 +408,7 @@ def test_the_signal_is_the_posterior_mean_of_a_grid_computed_in_full():
     spectrum, noise_var, num_units = example(), 0.02, 50
     spectrum = spectrum._replace(log_prior=-2 * jnp.log(spectrum.shifts))
     x = np.asarray(0.3 * jax.random.normal(jax.random.key(3), (10,)), float)
-    energy = flow.energies(spectrum, jnp.asarray(x, jnp.float32))
+    energy = step_size.energies(spectrum, jnp.asarray(x, jnp.float32))
     moments, dims = np.asarray(spectrum.moments, float), np.asarray(spectrum.dims, float)
     expected = moments * [1, 1, 1, 0.5]  # of the others half
     error, log_evidence, means = moments / num_units + noise_var, [], []
@@ -417,7 +419,7 @@ def test_the_signal_is_the_posterior_mean_of_a_grid_computed_in_full():
         means.append(share**2 * np.asarray(energy, float) + tau * expected * (1 - share))
     weight = np.exp(log_evidence - np.max(log_evidence))
     expected = weight @ np.array(means) / weight.sum()
-    np.testing.assert_allclose(flow.signal(energy, spectrum, noise_var, num_units), expected, rtol=1e-4)
+    np.testing.assert_allclose(step_size.signal(energy, spectrum, noise_var, num_units), expected, rtol=1e-4)
 
 
 def test_the_shift_is_found_where_there_is_signal_and_the_prior_kept_where_there_is_not():
@@ -425,40 +427,40 @@ def test_the_shift_is_found_where_there_is_signal_and_the_prior_kept_where_there
     scale = jnp.sqrt(jnp.append(spectrum.moments[:3], jnp.full(5000, spectrum.moments[3])))
     g = 0.1 * scale * jax.random.normal(KEY, (5003,))  # tau = .01; axes serve as directions
     spectrum = spectrum._replace(directions=jnp.eye(5003)[:3])
-    found = flow.signal(flow.energies(spectrum, g), spectrum, 1e-6, 10**6)
+    found = step_size.signal(step_size.energies(spectrum, g), spectrum, 1e-6, 10**6)
     assert 0.5 < jnp.vdot(spectrum.dims, found) / jnp.vdot(g, g) < 1.5
-    hidden = flow.signal(flow.energies(spectrum, g), spectrum, 1e4, 10**6)
+    hidden = step_size.signal(step_size.energies(spectrum, g), spectrum, 1e4, 10**6)
     prior = jnp.mean(spectrum.shifts) * spectrum.moments * jnp.array([1.0, 1.0, 1.0, 0.5])
     np.testing.assert_allclose(hidden, prior, rtol=0.05)
 
 
 def test_a_spectrum_without_a_rest_is_a_spectrum():
     spectrum = example(rest=0)._replace(directions=jnp.eye(3), dims=jnp.array([1.0, 1.0, 1.0, 0.0]))
-    energy = flow.energies(spectrum, jnp.array([0.1, 0.2, 0.3]))
-    assert jnp.all(jnp.isfinite(flow.signal(energy, spectrum, 0.1, 100)))
-    assert jnp.all(jnp.isfinite(jnp.stack(flow.best_length(energy, spectrum, 0.1, 100, 5.0))))
+    energy = step_size.energies(spectrum, jnp.array([0.1, 0.2, 0.3]))
+    assert jnp.all(jnp.isfinite(step_size.signal(energy, spectrum, 0.1, 100)))
+    assert jnp.all(jnp.isfinite(jnp.stack(step_size.best_length(energy, spectrum, 0.1, 100, 5.0))))
 
 
 def test_a_round_that_holds_the_others_moves_and_learns_nothing_there():
     spectrum, seen = example(), jax.random.normal(KEY, (10,))
-    belief = flow.observe(flow.before_release(spectrum), spectrum, seen, 0.5, HOLD_OTHERS)
-    multiples, belief = flow.advance(belief, spectrum, 0.3, 10**6, HOLD_OTHERS)
+    belief = step_size.observe(step_size.before_release(spectrum), spectrum, seen, 0.5, HOLD_OTHERS)
+    multiples, belief = step_size.advance(belief, spectrum, 0.3, 10**6, HOLD_OTHERS)
     assert multiples[-1] == 0 and belief.left[-1] == 1 and belief.weights[-1] == 0 and jnp.all(multiples[:3] > 0)
     outside = belief.gradients - spectrum.directions.T @ (spectrum.directions @ belief.gradients)
     np.testing.assert_allclose(outside, 0, atol=1e-5)
-    whole = flow.observe(flow.before_release(spectrum), spectrum, seen, 0.5)
+    whole = step_size.observe(step_size.before_release(spectrum), spectrum, seen, 0.5)
     assert whole.weights[-1] > 0 and jnp.all(belief.weights[:3] == whole.weights[:3])
 
 
 def test_what_was_never_tuned_keeps_the_prior_at_the_shift_that_the_others_show():
     spectrum = example(shifts=tuple(np.geomspace(1e-3, 1, 13)))._replace(directions=jnp.eye(10)[:3])
-    before = flow.pooled_signal(flow.before_release(spectrum), spectrum, 10**6)
+    before = step_size.pooled_signal(step_size.before_release(spectrum), spectrum, 10**6)
     np.testing.assert_allclose(before, jnp.mean(spectrum.shifts) * spectrum.moments * (1 - 0.5 * (1 - HOLD_OTHERS)))
 
     def others_after(size):
         g = size * jnp.append(jnp.sqrt(spectrum.moments[:3]), jnp.full(7, 1e3))
-        belief = flow.observe(flow.before_release(spectrum), spectrum, g, 1e-6, HOLD_OTHERS)
-        return flow.pooled_signal(belief, spectrum, 10**6)[-1]
+        belief = step_size.observe(step_size.before_release(spectrum), spectrum, g, 1e-6, HOLD_OTHERS)
+        return step_size.pooled_signal(belief, spectrum, 10**6)[-1]
 
     assert 3 * others_after(0.05) < before[-1] < others_after(1.0) / 3
 
@@ -469,8 +471,8 @@ def test_the_pooled_shift_is_the_one_that_the_gradients_have(shift):
     spectrum = spectrum._replace(directions=jnp.eye(503)[:3])
     scales = jnp.sqrt(shift * spectrum.moments * jnp.array([1.0, 1.0, 1.0, 0.5]))  # of the others half
     g = jnp.append(scales[:3], jnp.full(500, scales[3])) * jax.random.normal(KEY, (503,))
-    belief = flow.observe(flow.before_release(spectrum), spectrum, g, 1e-9)
-    np.testing.assert_allclose(flow.pooled_shift(belief, spectrum, 10**7), shift, rtol=0.3)
+    belief = step_size.observe(step_size.before_release(spectrum), spectrum, g, 1e-9)
+    np.testing.assert_allclose(step_size.pooled_shift(belief, spectrum, 10**7), shift, rtol=0.3)
 
 
 def test_releases_of_unequal_noise_are_weighed_by_it():
@@ -478,10 +480,10 @@ def test_releases_of_unequal_noise_are_weighed_by_it():
     spectrum, g = example(), jax.random.normal(jax.random.key(1), (10,))
 
     def error(key):
-        belief = flow.before_release(spectrum)
+        belief = step_size.before_release(spectrum)
         for k, std in zip(jax.random.split(key), (1.0, 2.0), strict=True):
-            belief = flow.observe(belief, spectrum, g + std * jax.random.normal(k, (10,)), std**2)
-        found = flow.scale(spectrum.directions, 1 / belief.weights, belief.gradients)
+            belief = step_size.observe(belief, spectrum, g + std * jax.random.normal(k, (10,)), std**2)
+        found = step_size.scale(spectrum.directions, 1 / belief.weights, belief.gradients)
         return jnp.append(jnp.mean((found - g) ** 2), 1 / belief.weights[0])
 
     mean, stated = jnp.mean(jax.jit(jax.vmap(error))(jax.random.split(KEY, 4000)), axis=0)
@@ -491,6 +493,6 @@ def test_releases_of_unequal_noise_are_weighed_by_it():
 def test_the_excess_of_a_round_that_holds_the_others_is_that_of_the_leading_ones_and_the_others_signal():
     spectrum = example()
     signals, alone = 0.1 * spectrum.moments, spectrum._replace(dims=HOLD_OTHERS)
-    held = flow.excess(0.7, signals, spectrum, 0.1, 20, HOLD_OTHERS)
+    held = step_size.excess(0.7, signals, spectrum, 0.1, 20, HOLD_OTHERS)
     rest = 7 * signals[-1] / (2 * spectrum.curvature[:3].min())
-    np.testing.assert_allclose(held, flow.excess(0.7, signals, alone, 0.1, 20) + rest, rtol=1e-5)
+    np.testing.assert_allclose(held, step_size.excess(0.7, signals, alone, 0.1, 20) + rest, rtol=1e-5)

@@ -18,6 +18,7 @@ from problems import linear_loss, spd
 
 import qexp_jax
 from qexp_jax import clipping, hardened, ledger, precision, privacy, records, subspace
+from qexp_jax.private_pass import exact_clipping
 
 D = 3
 DTYPES = [jnp.float16, jnp.bfloat16, jnp.float32]

@@ -15,6 +15,7 @@ from scipy import stats
 
 import qexp_jax
 from qexp_jax import clipping, hardened, ledger, precision, privacy, records, subspace
+from qexp_jax.private_pass import exact_clipping
 
 pytest.importorskip("opendp")
 KEY = jax.random.key(23)
@@ -105,7 +106,8 @@ def test_one_unit_moves_the_sum_by_at_most_the_integer_clip_norm_exactly(value):
     changed = data | {"y": data["y"].at[7].set(value)}
     absent = jax.tree.map(lambda x: np.delete(x, 7, axis=0), data)
     with_unit, without = (
-        exact_clipping.integer_sum(network_loss, params, space, factored, d, l2_clip_norm=0.5)[0] for d in (changed, absent)
+        exact_clipping.integer_sum(network_loss, params, space, factored, d, l2_clip_norm=0.5)[0]
+        for d in (changed, absent)
     )
     moved = square(with_unit - without)
     assert moved <= C**2

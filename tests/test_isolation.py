@@ -19,8 +19,10 @@ from problems import network, network_loss
 from test_finetune import BUDGET, regression, regression_loss
 
 import qexp_jax
-from qexp_jax import isolation, subspace, validation
 from qexp_jax import records as record_trees
+from qexp_jax import subspace
+from qexp_jax.data import validation
+from qexp_jax.model import isolation
 
 KEY = jax.random.key(3)
 WIDTH = 12

@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from qexp_jax import keys, validation
+from qexp_jax import keys
+from qexp_jax.data import validation
 
 
 def test_a_key_carries_the_systems_entropy_in_full(monkeypatch):

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from problems import wide_layer_loss, wide_layer_network
 
-from qexp_jax import clipping, gradients, outer_products, precision, subspace
-from qexp_jax.outer_products import Outer
+from qexp_jax import clipping, gradients, precision, subspace
+from qexp_jax.model import factored_gradients
+from qexp_jax.model.factored_gradients import Outer
 
 KEY = jax.random.key(31)
 LEAVES = [jax.random.normal(KEY, (70, 5)) / 8, jax.random.normal(KEY, (5, 70)) / 2]
@@ -48,31 +49,31 @@ LOSSES = {  # and which leaves are used in one product with one vector
 def test_gradients_are_those_of_autodiff_and_outer_products_where_a_matrix_meets_one_vector(name):
     loss, expected = LOSSES[name]
     reshaped = lambda w, r: loss(w, r | {"y": r["y"].reshape(2, 35)} if name == "a sequence" else r)
-    rows = jax.jit(jax.vmap(lambda r: outer_products.gradient(reshaped, LEAVES, r)))(RECORDS)
+    rows = jax.jit(jax.vmap(lambda r: factored_gradients.gradient(reshaped, LEAVES, r)))(RECORDS)
     flat = lambda r: jnp.concatenate([g.ravel() for g in jax.grad(reshaped)(LEAVES, r)])
     whole = jax.jit(jax.vmap(flat))(RECORDS)
     assert tuple(isinstance(x, Outer) for x in rows) == (expected or (False, False))
     scale = jnp.max(jnp.abs(whole))
-    np.testing.assert_allclose(outer_products.whole(rows) / scale, whole / scale, atol=2e-6)
-    np.testing.assert_allclose(outer_products.norms(rows), jnp.linalg.norm(whole, axis=1), rtol=1e-4)
+    np.testing.assert_allclose(factored_gradients.whole(rows) / scale, whole / scale, atol=2e-6)
+    np.testing.assert_allclose(factored_gradients.norms(rows), jnp.linalg.norm(whole, axis=1), rtol=1e-4)
     weights, keep = jnp.arange(6.0), jnp.arange(6) != 4
     for part, gradients_of in zip(rows, jnp.split(whole, [350], axis=1), strict=True):
         if isinstance(part, Outer):
-            sums = outer_products.grouped_sums(part, weights, keep, 4)
+            sums = factored_gradients.grouped_sums(part, weights, keep, 4)
             expected = [(weights * keep)[s] @ gradients_of[s] for s in (slice(0, 4), slice(4, 6))]
             np.testing.assert_allclose(sums / scale, np.stack(expected) / scale, atol=2e-5)
 
 
 def test_only_wide_matrices_are_worth_it():
     shapes = [(70, 5), (5, 65), (64, 64), (70, 1), (70,), (70, 5, 2)]
-    assert [outer_products.is_wide(s) for s in shapes] == [True, True, False, False, False, False]
+    assert [factored_gradients.is_wide(s) for s in shapes] == [True, True, False, False, False, False]
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1e-18, 1e12])
 def test_norms_of_small_and_large_factors_stay_within_float32(scale):
     left, right = jnp.full((2, 70), 1e3 / scale, jnp.float32), jnp.full((2, 5), scale, jnp.float32)
     expected = 70 * 5 * 1e6
-    np.testing.assert_allclose(outer_products.norms([Outer(left, right)]) ** 2, expected, rtol=1e-5)
+    np.testing.assert_allclose(factored_gradients.norms([Outer(left, right)]) ** 2, expected, rtol=1e-5)
     if scale != 1e12:
         twin = jnp.sum(left**2, axis=1) * jnp.sum(right**2, axis=1)
         assert not np.allclose(twin, expected, rtol=1e-2)
@@ -80,9 +81,9 @@ def test_norms_of_small_and_large_factors_stay_within_float32(scale):
 
 def test_rows_that_are_not_kept_are_not_looked_at():
     part, weights = Outer(jnp.ones((3, 70)).at[1, 5].set(jnp.nan), jnp.ones((3, 5)).at[1].set(jnp.inf)), jnp.arange(3.0)
-    total = outer_products.grouped_sums(part, weights, jnp.array([True, False, True]), 32)
+    total = factored_gradients.grouped_sums(part, weights, jnp.array([True, False, True]), 32)
     np.testing.assert_allclose(total, 2, rtol=1e-5)
-    twin = outer_products.grouped_sums(part, weights, jnp.array([True, True, True]), 32)
+    twin = factored_gradients.grouped_sums(part, weights, jnp.array([True, True, True]), 32)
     assert not np.all(np.isfinite(twin))
 
 
@@ -90,7 +91,7 @@ def test_rows_that_are_not_kept_are_not_looked_at():
 def test_factors_of_any_size_are_added_as_they_are(size):
     """The other factor is as large or small as floats allow; no part is larger than it is."""
     part = Outer(jnp.full((1, 70), size, jnp.float32), jnp.full((1, 5), 1 / max(size, 1e-36), jnp.float32))
-    total = outer_products.grouped_sums(part, jnp.ones(1), jnp.ones(1, bool), 32)
+    total = factored_gradients.grouped_sums(part, jnp.ones(1), jnp.ones(1, bool), 32)
     assert np.all(np.isfinite(total)) and np.all(total <= min(1, size * 1e36) * (1 + 1e-5))
     if size in (1e-30, 1.0):
         np.testing.assert_allclose(total, 1, rtol=1e-5)

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qexp_jax import clipping, flow, plan, subspace, survey
+from qexp_jax import clipping, plan, subspace
+from qexp_jax.quadratic import public_curvature, step_size
 
 KEY = jax.random.key(23)
 D = 60
@@ -25,7 +26,7 @@ PARAMS = {"w": jnp.linspace(-1, 1, D)}
 def surveyed(rank=8):
     records = public()
     keys = jax.random.split(KEY, 3)
-    return survey.survey(keys, loss_fn, PARAMS, records, loss_fn, records, precision_rank=rank)
+    return public_curvature.survey(keys, loss_fn, PARAMS, records, loss_fn, records, precision_rank=rank)
 
 
 def planned(noise_multiplier, records=None, **changes):
@@ -47,8 +48,8 @@ def test_surveyed_gradients_are_those_of_each_record_and_the_rest_is_what_the_di
     whole, records = surveyed(), public(75)  # not a multiple of the microbatch
     each = np.asarray(jax.vmap(jax.grad(loss_fn), in_axes=(None, 0))(PARAMS, records)["w"])
     basis = np.asarray(whole.directions)
-    leading, totals, moved = survey._gradients(loss_fn, PARAMS, whole.subspace, whole.directions, records)
-    squares = survey._squares(leading, totals, D - 8)
+    leading, totals, moved = public_curvature._gradients(loss_fn, PARAMS, whole.subspace, whole.directions, records)
+    squares = public_curvature._squares(leading, totals, D - 8)
     np.testing.assert_array_equal(np.concatenate(moved), np.any(each != 0, axis=0))
     np.testing.assert_allclose(leading, each @ basis.T, atol=1e-4)
     np.testing.assert_allclose(squares[:, :-1], leading**2)
@@ -138,7 +139,7 @@ def test_the_releases_choose_the_leading_directions_for_a_small_shift_and_all_fo
     assert made.evidence["tuned_at_first"] == 8
     noise_var = (made.geometries.l2_clip_norm[1] * noise_multiplier / num_units) ** 2
     g = leading_gradient(spectrum, shift)
-    belief = flow.observe(flow.before_release(spectrum), spectrum, g, noise_var, seen)
+    belief = step_size.observe(step_size.before_release(spectrum), spectrum, g, noise_var, seen)
     geometry, _ = plan.choose(belief, spectrum, made.geometries, noise_multiplier, num_units, 80.0)
     assert jnp.vdot(geometry.tuned, spectrum.dims) == tuned
     heavy = tuned == D
@@ -166,7 +167,7 @@ def test_under_a_heavy_shift_all_are_tuned_where_it_pays_and_in_one_round_of_ten
     leading = leading_gradient(spectrum, 0.5)
     others = jax.random.normal(jax.random.key(5), (D,))
     others = others - spectrum.directions.T @ (spectrum.directions @ others)
-    belief = flow.observe(flow.before_release(spectrum), spectrum, leading, 1e-4, made.geometries.tuned[1])
+    belief = step_size.observe(step_size.before_release(spectrum), spectrum, leading, 1e-4, made.geometries.tuned[1])
     recent_var = 0.5 * jnp.vdot(leading, leading) / (D - 8)
     recent = 0.5 * leading + jnp.sqrt(seen_in_others * recent_var) * others
     times, idle = jnp.full(9, 80.0).at[-1].set(looked), jnp.zeros(9).at[-1].set(held)

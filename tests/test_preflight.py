@@ -11,7 +11,8 @@ import pytest
 from problems import network, network_loss
 from test_finetune import regression, tune
 
-from qexp_jax import NeighboringRelation, Stream, operations, preflight, subspace
+from qexp_jax import NeighboringRelation, Stream, preflight, subspace
+from qexp_jax.model import operations
 
 KEY = jax.random.key(2)
 

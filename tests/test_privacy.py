@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from dp_accounting import NeighboringRelation, pld
 
-from qexp_jax import arguments, hardened, privacy
+from qexp_jax import hardened, privacy
+from qexp_jax.data import arguments
 
 
 def exact_delta(mu, epsilon):

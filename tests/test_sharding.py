@@ -9,7 +9,10 @@ import pytest
 from problems import damped_precision, linear_loss, network, network_loss, wide_layer_loss, wide_layer_network
 
 import qexp_jax
-from qexp_jax import clipping, curvature, directions, passes, precision, records, sketching, subspace, survey
+from qexp_jax import clipping, curvature, precision, records, subspace
+from qexp_jax.model import sketching
+from qexp_jax.private_pass import passes
+from qexp_jax.quadratic import directions, public_curvature
 
 SPEC = jax.sharding.PartitionSpec
 KEY = jax.random.key(11)
@@ -61,7 +64,7 @@ def test_a_pass_in_outer_products_equals_one_device_with_an_active_clip(how, dim
     params, data = wide_layer_network(KEY)
     data["y"] = data["y"].at[5].set(1e4)
     space = subspace.count_sketch(KEY, params, dim) if dim else subspace.full(params)
-    found, _ = survey.leading_directions(wide_layer_loss, params, data, 6, space)
+    found, _ = public_curvature.leading_directions(wide_layer_loss, params, data, 6, space)
     geometry = precision.spectral(0.1, found, jnp.linspace(2.0, 0.5, 6))
 
     def private_pass(units, mask, axis_name="data"):

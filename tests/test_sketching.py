@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qexp_jax import sketching, subspace
-from qexp_jax.outer_products import Outer, whole
+from qexp_jax import subspace
+from qexp_jax.model import sketching
+from qexp_jax.model.factored_gradients import Outer, whole
 
 KEY = jax.random.key(4)
 SHAPES = ((3, 5), (0, 3), (), (50, 3), (2,))  # leaves that begin and end inside a block, span several, or are empty

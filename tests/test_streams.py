@@ -11,7 +11,10 @@ from dp_accounting import NeighboringRelation
 from test_finetune import regression, tune
 
 import qexp_jax
-from qexp_jax import integers, passes, records, stream
+from qexp_jax import records
+from qexp_jax.data import stream
+from qexp_jax.numerics import integers
+from qexp_jax.private_pass import passes
 
 DATA = regression()
 ROUNDS = {"rounds": 3, "microbatch_size": 16}

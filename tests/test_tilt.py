@@ -11,8 +11,10 @@ from dp_accounting import NeighboringRelation
 from scipy import stats
 
 import qexp_jax
-from qexp_jax import clipping, features, hardened, integers, privacy, records, rounds, tilt, tilting, weighting
+from qexp_jax import clipping, features, hardened, privacy, records, tilt, weighting
 from qexp_jax import ledger as ledgers
+from qexp_jax.fine_tuning import rounds, tilting
+from qexp_jax.numerics import integers
 
 KEY, BUDGET = jax.random.key(23), {"epsilon": 4.0, "delta": 1e-5}
 ADD_OR_REMOVE, REPLACE_ONE = NeighboringRelation.ADD_OR_REMOVE_ONE, NeighboringRelation.REPLACE_ONE

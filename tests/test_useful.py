@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 import qexp_jax
-from qexp_jax import ledger, mechanism, operations, rounds, subspace
+from qexp_jax import ledger, mechanism, subspace
+from qexp_jax.fine_tuning import rounds
+from qexp_jax.model import operations
 
 KEY = jax.random.key(3)
 BUDGET = {"epsilon": 8.0, "delta": 1e-5}

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qexp_jax import validation
+from qexp_jax.data import validation
 
 
 @pytest.mark.parametrize("move", [np.asarray, jnp.asarray], ids=["on the host", "on the device"])

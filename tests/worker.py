@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 import qexp_jax
-from qexp_jax import stream
+from qexp_jax.data import stream
 
 
 def loss_fn(params, record):

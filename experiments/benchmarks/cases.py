@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from experiments import models
-from qexp_jax.records import Params, Record
+from qexp_jax.data.records import Params, Record
 
 
 class Case(NamedTuple):

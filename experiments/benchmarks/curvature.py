@@ -10,8 +10,8 @@ from experiments.benchmarks import cases, peers
 from experiments.benchmarks.cases import Case
 from experiments.benchmarks.timing import Contestants, Row, race, row, rows_against
 from qexp_jax import curvature, subspace
-from qexp_jax.records import num_records
-from qexp_jax.subspace import Subspace
+from qexp_jax.data.records import num_records
+from qexp_jax.model.subspace import Subspace
 
 PATH = "curvature"
 DENSE_UP_TO = 10_000

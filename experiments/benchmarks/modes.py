@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from experiments.benchmarks import cases
 from experiments.benchmarks.timing import Row, race, row
 from qexp_jax import clipping, precision, subspace
-from qexp_jax.records import num_records
+from qexp_jax.data.records import num_records
 
 PATH = "mode"
 GOAL = 1 / 1.1

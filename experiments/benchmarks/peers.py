@@ -11,9 +11,9 @@ import numpy as np
 
 from experiments.benchmarks.cases import Case
 from experiments.benchmarks.timing import Contestants
-from qexp_jax.convolutions import as_products
-from qexp_jax.records import num_records
-from qexp_jax.subspace import Subspace, tuned_leaves, with_tuned_leaves
+from qexp_jax.data.records import num_records
+from qexp_jax.model.convolutions import as_products
+from qexp_jax.model.subspace import Subspace, tuned_leaves, with_tuned_leaves
 
 # Import name -> the distribution whose version is recorded.
 DISTRIBUTIONS = {

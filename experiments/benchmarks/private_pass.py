@@ -14,11 +14,12 @@ import numpy as np
 from experiments.benchmarks import peers
 from experiments.benchmarks.cases import Case
 from experiments.benchmarks.timing import Contestants, Row, race, row
-from qexp_jax import clipping, directions, precision, subspace, survey
-from qexp_jax.convolutions import as_products
-from qexp_jax.precision import Precision
-from qexp_jax.records import microbatches, num_records
-from qexp_jax.subspace import Subspace, tuned_leaves, with_tuned_leaves
+from qexp_jax import clipping, precision, subspace
+from qexp_jax.data.records import microbatches, num_records
+from qexp_jax.model.convolutions import as_products
+from qexp_jax.model.subspace import Subspace, tuned_leaves, with_tuned_leaves
+from qexp_jax.quadratic import directions, public_curvature
+from qexp_jax.quadratic.precision import Precision
 
 PATH = "private pass"
 CLIP_NORM = 1.0
@@ -83,7 +84,7 @@ def _dense(name, space, project=None, basis=None):
 
 def _low_rank(case, space, rank):
     """As in a release."""
-    found, _ = survey.leading_directions(case.loss_fn, case.params, case.records, rank, space)
+    found, _ = public_curvature.leading_directions(case.loss_fn, case.params, case.records, rank, space)
     geometry = precision.low_rank(0.1, found, jnp.linspace(1.0, 0.1, rank))
     vectors = jax.vmap(functools.partial(directions.combine, found))(jnp.eye(rank))
     return Setup(

@@ -1,0 +1,1 @@
+"""Records, units, streams and what is checked of them."""

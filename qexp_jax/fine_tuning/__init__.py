@@ -1,0 +1,1 @@
+"""One call: checks, rounds, checkpoints, and the tilt before them."""

@@ -1,0 +1,191 @@
+"""The door: records, units and keys as they come in, checked before any private value is read, and a release's entry.
+
+Structure first, then types, then shapes, so that whatever an error names is public.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qexp_jax.data import arguments, stream, validation
+from qexp_jax.data.records import LossFn, Params, Record, as_unit_ids, group_by_unit, held, num_records, take, unit_loss
+from qexp_jax.fine_tuning import checkpoint as checkpoints
+from qexp_jax.fine_tuning import preflight
+from qexp_jax.numerics.keys import as_threefry
+from qexp_jax.privacy import ledger as ledgers
+from qexp_jax.private_pass import passes
+
+_PUBLIC_SAMPLE = 4096
+
+
+def with_usual_promotion(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The library counts on JAX's defaults; whoever forbids promotion in their own code may call it all the same."""
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            return function(*args, **kwargs)
+
+    return run
+
+
+def public_records(public: Record, public_unit_ids: Any = None) -> Record:
+    """Public records in memory, of a stream a sample, as JAX will hold them."""
+    if not stream.is_stream(public):
+        return held(public, "public records", hide_length=False)
+    if public_unit_ids is not None:
+        raise ValueError("A public stream is sampled: public_unit_ids need public records in memory.")
+    # The sample is the same in every process and at every start: a checkpoint goes on with the same plan.
+    return held(stream.sample(np.random.default_rng(0), public, _PUBLIC_SAMPLE), "public records")
+
+
+def check_data(
+    check_loss: Callable[[Record], None], params: Params, public: Record, private: Record, private_n: bool
+) -> Record:
+    """The private records as JAX will hold them; of a stream each batch, when it is read.
+
+    Args:
+      check_loss: raises unless a loss keeps records of these shapes apart (`isolation.check_loss`).
+      params: the pretrained parameters.
+      public: of `public_records`.
+      private: records or a stream.
+      private_n: whether their number is private.
+
+    Raises:
+      ValueError: for bad records, of which it tells nothing private.
+    """
+    validation.check_configuration()
+    validation.check_records("public", public)
+    validation.check_finite("public records", public)
+    validation.check_finite("anchor parameters", params)
+    check_loss(public)
+    check = functools.partial(_check_private, check_loss, public)
+    if not stream.is_stream(private):
+        return check(private, private_n, hide_length=private_n)
+    batches = stream.each(private, functools.partial(check, allow_empty=True, hide_length=True))
+    if stream.first(batches) is None and not private_n:
+        raise ValueError("Expected at least one private record, found none in the stream.")
+    return batches
+
+
+def _check_private(check_loss, public, records, allow_empty, hide_length):
+    """Private records as JAX will hold them; none are none of the public ones' shapes.
+
+    Structure first, then types, so that nothing is converted that JAX cannot hold.
+    """
+    validation.check_same_structure(public, records)
+    records = held(records, "private records", hide_length=hide_length)
+    if not validation.check_records("private", records, allow_empty=allow_empty, hide_length=hide_length):
+        return take(public, slice(0, 0))
+    check_loss(records)
+    return records
+
+
+def check_devices(mesh: Any, params: Params, subspace: Any, public: Record, private: Record) -> None:
+    """Of a mesh, the private records go to its devices, wherever they are."""
+    arrays = {"params": params, "public": public, "subspace": None if subspace is None else subspace.arrays}
+    validation.check_devices(**arrays if mesh is not None else arrays | {"private": private})
+
+
+def secret_key(key: jax.Array, mesh: jax.sharding.Mesh | None) -> jax.Array:
+    """A threefry key, the same in every process, free to go where it is used: a mesh has devices of its own."""
+    key = passes.one_key(as_threefry(key), mesh)
+    if not key.committed:
+        return key
+    words = jnp.asarray(np.asarray(jax.random.key_data(key)))
+    return jax.random.wrap_key_data(words, impl=jax.random.key_impl(key))
+
+
+def check_ids(name: str, records: Record, unit_ids: Any) -> np.ndarray | None:
+    """Unit ids as an array, None where each record is a unit."""
+    if unit_ids is None:
+        return None
+    if stream.is_stream(records):
+        raise ValueError("A stream yields whole units, (records, mask) of group_by_unit, for unit_loss; not unit_ids.")
+    return as_unit_ids(unit_ids, num_records(records), name)
+
+
+def grouped(loss_fn: LossFn, records: Record, unit_ids: Any, max_records_per_unit: int | None) -> tuple[LossFn, Record]:
+    """The loss of one unit, and the units."""
+    if unit_ids is None:
+        return loss_fn, records
+    return unit_loss(loss_fn), group_by_unit(records, unit_ids, max_records_per_unit=max_records_per_unit)
+
+
+def public_num_units(private: Record, unit_ids: Any, public_count: int | None, private_n: bool, mesh: Any) -> int:
+    """N, which enters step and noise and must be public."""
+    if public_count is None and private_n:
+        raise ValueError("ADD_OR_REMOVE_ONE keeps the number of private units private: give a public_count.")
+    if public_count is None and passes.spans_processes(mesh):
+        raise ValueError("Several processes hold the private units: give a public_count of all of them.")
+    if public_count is None and unit_ids is not None:
+        public_count = len(np.unique(unit_ids))
+    if public_count is None:
+        public_count = stream.count(private) if stream.is_stream(private) else num_records(private)
+    public_count = arguments.count("public_count", public_count)
+    if public_count >= 2**31:
+        raise ValueError(f"Expected an integer public_count in [1, 2^31), found {public_count}.")
+    return public_count
+
+
+def have_one_shape(public: Record, private: Record) -> bool:
+    """Whether records in memory have the shapes of the public ones; of a stream nobody knows, and it counts as yes."""
+    if stream.is_stream(private):
+        return True
+    pairs = zip(jax.tree.leaves(public), jax.tree.leaves(private), strict=True)
+    return all(np.shape(a)[1:] == np.shape(b)[1:] for a, b in pairs)
+
+
+def one_unit(private: Record, public: Record, unit_ids: Any, max_records_per_unit: int | None) -> Any:
+    """The shapes of one unit, from those of a record and the public cap: they are the same whatever the ids are.
+
+    Of a stream those of the public records, since the width of its units may follow from the data.
+    """
+    records = public if stream.is_stream(private) else private
+    record = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x)[1:], jnp.result_type(x)), records)
+    if unit_ids is None or max_records_per_unit is None:
+        return record
+    return preflight.unit_of(record, max_records_per_unit)
+
+
+def batch_size(private: Record, private_n: bool) -> int | None:
+    """Units of a stream held at a time, where that is public: the length of a batch is not if their number is not."""
+    if not stream.is_stream(private):
+        return None
+    first = None if private_n else stream.first(private)
+    return stream.batch_size(private) or (None if first is None else num_records(first))
+
+
+def enter(ledger: Any, key: jax.Array, store: Any, units: Record, mesh: Any, **terms: Any) -> Any:
+    """Debits a new release, and binds its checkpoint to its data and its ledger; returns the store, so bound.
+
+    A checkpoint of other data is refused before anything is entered. A new release is entered before its data is read,
+    and digested after that.
+    """
+    in_memory = store is not None and not stream.is_stream(units)
+    if in_memory:
+        checkpoints.in_step(mesh, lambda: checkpoints.check_units(store, units))
+    checkpoints.in_first(mesh, lambda: _debit(ledger, key, store, **terms))
+    if in_memory:
+        checkpoints.in_step(mesh, lambda: checkpoints.bind_units(store, units))
+    return None if store is None else store._replace(ledger=ledger)
+
+
+def _debit(ledger, key, store, *, mu, hardened, **terms):
+    """Debits the release, unless checkpoint and ledger agree that it was debited before it was interrupted."""
+    paid = None if store is None else checkpoints.paid_tag(store)
+    if ledger is None and paid is not None:
+        raise ValueError("The checkpoint's release was entered in a ledger, which has to be given for it to go on.")
+    if ledger is None:
+        return
+    ledgers.check(ledger)
+    tag = ledgers.key_tag(ledger, key)
+    if paid == tag and ledgers.holds(ledger, key, mu=mu, hardened=hardened):
+        return
+    ledgers.debit(ledger, key, mu=mu, hardened=hardened, **terms)
+    if store is not None:
+        checkpoints.mark_paid(store, tag)

@@ -1,0 +1,145 @@
+"""Weights of public records that tilt them towards a private population, for a training loop of one's own (T9).
+
+One exact draw of the private mean of public features; all else is post-processing (`weighting`). The weights are as
+private as a release of `fine_tune`, with a certificate of their own, and may be used for any model and any number of
+times.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from dp_accounting import NeighboringRelation
+
+from qexp_jax.data import arguments, validation
+from qexp_jax.data.records import Params, Record
+from qexp_jax.fine_tuning import inputs, tilting
+from qexp_jax.fine_tuning import rounds as walks
+from qexp_jax.privacy import accounting
+from qexp_jax.privacy import ledger as ledgers
+from qexp_jax.privacy.certificate import ONE_ID, ONE_RECORD, make_tilt_certificate
+from qexp_jax.private_pass import passes
+from qexp_jax.quadratic import weighting
+from qexp_jax.quadratic.features import FeatureMap
+from qexp_jax.quadratic.weighting import Tilt
+
+_SEED = 0  # of public randomness: which records axes are fitted to
+
+
+class Weighted(NamedTuple):
+    """What may leave the curator.
+
+    Attributes:
+      weights: (n,) of the public records, float32, mean one; all one where the draw shows no shift, or one that weights
+        of these records cannot express.
+      tilt: how they were made, see `weighting.Tilt`.
+      features: the public map.
+      certificate: JSON-able; depends on public and released values only.
+    """
+
+    weights: np.ndarray
+    tilt: Tilt
+    features: FeatureMap
+    certificate: dict[str, Any]
+
+
+@inputs.with_usual_promotion
+def weights(
+    key: jax.Array,
+    public: Record,
+    private: Record,
+    *,
+    epsilon: float,
+    delta: float,
+    neighboring_relation: NeighboringRelation = NeighboringRelation.REPLACE_SPECIAL,
+    public_count: int | None = None,
+    unit_ids: Any = None,
+    max_records_per_unit: int | None = None,
+    params: Params = (),
+    features: Callable[..., Any] | None = None,
+    microbatch_size: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    ledger: ledgers.Ledger | str | os.PathLike[str] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Any:
+    """Weights of public records under (epsilon, delta)-differential privacy of the private ones.
+
+    Args:
+      key: secret typed key; the noise of one draw.
+      public: public records, pytree with a leading axis n; or a stream of batches, of which a sample is weighted, and
+        the rest by `weighting.weights_of`.
+      private: private records, the same pytree with the same shapes, of other arrays; or a stream of batches.
+      epsilon: in [1e-4, 1e4].
+      delta: in [1e-30, 0.999].
+      neighboring_relation: as in `fine_tune`.
+      public_count: as in `fine_tune`.
+      unit_ids: as in `fine_tune`; a unit's features are the mean over its records.
+      max_records_per_unit: as in `fine_tune`.
+      params: pretrained parameters, for `features` of two arguments.
+      features: `(record) -> arrays` or `(params, record) -> arrays`; by default those of the module `features`.
+      microbatch_size: as in `fine_tune`.
+      mesh: as in `fine_tune`.
+      ledger: as in `fine_tune`.
+      progress: called with the name of each stage as it begins.
+
+    Formal guarantee: the result is mu-GDP with `certificate["mu"]`, hence (epsilon, delta)-DP, with respect to
+    `neighboring_relation` on units of `private`, under the certificate's assumptions.
+
+    Raises:
+      ValueError: for bad static or public input, before any private value is read.
+      BudgetExceeded: where the ledger does not allow it.
+
+    >>> x = jax.random.normal(jax.random.key(1), (5000, 2))
+    >>> public, private = {"x": x[:4000]}, {"x": x[4000:] + 0.3}
+    >>> tilted = weights(jax.random.key(0), public, private, epsilon=1.0, delta=1e-5)
+    >>> mean = np.average(public["x"], axis=0, weights=tilted.weights)
+    >>> tilted.weights.shape, bool(np.all(abs(mean - 0.3) < 0.15))
+    ((4000,), True)
+
+    References:
+      Ji and Elkan, Mach. Learn. 93 (2013); Yu et al., arXiv:2305.13865; Dong, Roth and Su, arXiv:1905.02383 (mu-GDP).
+    """
+    validation.check_key(key)
+    arguments.neighboring_relation(neighboring_relation)
+    if not isinstance(mesh, jax.sharding.Mesh | None):
+        raise ValueError(f"Expected mesh to be a Mesh, found {arguments.described(mesh)}.")
+    passes.local_mesh(mesh)
+    private_n = neighboring_relation is NeighboringRelation.ADD_OR_REMOVE_ONE
+    epsilon, delta = accounting.check_budget(epsilon, delta)
+    mu = accounting.mu_from_budget(epsilon, delta)
+    key = inputs.secret_key(key, mesh)
+    validation.check_apart(public, private)
+    public = inputs.public_records(public)
+    validation.check_records("public", public)
+    validation.check_finite("public records", public)
+    walks.announce(progress, "tilt, public features")
+    prepared = tilting.prepare(jax.random.key(_SEED), params, public, features)
+    if prepared is None:
+        raise ValueError("Expected public records that vary, found none.")
+    check = functools.partial(tilting.check_features, prepared.features)
+    private = inputs.check_data(check, params, public, private, private_n)
+    if not inputs.have_one_shape(public, private):
+        raise ValueError("Expected private records of the public ones' shapes, found others.")
+    unit_ids = inputs.check_ids("unit_ids", private, unit_ids)
+    num_units = inputs.public_num_units(private, unit_ids, public_count, private_n, mesh)
+    ledger = ledgers.open(ledger) if isinstance(ledger, str | os.PathLike) else ledger
+    unit = ONE_RECORD if unit_ids is None else ONE_ID
+    noise_multiplier = accounting.noise_multiplier(mu, neighboring_relation)
+    loss_fn, units = inputs.grouped(tilting.loss(prepared.features), private, unit_ids, max_records_per_unit)
+    engine = walks.Engine(loss_fn, microbatch_size, "reverse", mesh, False, private_n, False, None, progress)
+    inputs.enter(
+        ledger, key, None, units, mesh,
+        mu=mu, hardened=False, neighboring_relation=neighboring_relation, privacy_unit=unit,
+    )  # fmt: skip
+    noisy, noise_std = tilting.draw(key, key, prepared, units, engine, noise_multiplier=noise_multiplier)
+    tilted = weighting.fit(prepared.rows, noisy / num_units, noise_std / num_units, num_units)
+    certificate = make_tilt_certificate(
+        epsilon=epsilon, delta=delta, relation=neighboring_relation, num_units=num_units,
+        num_units_from="slots" if public_count is None else "public_count", unit=unit,
+        public=public, prng_impl=str(jax.random.key_impl(key)),
+        tilt=tilting.terms(prepared, tilted, noise_multiplier, 0),
+    )  # fmt: skip
+    return Weighted(tilted.weights, tilted, prepared.features, certificate)

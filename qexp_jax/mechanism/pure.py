@@ -1,0 +1,279 @@
+"""Pure epsilon: two exponential mechanisms of the quadratic whose log-ratio is bounded.
+
+The draw of `mechanism` is (epsilon, delta)-private for every delta > 0 but for no epsilon at delta = 0. Two that are,
+with x = R^T w, S the clipped sum, N public, and Delta the sensitivity of S:
+
+**K-norm gradient** (Reimherr and Awan, arXiv:1905.09436): density proportional to exp(-(epsilon/Delta) |N x + S|). The
+norm moves by at most Delta between neighbours and the normaliser not at all. It is S plus noise of a uniform direction
+and a Gamma(k, Delta/epsilon) length, on all of R^k.
+
+**Ball**: density proportional to exp(beta U(w)) on |x| <= r, a Gaussian restricted to a ball (`truncated`). First S is
+moved to the nearest point with |S| <= B, by default B = N C, which every sum of N clipped units meets; this moves
+neighbours no further apart. With Z(s) the integral of exp(-beta (N |x|^2 / 2 + x.S)) over the ball at s = |S|,
+
+    log p_S(x) / p_S'(x) = beta x.(S' - S) + log Z(s') - log Z(s),
+
+and since log Z is convex and increasing in s, the supremum over all allowed neighbours and all x is
+
+    epsilon = beta r Delta + log Z(B) - log Z(B - Delta),
+
+reached where S' = S + Delta S/|S| is on the bound and x on the sphere, opposite to the change. It is a constant of
+public numbers; the actual S does not enter. The textbook's beta = epsilon / (2 r Delta) bounds the second part by the
+first; where the noise is small against the ball it is about beta Delta min(r, B/N), so that a radius above B/N, or a
+sum bound below N r, allows up to twice the textbook's beta.
+
+For real arithmetic, the ball draw is at the same time mu-GDP with mu = Delta sqrt(beta/N), that of the unrestricted
+Gaussian of equal beta: a log-density that is N beta-strongly concave on a convex set, and whose difference between
+neighbours is beta Delta-Lipschitz (Gopi, Lee and Liu, arXiv:2203.00263). The calibration is ours.
+
+`tests/test_pure.py` holds both densities' log-ratios over neighbours against epsilon, which they reach, and the draws
+against the densities. Both cost much more than the Gaussian draw once k is large: a pure guarantee has to hold where
+nothing is ever drawn.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from dp_accounting import NeighboringRelation
+from scipy.optimize import brentq
+from scipy.stats import gamma
+
+from qexp_jax.data import arguments
+from qexp_jax.mechanism import truncated
+from qexp_jax.mechanism.gaussian import Quadratic, protecting_key, release_step
+from qexp_jax.privacy import accounting
+from qexp_jax.quadratic.precision import uncolor
+
+_ERROR_SHARE = 1e-3  # of epsilon, spent on the density error of the ball draw
+_LEAST_CELLS, _MOST_CELLS = 2**10, 2**20
+
+
+def knorm_draw(
+    key: jax.Array, quadratic: Quadratic, l2_clip_norm: float, epsilon: float, relation: NeighboringRelation
+) -> jax.Array:
+    """One draw of the K-norm gradient mechanism, (k,).
+
+    Args:
+      key: secret, typed.
+      quadratic: utility.
+      l2_clip_norm: C.
+      epsilon: in [1e-4, 1e4].
+      relation: neighbouring relation.
+
+    Formal guarantee: epsilon-DP, hence zCDP with rho = epsilon^2 / 2, for real arithmetic and ideal noise.
+
+    References:
+      Reimherr and Awan, arXiv:1905.09436.
+    """
+    total = quadratic.whitened_sum
+    scale = jnp.asarray(_knorm_scale(l2_clip_norm, epsilon, relation), total.dtype)
+    length_key, direction_key = jax.random.split(protecting_key(key, total, scale))
+    # Gamma(k) as k exponentials: no rejection, the same time always.
+    length = scale * jnp.sum(jax.random.exponential(length_key, total.shape, total.dtype))
+    direction = jax.random.normal(direction_key, total.shape, total.dtype)
+    return release_step(quadratic, total + length * direction / jnp.linalg.norm(direction))
+
+
+def knorm_log_density(
+    quadratic: Quadratic, w: jax.Array, l2_clip_norm: float, epsilon: float, relation: NeighboringRelation
+) -> jax.Array:
+    """Log density of `knorm_draw` at w, up to a public constant; **not private** at a release."""
+    noise = quadratic.num_units * uncolor(quadratic.precision, w) + quadratic.whitened_sum
+    return -jnp.linalg.norm(noise) / _knorm_scale(l2_clip_norm, epsilon, relation)
+
+
+def knorm_expected_excess(
+    dim: int, l2_clip_norm: float, epsilon: float, relation: NeighboringRelation, num_units: int
+) -> float:
+    """Mean excess of the quadratic loss per record that the noise costs: k (k+1) Delta^2 / (2 N^2 epsilon^2).
+
+    >>> round(knorm_expected_excess(10, 1.0, 1.0, NeighboringRelation.REPLACE_SPECIAL, 1000), 8)
+    5.5e-05
+    """
+    dim = arguments.count("dim", dim)
+    num_units = arguments.count("num_units", num_units)
+    return dim * (dim + 1) * _knorm_scale(l2_clip_norm, epsilon, relation) ** 2 / (2 * num_units**2)
+
+
+def knorm_excess_quantile(
+    probability: float,
+    dim: int,
+    l2_clip_norm: float,
+    epsilon: float,
+    relation: NeighboringRelation,
+    num_units: int,
+) -> float:
+    """The exact quantile of the same excess, a squared Gamma(k) variable."""
+    probability = arguments.proportion("probability", probability)
+    dim = arguments.count("dim", dim)
+    num_units = arguments.count("num_units", num_units)
+    length = _knorm_scale(l2_clip_norm, epsilon, relation) * float(gamma.ppf(probability, dim))
+    return length**2 / (2 * num_units**2)
+
+
+def _knorm_scale(l2_clip_norm, epsilon, relation):
+    clip_norm = arguments.positive("l2_clip_norm", l2_clip_norm)
+    return accounting.sensitivity(clip_norm, arguments.neighboring_relation(relation)) / accounting.check_epsilon(
+        epsilon
+    )
+
+
+class Ball(NamedTuple):
+    """A calibrated ball mechanism; public, from `calibrate_ball`.
+
+    Attributes:
+      dim: k.
+      num_units: N.
+      radius: r, of |R^T w|.
+      sum_bound: B.
+      inverse_temperature: beta.
+      epsilon: what `ball_draw` guarantees, density error included.
+      density_error: eta; 2 eta of epsilon pays for it.
+      mu: Delta sqrt(beta/N), Gaussian DP of the exact law.
+      zcdp_rho: of the law as drawn.
+      num_cells: of `truncated.draw`.
+    """
+
+    dim: int
+    num_units: int
+    radius: float
+    sum_bound: float
+    inverse_temperature: float
+    epsilon: float
+    density_error: float
+    mu: float
+    zcdp_rho: float
+    num_cells: int
+
+
+def calibrate_ball(
+    *,
+    dim: int,
+    num_units: int,
+    l2_clip_norm: float,
+    epsilon: float,
+    relation: NeighboringRelation,
+    radius: float | None = None,
+    sum_bound: float | None = None,
+) -> Ball:
+    """The largest beta at which the ball draw is epsilon-DP; public numbers only, on the host.
+
+    Args:
+      dim: k.
+      num_units: N, public.
+      l2_clip_norm: C.
+      epsilon: in [1e-4, 1e4].
+      relation: neighbouring relation.
+      radius: r, public; by default B/N, so that the ball just holds the minimiser of every allowed sum.
+      sum_bound: B, public, at most N C, which is the default. Sums beyond it are moved to it: bias instead of noise.
+
+    Raises:
+      ValueError: for numbers that are not positive or beyond their range, or so large that the draw would need more
+        than 2^20 cells.
+
+    >>> zero_out = NeighboringRelation.REPLACE_SPECIAL
+    >>> ball = calibrate_ball(dim=3, num_units=100, l2_clip_norm=1.0, epsilon=1.0, relation=zero_out, radius=2.0)
+    >>> round(ball.inverse_temperature / (1.0 / (2 * 2.0 * 1.0)), 2)  # over the textbook's
+    1.33
+    """
+    dim = arguments.count("dim", dim)
+    num_units = arguments.count("num_units", num_units)
+    l2_clip_norm = arguments.positive("l2_clip_norm", l2_clip_norm)
+    epsilon = accounting.check_epsilon(epsilon)
+    delta = accounting.sensitivity(l2_clip_norm, arguments.neighboring_relation(relation))
+    largest_sum = num_units * l2_clip_norm
+    sum_bound = largest_sum if sum_bound is None else min(arguments.positive("sum_bound", sum_bound), largest_sum)
+    radius = sum_bound / num_units if radius is None else arguments.positive("radius", radius)
+
+    def spent(beta):
+        return exact_epsilon(dim, num_units, delta, radius, sum_bound, beta)
+
+    target, textbook = (1 - 2 * _ERROR_SHARE) * epsilon, epsilon / (2 * radius * delta)
+    concentration, centre = 2 * textbook * num_units * radius**2, sum_bound / (num_units * radius)
+    # Enough cells for twice the textbook's beta, which is more than any.
+    eta = truncated.density_error(dim, concentration, centre, num_cells=1)
+    cells = max(_LEAST_CELLS, math.ceil(math.sqrt(eta / (_ERROR_SHARE * epsilon))))
+    if cells > _MOST_CELLS:
+        raise ValueError(f"Expected a ball draw of at most 2^20 cells, found {cells}: {num_units=}, {radius=}, {dim=}.")
+    # In units of the textbook's: beta may be of any scale, and a tolerance is not.
+    multiple = brentq(lambda multiple: spent(multiple * textbook) - target, 0.5, 2.0, xtol=1e-14, rtol=1e-12)
+    beta = multiple * textbook
+    concentration = beta * num_units * radius**2
+    error = truncated.density_error(dim, concentration, centre, cells)
+    mu = delta * math.sqrt(beta / num_units)
+    rho = (2 * beta * radius * delta + 4 * error) ** 2 / 8  # bounded range
+    return Ball(dim, num_units, radius, sum_bound, beta, spent(beta) + 2 * error, error, mu, rho, cells)
+
+
+def exact_epsilon(
+    dim: int, num_units: int, delta: float, radius: float, sum_bound: float, inverse_temperature: float
+) -> float:
+    """beta r Delta + log Z(B) - log Z(B - Delta): the pure epsilon of the exact ball law at beta; Delta is `delta`."""
+    dim = arguments.count("dim", dim)
+    num_units = arguments.count("num_units", num_units)
+    delta = arguments.positive("delta", delta)
+    radius = arguments.positive("radius", radius)
+    sum_bound = arguments.positive("sum_bound", sum_bound)
+    inverse_temperature = arguments.positive("inverse_temperature", inverse_temperature)
+    concentration = inverse_temperature * num_units * radius**2
+    upper, lower = (s / (num_units * radius) for s in (sum_bound, max(0.0, sum_bound - delta)))
+    # log Z(s) = log int exp(-kappa |y - m|^2 / 2) + kappa m^2 / 2, with m = s / (N r).
+    masses = truncated.log_mass(dim, concentration, upper) - truncated.log_mass(dim, concentration, lower)
+    squares = concentration / 2 * (upper - lower) * (upper + lower)
+    return inverse_temperature * radius * delta + masses + squares
+
+
+def ball_draw(key: jax.Array, quadratic: Quadratic, ball: Ball) -> jax.Array:
+    """One draw of the ball mechanism, (k,), with |R^T w| <= r, in time that depends on nothing private.
+
+    Args:
+      key: secret, typed.
+      quadratic: utility, with the N and k of `ball`.
+      ball: from `calibrate_ball`; static.
+
+    Formal guarantee: epsilon-DP with `ball.epsilon` and zCDP with `ball.zcdp_rho`, for real arithmetic and ideal
+    uniform numbers, density error included.
+    """
+    total = quadratic.whitened_sum
+    if (len(total), quadratic.num_units) != (ball.dim, ball.num_units):
+        raise ValueError(
+            f"Expected the ball's dim and num_units {ball.dim, ball.num_units}, found {total.shape=}, "
+            f"{quadratic.num_units=}."
+        )
+    scale = jnp.asarray([ball.inverse_temperature, ball.radius, ball.sum_bound], total.dtype)
+    draw_key = protecting_key(key, total, scale)
+    concentration = ball.inverse_temperature * ball.num_units * ball.radius**2
+    mean = -_bounded(total, ball.sum_bound) / (ball.num_units * ball.radius)
+    x = ball.radius * truncated.draw(draw_key, mean, concentration, ball.num_cells)
+    return release_step(quadratic, -ball.num_units * x)
+
+
+def _bounded(total, sum_bound):
+    norm = jnp.linalg.norm(total)
+    return total * jnp.minimum(1, sum_bound / jnp.maximum(norm, jnp.finfo(total.dtype).tiny))
+
+
+def ball_log_density(ball: Ball, quadratic: Quadratic, w: jax.Array) -> jax.Array:
+    """Log density of the exact ball law at w within the ball, up to a constant of k and H; **not private**.
+
+    Host-side in its normaliser, hence not for jit.
+    """
+    total = _bounded(quadratic.whitened_sum, ball.sum_bound)
+    concentration = ball.inverse_temperature * ball.num_units * ball.radius**2
+    x, centre = uncolor(quadratic.precision, w), jnp.linalg.norm(total) / (ball.num_units * ball.radius)
+    distance = jnp.sum((x / ball.radius + total / (ball.num_units * ball.radius)) ** 2)
+    return -concentration / 2 * distance - truncated.log_mass(ball.dim, concentration, float(centre))
+
+
+def ball_expected_excess(ball: Ball, sum_norm: float) -> float:
+    """Mean excess of the quadratic loss per record of `ball_draw` over the best w of the ball.
+
+    Args:
+      ball: calibrated.
+      sum_norm: a **public** guess of |S|, at most `ball.sum_bound`; the actual one is private.
+    """
+    concentration = ball.inverse_temperature * ball.num_units * ball.radius**2
+    centre = min(arguments.not_negative("sum_norm", sum_norm), ball.sum_bound) / (ball.num_units * ball.radius)
+    return ball.radius**2 * truncated.mean_excess(ball.dim, concentration, centre)

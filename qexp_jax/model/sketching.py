@@ -1,0 +1,289 @@
+"""Random projections of lists of arrays, made again from their keys and never stored.
+
+`w -> P w` as arrays of given shapes, and its exact adjoint, panel by panel: beside argument and result they hold one
+panel of about `_PANEL` numbers, whatever d is.
+
+    count_sketch    orthonormal columns, O(d) time
+    gaussian        iid normal entries, O(k d) time: k d random numbers a call
+
+**Count-sketch.** The d coordinates, one array after the other, are cut into blocks of k. Block j is dealt to the k
+buckets by one random cyclic shift, with random signs: no bucket is empty, columns have disjoint supports, and two
+coordinates of different blocks collide with probability 1/k, so that E|P^T g|^2 and its variance are those of Charikar,
+Chen and Farach-Colton (2002), up to the scale k/d of an orthonormal basis. Signs are the bits of d/32 random words: a
+random number a coordinate would cost more than the gradient. Of gradients that are outer products, the two factors are
+dealt to the buckets and their products never formed.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qexp_jax.model.factored_gradients import Outer, Rows
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+_PANEL = 2**18
+
+Shapes: TypeAlias = tuple[tuple[int, ...], ...]
+
+
+def size_of(shapes: Shapes) -> int:
+    """d, the number of coordinates."""
+    return sum(int(np.prod(shape)) for shape in shapes)
+
+
+class _Run(NamedTuple):
+    """Coordinates `start, ..., start + length` of one array that lie in consecutive blocks.
+
+    A partial block begins at `position` of block `block`; whole blocks have position 0 and a length of blocks times k.
+    """
+
+    start: int
+    length: int
+    block: int
+    position: int
+
+
+def _runs(size: int, offset: int, dim: int) -> Iterator[_Run]:
+    """An array of `size` coordinates that begins at coordinate `offset`: a partial block, whole blocks, another one."""
+    start = 0
+    while start < size:
+        block, position = divmod(offset + start, dim)
+        left = size - start
+        length = min(left, dim - position) if position or left < dim else left // dim * dim
+        yield _Run(start, length, block, position)
+        start += length
+
+
+def _arrays(shapes: Shapes) -> list[tuple[int, int]]:
+    """(size, offset) of each array."""
+    sizes = [int(np.prod(shape)) for shape in shapes]
+    return list(zip(sizes, np.cumsum([0, *sizes[:-1]]).tolist(), strict=True))
+
+
+# --- count-sketch ---
+
+
+class _Deal(NamedTuple):
+    """Sign bits (blocks, k/32), shifts (blocks,) and the norm of each column (k,)."""
+
+    words: jax.Array
+    shifts: jax.Array
+    scale: jax.Array
+
+
+def _deal(key: jax.Array, size: int, dim: int, dtype) -> _Deal:
+    sign_key, shift_key = jax.random.split(key)
+    num_blocks = -(-size // dim)
+    words = jax.random.bits(sign_key, (num_blocks, -(-dim // 32)), jnp.uint32)
+    shifts = jax.random.randint(shift_key, (num_blocks,), 0, dim)
+    rest = size - (num_blocks - 1) * dim
+    counts = num_blocks - 1 + ((jnp.arange(dim) - shifts[-1]) % dim < rest)
+    return _Deal(words, shifts, 1 / jnp.sqrt(counts.astype(dtype)))
+
+
+def _signs_and_shifts(deal: _Deal, block, count: int, dtype) -> tuple[jax.Array, jax.Array]:
+    """Signs (count, k) and shifts (count, 1) of consecutive blocks."""
+    words = jax.lax.dynamic_slice(deal.words, (block, 0), (count, deal.words.shape[1]))
+    bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    signs = 1 - 2 * bits.reshape(count, -1)[:, : len(deal.scale)].astype(dtype)
+    return signs, jax.lax.dynamic_slice(deal.shifts, (block,), (count,))[:, None]
+
+
+def _into_buckets(deal, rows, block):
+    """The sum of blocks (count, k), signed and shifted, (k,)."""
+    dim = rows.shape[1]
+    signs, shifts = _signs_and_shifts(deal, block, len(rows), rows.dtype)
+    return jnp.sum(_turned(rows * signs, (jnp.arange(dim) - shifts) % dim), axis=0)
+
+
+def _turned(rows, index):
+    """Each row at its own index, both (count, k)."""
+    if jax.default_backend() != "gpu":
+        return jnp.take_along_axis(rows, index, axis=1)
+    # Under vmap a zero of the records' own gives each record indices of its own. With indices in common XLA lets
+    # neighbouring threads read the same coordinate of all records, which lie far apart: four times as long on an H200.
+    zero = jnp.asarray((rows[:1, :1] > 0) & False, index.dtype)
+    return jnp.take_along_axis(rows, index + zero, axis=1, mode="promise_in_bounds")
+
+
+def _out_of_buckets(deal, w, block, count):
+    """The blocks (count, k) whose coordinates are w's, signed and shifted."""
+    signs, shifts = _signs_and_shifts(deal, block, count, w.dtype)
+    return w[(jnp.arange(len(w)) + shifts) % len(w)] * signs
+
+
+def _panels(num_blocks: int, dim: int) -> tuple[int, int, int]:
+    """Blocks a panel, panels, and blocks left over."""
+    per_panel = min(num_blocks, max(1, _PANEL // dim))
+    return per_panel, num_blocks // per_panel, num_blocks % per_panel
+
+
+def _run_into_buckets(deal, flat, run, dim):
+    if run.length < dim:
+        row = jnp.zeros((1, dim), flat.dtype).at[0, run.position : run.position + run.length].set(flat)
+        return _into_buckets(deal, row, run.block)
+
+    def add(total, block, count):
+        rows = jax.lax.dynamic_slice(flat, (block * dim,), (count * dim,)).reshape(count, dim)
+        return total + _into_buckets(deal, rows, run.block + block)
+
+    return _add_panels(add, 0, run.length // dim, dim)
+
+
+def _add_panels(add, total, num_blocks, dim):
+    """Of all blocks to a total; `add(total, block, count)` adds `count` of them."""
+    per_panel, panels, left = _panels(num_blocks, dim)
+    # The carry starts from a panel, not from zeros, so that it varies over a mapped axis where the panels do.
+    total = add(total, 0, per_panel)
+    total, _ = jax.lax.scan(lambda total, i: (add(total, i * per_panel, per_panel), None), total, jnp.arange(1, panels))
+    return add(total, panels * per_panel, left) if left else total
+
+
+def _run_out_of_buckets(deal, w, run):
+    dim = len(w)
+    if run.length < dim:
+        return _out_of_buckets(deal, w, run.block, 1)[0, run.position : run.position + run.length]
+    per_panel, panels, left = _panels(run.length // dim, dim)
+    rows = jax.lax.map(
+        lambda i: _out_of_buckets(deal, w, run.block + i * per_panel, per_panel), jnp.arange(panels)
+    ).reshape(-1)
+    if not left:
+        return rows
+    return jnp.concatenate([rows, _out_of_buckets(deal, w, run.block + panels * per_panel, left).reshape(-1)])
+
+
+def count_sketch_lift(shapes: Shapes, key: jax.Array, w: jax.Array) -> list[jax.Array]:
+    """P w: from (k,) to arrays of the given shapes."""
+    dim = len(w)
+    deal = _deal(key, size_of(shapes), dim, w.dtype)
+    w, arrays = w * deal.scale, []
+    for shape, (size, offset) in zip(shapes, _arrays(shapes), strict=True):
+        runs = [_run_out_of_buckets(deal, w, run) for run in _runs(size, offset, dim)]
+        arrays.append(jnp.concatenate(runs).reshape(shape) if runs else jnp.zeros(shape, w.dtype))
+    return arrays
+
+
+def count_sketch_project(shapes: Shapes, key: jax.Array, dim: int, arrays: list[jax.Array]) -> jax.Array:
+    """P^T x: from arrays to (k,), the exact adjoint of the lift."""
+    deal = _deal(key, size_of(shapes), dim, arrays[0].dtype)
+    parts = zip(arrays, _arrays(shapes), strict=True)
+    return sum(_array_into_buckets(deal, x, *at, dim) for x, at in parts) * deal.scale
+
+
+def _array_into_buckets(deal, x, size, offset, dim):
+    flat, total = x.ravel(), jnp.zeros(dim, x.dtype)
+    for run in _runs(size, offset, dim):
+        total += _run_into_buckets(deal, flat[run.start : run.start + run.length], run, dim)
+    return total
+
+
+def count_sketch_project_rows(shapes: Shapes, key: jax.Array, dim: int, rows: Rows) -> jax.Array:
+    """P^T g of each of m gradients, (m, k); they are those of arrays of the given shapes, in parts."""
+    deal, products = _deal(key, size_of(shapes), dim, jax.tree.leaves(rows)[0].dtype), []
+    total: Any = 0
+    for part, (size, offset) in zip(rows, _arrays(shapes), strict=True):
+        if isinstance(part, Outer):
+            # Records last: a coordinate of all of them is one stretch of memory.
+            products += [(part.left.T, part.right.T, run) for run in _runs(size, offset, dim)]
+        else:
+            into_buckets = functools.partial(_array_into_buckets, deal, size=size, offset=offset, dim=dim)
+            total += jax.vmap(into_buckets)(part).T
+    # The longest loop last: what is added after it, XLA may do again wherever the result is used.
+    for left, right, run in sorted(products, key=lambda x: x[2].length):
+        total = _add_products(total, deal, left, right, run, dim)
+    return total.T * deal.scale
+
+
+def _add_products(total, deal, left, right, run, dim):
+    """To a total (k, m) a run of the coordinates left_i right_j, of (a, m) and (b, m), one block after the other."""
+
+    def add_block(total, i, j, weights):
+        return total + left[i] * right[j] * weights[:, None]
+
+    def add(total, block, count):
+        rows = _sources(deal, run, len(right), block, count)
+        total = add_block(total, *(x[0] for x in rows))  # before the scan, as in `_add_panels`
+        return jax.lax.scan(lambda total, row: (add_block(total, *row), None), total, [x[1:] for x in rows])[0]
+
+    return _add_panels(add, total, max(1, run.length // dim), dim)
+
+
+def _sources(deal, run, width, block, count):
+    """Row, column and sign of the entry that each bucket gets from each of a run's blocks, (count, k); 0 for none."""
+    dim = len(deal.scale)
+    signs, shifts = _signs_and_shifts(deal, run.block + block, count, deal.scale.dtype)
+    source = (jnp.arange(dim) - shifts) % dim
+    place = (block + jnp.arange(count)[:, None]) * dim + source - run.position
+    is_in_run = (place >= 0) & (place < run.length)
+    i, j = jnp.divmod(run.start + jnp.where(is_in_run, place, 0), width)
+    return i, j, jnp.where(is_in_run, jnp.take_along_axis(signs, source, axis=1), 0)
+
+
+# --- Gaussian ---
+
+
+def _slabs(shapes: Shapes, dim: int) -> list[tuple[int, int, int]]:
+    """Per array: its size, coordinates a slab, slabs."""
+    width = max(1, _PANEL // dim)
+    return [(size, min(width, size), -(-size // width)) for size, _ in _arrays(shapes)]
+
+
+def _entries(key, array, slab, dim, width, dtype):
+    """Columns of P^T (k, width) for one slab of one array."""
+    return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, array), slab), (dim, width), dtype)
+
+
+def gaussian_lift(shapes: Shapes, key: jax.Array, w: jax.Array) -> list[jax.Array]:
+    """P w for iid entries N(0, 1/d)."""
+    dim, arrays = len(w), []
+    for i, (shape, (size, width, slabs)) in enumerate(zip(shapes, _slabs(shapes, dim), strict=True)):
+        rows = jax.lax.map(
+            lambda j, i=i, width=width: jnp.matmul(w, _entries(key, i, j, dim, width, w.dtype), precision=_HIGHEST),
+            jnp.arange(slabs),
+        )
+        arrays.append(rows.ravel()[:size].reshape(shape) / np.sqrt(size_of(shapes)))
+    return arrays
+
+
+def gaussian_project(shapes: Shapes, key: jax.Array, dim: int, arrays: list[jax.Array]) -> jax.Array:
+    """P^T x, the exact adjoint of the lift."""
+    total = jnp.zeros(dim, arrays[0].dtype)
+    for i, (x, (size, width, slabs)) in enumerate(zip(arrays, _slabs(shapes, dim), strict=True)):
+        if not size:
+            continue
+        rows = jnp.pad(x.ravel(), (0, slabs * width - size)).reshape(slabs, width)
+
+        def product(j, i=i, rows=rows):
+            return jnp.matmul(_entries(key, i, j, dim, rows.shape[1], rows.dtype), rows[j], precision=_HIGHEST)
+
+        # The carry starts from a product, not from zeros, so that it varies over a mapped axis where the rows do.
+        step = lambda part, j, product=product: (part + product(j), None)
+        total += jax.lax.scan(step, product(0), jnp.arange(1, slabs))[0]
+    return total / np.sqrt(size_of(shapes))
+
+
+def gaussian_columns(shapes: Shapes, key: jax.Array, dim: int, dtype) -> list[jax.Array]:
+    """The columns of P, an array (k, *shape) for each shape: what lift and project make again at each call."""
+    columns = []
+    for i, (shape, (size, width, slabs)) in enumerate(zip(shapes, _slabs(shapes, dim), strict=True)):
+        entries = jax.lax.map(lambda j, i=i, width=width: _entries(key, i, j, dim, width, dtype), jnp.arange(slabs))
+        rows = jnp.moveaxis(entries, 1, 0).reshape(dim, -1)[:, :size]
+        columns.append(rows.reshape(dim, *shape) / np.sqrt(size_of(shapes)))
+    return columns
+
+
+def gaussian_gram(shapes: Shapes, key: jax.Array, dim: int, dtype) -> jax.Array:
+    """P^T P (k, k), each entry of P made once."""
+    total = jnp.zeros((dim, dim), dtype)
+    for i, (size, width, slabs) in enumerate(_slabs(shapes, dim)):
+
+        def step(total, j, i=i, size=size, width=width):
+            x = _entries(key, i, j, dim, width, dtype) * (j * width + jnp.arange(width) < size)
+            return total + jnp.matmul(x, x.T, precision=_HIGHEST), None
+
+        total, _ = jax.lax.scan(step, total, jnp.arange(slabs))
+    return total / size_of(shapes)

@@ -1,0 +1,320 @@
+"""What public records say of the loss around the anchor: leading directions, curvature, how large gradients are.
+
+Everything here is public, and a survey is deterministic given its keys. The curvature is diagonal in directions where
+public gradients are large (`directions`), with their second moments on *other* public records, and equal in all other
+directions; a few Hessian-vector products give its scale.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qexp_jax.data.records import LossFn, Params, Record, microbatches, num_records, take
+from qexp_jax.model import factored_gradients
+from qexp_jax.model import subspace as subspaces
+from qexp_jax.model.factored_gradients import Rows
+from qexp_jax.model.gradients import at_a_time, gradient_rows, moved_coordinates
+from qexp_jax.model.subspace import Layout, Subspace
+from qexp_jax.numerics.keys import generator
+from qexp_jax.quadratic import directions as directions_of
+from qexp_jax.quadratic import precision as precisions
+from qexp_jax.quadratic.accuracy import noise_tolerance
+from qexp_jax.quadratic.curvature import hessian_product, mean_loss, top_eigenspace
+from qexp_jax.quadratic.directions import Directions
+from qexp_jax.quadratic.precision import Precision
+
+_CURVED, _HELD_OUT, _TRIED = 1024, 2048, 512
+_SCALED_DIRECTIONS, SCALING_RECORDS = 8, 256
+_NOISE_DRAWS = 3
+_GRADIENT_BYTES = 2**30
+_SKETCH_DIM = 4096
+
+
+class Survey(NamedTuple):
+    """The public second-order picture of a space: r leading directions, then the block of all others.
+
+    Attributes:
+      subspace: P, with orthonormal columns.
+      directions: (r, k) orthonormal leading directions.
+      curvature: (r + 1,) of the loss of one record.
+      leading: (n, r) gradients of public units along the leading directions.
+      squares: (n, r + 1) of these gradients: in each leading direction, and the mean of all others.
+      dims: (r + 1,) how many coordinates each entry stands for: 1, ..., 1, k - r.
+      tried: a few public records, for trials of noise.
+    """
+
+    subspace: Subspace
+    directions: Directions | jax.Array
+    curvature: np.ndarray
+    leading: np.ndarray
+    squares: np.ndarray
+    dims: np.ndarray
+    tried: Record
+
+
+def survey(
+    keys: Any,
+    loss_fn: LossFn,
+    params: Params,
+    public: Record,
+    clip_loss_fn: LossFn,
+    public_units: Record,
+    *,
+    precision_rank: int,
+    layout: Layout | None = None,
+    subspace: Subspace | None = None,
+    subspace_dim: int | None = None,
+    weights: np.ndarray | None = None,
+    unit_weights: np.ndarray | None = None,
+) -> Survey:
+    """Measures the space that a plan may tune in.
+
+    Args:
+      keys: three, public randomness: which records, which units, which sketch.
+      loss_fn: loss of one record, for the curvature.
+      params: the anchor.
+      public: public records.
+      clip_loss_fn: loss of one unit, whose gradients are clipped.
+      public_units: public units; the same as `public` where a unit is a record.
+      precision_rank: at most how many leading directions; as many public gradients.
+      layout: says which leaves are tuned where no subspace does; by default all.
+      subspace: public subspace; by default all parameters, or a count-sketch of them where a sample of gradients would
+        not fit.
+      subspace_dim: the leading public eigenspace of this dimension.
+      weights: (n,) of the public records, which are drawn by them; by default equal.
+      unit_weights: of the public units, the same.
+
+    Raises:
+      ValueError: if the public curvature is unusable, public losses are not finite, or public gradients vanish.
+    """
+    record_key, unit_key, sketch_key = keys
+    curved, held_out = _samples(record_key, public, weights)
+    layout = subspaces.layout_of(params) if layout is None else layout
+    space = _tuned_space(sketch_key, loss_fn, params, layout, curved, public, subspace, subspace_dim)
+    for records in (curved, held_out):
+        _check_losses(loss_fn, params, space, records)
+    rank = min(precision_rank, space.dim, num_records(curved))
+    directions, moved = leading_directions(loss_fn, params, curved, rank, space)
+    leading, totals, moved_too = _gradients(loss_fn, params, space, directions, held_out)
+    space = _held_where_still(space, jax.tree.map(jnp.logical_or, moved, moved_too))
+    rank = min(rank, max(1, subspaces.num_moved(space)))
+    directions, leading = directions_of.first(directions, rank), leading[:, :rank]
+    others = subspaces.num_moved(space) - rank
+    squares = _squares(leading, totals, others)
+    curvature = _curvature(loss_fn, params, space, directions, squares, held_out)
+    if clip_loss_fn is not loss_fn:
+        units = _samples(unit_key, public_units, unit_weights)[1]
+        leading, totals, _ = _gradients(clip_loss_fn, params, space, directions, units)
+        squares = _squares(leading, totals, others)
+    dims = np.append(np.ones(rank), others)
+    return Survey(space, directions, curvature, leading, squares, dims, take(held_out, slice(0, _TRIED)))
+
+
+def num_curved(num_public: int) -> int:
+    """Public records whose gradients give the directions."""
+    return max(1, min(_CURVED, num_public // 2))
+
+
+def looked_at(key: jax.Array, records: Record) -> Record:
+    """What a survey reads of public records: the samples that the key draws of them."""
+    return take(records, _order(key, num_records(records)))
+
+
+def _samples(key, records, weights=None):
+    """Two disjoint random samples, for directions and for what is measured; a single record serves as both."""
+    n = num_records(records)
+    curved = num_curved(n)
+    if weights is None or n == 1:
+        order = _order(key, n)
+        return take(records, order[:curved]), take(records, order[curved:] if n > 1 else order)
+    order = generator(key).permutation(n)
+    sizes = curved, min(_HELD_OUT, n - curved)
+    halves = np.split(order, [max(curved, n // 2)])
+    return [take(records, _drawn(half, weights[half], size)) for half, size in zip(halves, sizes, strict=True)]
+
+
+def _drawn(index, weights, size):
+    """As many of the index, each about as often as its weight says (systematic resampling)."""
+    ends = np.cumsum(weights, dtype=np.float64)
+    return index[np.searchsorted(ends, (np.arange(size) + 0.5) / size * ends[-1])]
+
+
+def _order(key, n):
+    return generator(key).permutation(n)[: num_curved(n) + _HELD_OUT]
+
+
+def _check_losses(loss_fn, params, space, records):
+    finite = np.isfinite(np.asarray(_losses(loss_fn, params, space, records)))
+    if not np.all(finite):
+        raise ValueError(
+            f"Expected finite losses of public records at the pretrained parameters, found {np.sum(~finite)} of "
+            f"{len(finite)} that are not."
+        )
+
+
+def _held_where_still(space, moved):
+    """The space, holding what no public record moves: nothing is known of a step there but its noise."""
+    if not subspaces.is_whole(space):
+        return space
+    held = subspaces.holding(space, jax.tree.map(np.asarray, moved))
+    return held if 0 < subspaces.num_moved(held) < space.dim else space
+
+
+def tuned_space(key: jax.Array, layout: Layout, num_records: int, subspace: Subspace | None, dim: int = 0) -> Subspace:
+    """The given subspace; or all parameters, or a count-sketch of them where a sample of gradients would not fit."""
+    if subspace is not None:
+        return subspace
+    whole = subspaces.whole_of(layout)
+    if whole.dim * num_records * 4 <= _GRADIENT_BYTES:
+        return whole
+    return subspaces.count_sketch_of(key, layout, max(_SKETCH_DIM, dim))
+
+
+def _tuned_space(key, loss_fn, params, layout, curved, public, subspace, dim):
+    """The space that is tuned in, with orthonormal columns."""
+    if subspace is not None:
+        return subspaces.orthonormalise(subspace)
+    num_params = layout.num_params
+    if dim is not None and not 1 <= dim <= num_params:
+        raise ValueError(f"Expected subspace_dim in [1, {num_params}], found {dim}.")
+    records = public if dim is not None and dim > num_records(curved) else curved
+    whole = tuned_space(key, layout, num_records(records), None, dim or 0)
+    if dim is None or dim == whole.dim:
+        return whole
+    if dim > num_records(records):
+        raise ValueError(
+            f"subspace_dim={dim} needs as many public records, found {num_records(records)}; or give a subspace, "
+            "such as count_sketch."
+        )
+    return _top_eigenspace(loss_fn, params, take(records, slice(0, max(dim, num_records(curved)))), dim, whole)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _top_eigenspace(loss_fn, params, records, dim, within):
+    """That of `curvature.top_eigenspace`, with microbatches that fit."""
+    size = at_a_time(loss_fn, params, within, records)
+    return top_eigenspace(loss_fn, params, records, dim, within=within, microbatch_size=size)[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def leading_directions(
+    loss_fn: LossFn, params: Params, records: Record, rank: int, space: Subspace
+) -> tuple[Directions | jax.Array, Rows]:
+    """Those of `directions.leading`, of the records' gradients, and `gradients.moved_coordinates` of a whole space."""
+    batches, _ = microbatches(records, at_a_time(loss_fn, params, space, records))
+    rows = jax.lax.map(lambda batch: gradient_rows(loss_fn, params, space, batch), batches)
+    rows = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1])[: num_records(records)], rows)
+    moved = moved_coordinates(space, rows) if subspaces.is_whole(space) else []
+    return directions_of.leading(rows, rank), moved
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def curvature_along(
+    loss_fn: LossFn, params: Params, space: Subspace, directions: Directions | jax.Array, index: int, records: Record
+) -> jax.Array:
+    """v^T H v of one of the directions, by `curvature.hessian_product` with microbatches that fit."""
+    size = at_a_time(loss_fn, params, space, records)
+    v = directions_of.combine(directions, jax.nn.one_hot(index, len(directions), dtype=directions.dtype))
+    product = hessian_product(loss_fn, params, space, v, records, microbatch_size=size)
+    return jnp.vdot(v, product, precision=jax.lax.Precision.HIGHEST)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _surveyed_gradients(loss_fn, params, space, directions, records):
+    """Of each microbatch: gradients along the directions (batches, r, size), norms, and where they are not zero."""
+    batches, _ = microbatches(records, at_a_time(loss_fn, params, space, records))
+
+    def along(batch):
+        rows = gradient_rows(loss_fn, params, space, batch)
+        moved = moved_coordinates(space, rows) if subspaces.is_whole(space) else []
+        return directions_of.along_each(directions, rows).T, factored_gradients.norms(rows), moved
+
+    return jax.lax.map(along, batches)
+
+
+def _gradients(loss_fn, params, space, directions, records):
+    """Each record's gradient along the leading directions (n, r), its square (n,), and where any is not zero."""
+    leading, norms, moved = jax.device_get(_surveyed_gradients(loss_fn, params, space, directions, records))
+    leading = np.concatenate(leading.astype(np.float64), axis=1).T[: num_records(records)]
+    norms = norms.astype(np.float64).ravel()[: num_records(records)]
+    return leading, norms**2, jax.tree.map(lambda x: np.any(x, axis=0), moved)
+
+
+def _squares(leading, totals, num_others):
+    """Squares (n, r + 1) of each gradient: in each leading direction, and their mean in all others."""
+    with np.errstate(invalid="ignore"):  # what is not finite is refused by `_curvature`
+        others = np.maximum(totals - np.sum(leading**2, axis=1), 0) / max(1, num_others)
+    return np.column_stack([leading**2, others])
+
+
+def _curvature(loss_fn, params, space, directions, squares, records):
+    """Curvature (r + 1,): second moments of the gradients, scaled to the Hessian along the steepest directions.
+
+    For the likelihood of a model that fits, the two agree (Fisher); for other losses only their shape does. A host
+    loop: batched over directions, convolutions that are no products (`convolutions`) are ten times slower on CPUs.
+    """
+    moments = squares.mean(axis=0)
+    steepest = np.argsort(-moments[:-1])[:_SCALED_DIRECTIONS]
+    few = take(records, slice(0, SCALING_RECORDS))
+    along = [curvature_along(loss_fn, params, space, directions, j, few) for j in steepest]
+    curved = np.asarray(jax.device_get(along), np.float64)
+    if not (np.all(np.isfinite(curved)) and np.all(np.isfinite(moments))):
+        raise ValueError(f"The public curvature is not finite at the anchor, {moments.shape=}.")
+    with np.errstate(over="ignore"):  # refused below
+        scale = np.sum(np.abs(curved)) / max(np.sum(moments[steepest]), np.finfo(np.float64).tiny)
+    if not (0 < scale < np.inf and moments.max() > 0):
+        raise ValueError(
+            f"Public gradients or curvature vanish at the anchor, {moments.shape=}: there is no quadratic."
+        )
+    return scale * moments
+
+
+def tolerated_noise(
+    key: jax.Array, loss_fn: LossFn, params: Params, space: Subspace, shape: Precision, records: Record, share: float
+) -> tuple[float, float]:
+    """The largest s for which the anchor moved by s M^{-1/2} xi costs a `share` of the loss's scale, and that cost.
+
+    Args:
+      key: public randomness: xi.
+      loss_fn: loss of one record.
+      params: the anchor.
+      space: P.
+      shape: M.
+      records: public.
+      share: of the root mean square of the records' losses.
+    """
+    losses = np.asarray(_losses(loss_fn, params, space, records), np.float64)
+    limit = share * float(np.sqrt(np.mean(losses**2)))
+    moves = _noise_moves(key, shape, space)
+
+    def cost(scale):
+        moved = _moved_losses(loss_fn, params, space, moves, scale, records)
+        return float(np.mean(np.asarray(moved))) - float(np.mean(losses))
+
+    return noise_tolerance(cost, limit), limit
+
+
+@jax.jit
+def _noise_moves(key, shape, space):
+    keys = jax.random.split(key, _NOISE_DRAWS)
+    return jax.lax.map(lambda k: precisions.color(shape, jax.random.normal(k, (space.dim,), space.layout.dtype)), keys)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _losses(loss_fn, params, space, records):
+    size = at_a_time(loss_fn, params, space, records)
+    return jax.lax.map(lambda record: loss_fn(params, record), records, batch_size=size)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _moved_losses(loss_fn, params, space, moves, scale, records):
+    """Mean losses of the parameters after each of several moves, times a scale."""
+    size = at_a_time(loss_fn, params, space, records)
+
+    def moved_loss(move):
+        return mean_loss(loss_fn, subspaces.displace(space, params, scale * move), records, microbatch_size=size)
+
+    return jax.lax.map(moved_loss, moves)
