@@ -59,7 +59,7 @@ def release(kind, dim, key, anchor, private, epsilon, delta):
     space_key, key = jax.random.split(key)
     return qexp_jax.fine_tune(
         key, anchor.model.loss_fn, anchor.params, public=anchor.split.public, private=private,
-        epsilon=epsilon, delta=delta, **choice(kind, dim, space_key, anchor.params),
+        epsilon=epsilon, delta=delta, plan=qexp_jax.PlanOptions(**choice(kind, dim, space_key, anchor.params)),
     ).params  # fmt: skip
 
 

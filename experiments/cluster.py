@@ -91,12 +91,11 @@ def main(argv=None):
         model.loss_fn,
         anchor,
         public=split.public,
-        private=mine,
-        public_count=demo.split_size(split),
+        private=qexp_jax.Dataset(records=mine, public_count=demo.split_size(split)),
         epsilon=args.epsilon,
         delta=args.delta,
-        mesh=jax.make_mesh((jax.device_count(),), ("data",)),
         checkpoint=args.checkpoint and qexp_jax.Checkpoint(directory=args.checkpoint),
+        run=qexp_jax.RunOptions(mesh=jax.make_mesh((jax.device_count(),), ("data",))),
     )
     if me == 0:
         trained = {"zero_shot": anchor, "private": release.params}

@@ -60,8 +60,8 @@ def run(args, split, pretrain_settings):
             private=split.private,
             epsilon=args.epsilon,
             delta=args.delta,
-            diagnostics=True,  # measured excess: only because MNIST is open data
-            progress=parts,
+            # Measured excess: only because MNIST is open data.
+            run=qexp_jax.RunOptions(diagnostics=True, progress=parts),
         )
     seconds |= parts.seconds
     with stage("non-private reference", seconds):

@@ -137,8 +137,9 @@ def sketched(args, loss_fn, params, public, private, stages):
     space = subspace.count_sketch(jax.random.key(1), params, args.dim)
     settings = {"subspace": space, "precision_rank": 8}
     release = qexp_jax.fine_tune(
-        qexp_jax.fresh_key(), loss_fn, params, public=public, private=private, rounds=2,
-        epsilon=args.epsilon, delta=args.delta, progress=stages, **settings,
+        qexp_jax.fresh_key(), loss_fn, params, public=public, private=private,
+        epsilon=args.epsilon, delta=args.delta,
+        plan=qexp_jax.PlanOptions(rounds=2, **settings), run=qexp_jax.RunOptions(progress=stages),
     )  # fmt: skip
     return release.params, settings
 

@@ -76,7 +76,8 @@ def _qexp(cell, seed, settings):
         private=cell.private,
         epsilon=cell.epsilon,
         delta=cell.delta,
-        diagnostics=True,  # only to count the rounds, of open data; a tilt is one pass more
+        # Only to count the rounds, of open data; a tilt is one pass more.
+        run=qexp_jax.RunOptions(diagnostics=True),
     )
     passes = len(infos) + (release.certificate["tilt"] is not None)
     return Outcome(jax.block_until_ready(release.params), passes * cell.num_private, passes)

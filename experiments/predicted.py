@@ -52,7 +52,8 @@ def row_of(anchor, model_name, n, epsilon, delta, seed):
     private = subsample(anchor, n, seed)
     release, infos = qexp_jax.fine_tune(
         jax.random.key(seed), anchor.model.loss_fn, anchor.params,
-        public=anchor.split.public, private=private, epsilon=epsilon, delta=delta, diagnostics=True,
+        public=anchor.split.public, private=private, epsilon=epsilon, delta=delta,
+        run=qexp_jax.RunOptions(diagnostics=True),
     )  # fmt: skip
     k, count = infos[0].plan.subspace.dim, len(private["label"])
     mu, (predicted, degrees) = release.certificate["mu"], rounds.predicted_cost(infos[0])

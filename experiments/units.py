@@ -44,10 +44,11 @@ def of_writers(records, count, seed):
 
 def release(anchor, private, unit, epsilon, delta, seed):
     """Parameters and number of units; both units see the same records."""
-    ids = {"unit_ids": private["writer"], "public_unit_ids": anchor.split.public["writer"]} if unit == "writer" else {}
+    data = {"public": anchor.split.public, "private": private}
+    if unit == "writer":
+        data = {name: qexp_jax.Dataset(records=found, unit_ids=found["writer"]) for name, found in data.items()}
     found = qexp_jax.fine_tune(
-        jax.random.key(seed), anchor.model.loss_fn, anchor.params,
-        public=anchor.split.public, private=private, epsilon=epsilon, delta=delta, **ids,
+        jax.random.key(seed), anchor.model.loss_fn, anchor.params, **data, epsilon=epsilon, delta=delta,
     )  # fmt: skip
     return found.params, found.certificate["num_units"]
 

@@ -60,10 +60,12 @@ from dp_accounting import NeighboringRelation
 
 from qexp_jax import audit, mechanism, privacy
 from qexp_jax.data import records
+from qexp_jax.data.dataset import Dataset
 from qexp_jax.data.stream import Stream
 from qexp_jax.fine_tuning import preflight, tilt
 from qexp_jax.fine_tuning.checkpoint import Checkpoint
 from qexp_jax.fine_tuning.finetune import Release, fine_tune
+from qexp_jax.fine_tuning.options import PlanOptions, RunOptions
 from qexp_jax.fine_tuning.rounds import RoundInfo
 from qexp_jax.mechanism import hardened, pure, truncated
 from qexp_jax.model import gradients, subspace
@@ -71,6 +73,7 @@ from qexp_jax.numerics import keys
 from qexp_jax.numerics.keys import fresh_key
 from qexp_jax.privacy import ledger, verification
 from qexp_jax.privacy.ledger import BudgetExceeded, Ledger
+from qexp_jax.privacy.report import report
 from qexp_jax.privacy.verification import verify
 from qexp_jax.private_pass import clipping
 from qexp_jax.quadratic import accuracy, curvature, features, plan, precision, step_size, weighting
@@ -79,10 +82,13 @@ __version__ = "0.1.0"
 __all__ = [
     "BudgetExceeded",
     "Checkpoint",
+    "Dataset",
     "Ledger",
     "NeighboringRelation",
+    "PlanOptions",
     "Release",
     "RoundInfo",
+    "RunOptions",
     "Stream",
     "accuracy",
     "audit",
@@ -102,6 +108,7 @@ __all__ = [
     "privacy",
     "pure",
     "records",
+    "report",
     "step_size",
     "subspace",
     "tilt",

@@ -3,14 +3,43 @@
 Compiled as wholes: op by op, each operation is a program of its own, and compilation is most of the tests' time.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import qexp_jax
 from qexp_jax import curvature, precision, subspace
 from qexp_jax.mechanism.gaussian import Quadratic
+
+PLAN = frozenset(field.name for field in dataclasses.fields(qexp_jax.PlanOptions))
+RUN = frozenset(field.name for field in dataclasses.fields(qexp_jax.RunOptions))
+OF_DATA = frozenset({"unit_ids", "max_records_per_unit", "public_count"})
+
+
+def fine_tune(key, loss_fn, params, *, public, private, public_unit_ids=None, **settings):
+    """`qexp_jax.fine_tune` with all that can be chosen side by side, as tests vary one choice at a time."""
+    plan, run, of_data = (
+        {name: settings.pop(name) for name in names & settings.keys()} for names in (PLAN, RUN, OF_DATA)
+    )
+    if of_data:
+        private = qexp_jax.Dataset(records=private, **of_data)
+    if public_unit_ids is not None:
+        public = qexp_jax.Dataset(records=public, unit_ids=public_unit_ids)
+    return qexp_jax.fine_tune(
+        key, loss_fn, params, public=public, private=private, **settings,
+        plan=qexp_jax.PlanOptions(**plan), run=qexp_jax.RunOptions(**run),
+    )  # fmt: skip
+
+
+def tilt_weights(key, public, private, **settings):
+    """The same for `qexp_jax.tilt.weights`."""
+    run, of_data = ({name: settings.pop(name) for name in names & settings.keys()} for names in (RUN, OF_DATA))
+    if of_data:
+        private = qexp_jax.Dataset(records=private, **of_data)
+    return qexp_jax.tilt.weights(key, public, private, **settings, run=qexp_jax.RunOptions(**run))
 
 
 def network_loss(params, record):

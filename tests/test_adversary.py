@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from dp_accounting import NeighboringRelation
+from problems import fine_tune
 
 import qexp_jax
 from qexp_jax import clipping, hardened, plan, precision, records, subspace
@@ -165,7 +166,7 @@ def tune(loss, options, private):
     if "subspace" in options:
         options["subspace"] = spaces[options["subspace"]]()
     settings = {"public": data(300, 0, 0.0), "private": private, "delta": 1e-5, "diagnostics": True}
-    return qexp_jax.fine_tune(jax.random.key(1), loss, params, **settings | options)
+    return fine_tune(jax.random.key(1), loss, params, **settings | options)
 
 
 class Played:

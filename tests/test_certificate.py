@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from dp_accounting import NeighboringRelation
+from problems import fine_tune
 
 import qexp_jax
 from qexp_jax import hardened, privacy, verification
@@ -182,7 +183,7 @@ def test_releases_of_scalars_verify(options):
     """Budget and counts as NumPy and JAX hold them."""
     if options:
         pytest.importorskip("opendp")
-    release = qexp_jax.fine_tune(
+    release = fine_tune(
         jax.random.key(0), loss, PARAMS, public=PUBLIC, private=jax.tree.map(lambda a: a[30:], DATA),
         epsilon=np.float32(0.1), delta=jnp.bfloat16(1e-5), rounds=np.int64(2), public_count=np.int32(30), **options,
     )  # fmt: skip

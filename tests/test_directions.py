@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import wide_layer_loss, wide_layer_network
+from problems import fine_tune, wide_layer_loss, wide_layer_network
 
-from qexp_jax import clipping, fine_tune, gradients, hardened, precision, records, subspace
+from qexp_jax import clipping, gradients, hardened, precision, records, subspace
 from qexp_jax.model import factored_gradients
 from qexp_jax.model.factored_gradients import Outer
 from qexp_jax.private_pass import exact_clipping

@@ -14,9 +14,16 @@ from test_layers import PACKAGE
 README = pathlib.Path(__file__).parents[1] / "README.md"
 
 
-@pytest.mark.parametrize("room", [path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__"])
-def test_docstring_examples_run(room):
-    module = importlib.import_module(f"qexp_jax.{room}")
+MODULES = sorted(
+    ".".join(("qexp_jax", *path.relative_to(PACKAGE).with_suffix("").parts))
+    for path in PACKAGE.rglob("*.py")
+    if path.stem != "__init__"
+)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples_run(name):
+    module = importlib.import_module(name)
     names = {"jax": jax, "jnp": jnp, "np": np}
     assert doctest.testmod(module, extraglobs=names, optionflags=doctest.NORMALIZE_WHITESPACE).failed == 0
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from dp_accounting import NeighboringRelation
 from flax import nnx
-from problems import network, network_loss
+from problems import fine_tune, network, network_loss
 
 import qexp_jax
 from qexp_jax import accuracy, clipping, plan, privacy, subspace
@@ -37,7 +37,7 @@ def regression(n=600, d=3, noise=0.1):
 
 def tune(loss=regression_loss, params=None, key=KEY, **changes):
     arguments = regression() | BUDGET | changes
-    return qexp_jax.fine_tune(key, loss, {"w": jnp.ones(3)} if params is None else params, **arguments)
+    return fine_tune(key, loss, {"w": jnp.ones(3)} if params is None else params, **arguments)
 
 
 def test_the_private_model_is_better_than_the_pretrained_one():
@@ -147,7 +147,7 @@ def wide_data(slope, scales=TWO_SCALES):
 
 def wide_rounds(data, epsilon, rank=4, **options):
     options |= {"epsilon": epsilon, "delta": 1e-5, "precision_rank": rank, "diagnostics": True, "tilt": False}
-    release, infos = qexp_jax.fine_tune(KEY, wide_loss, {"w": jnp.ones(WIDE)}, **data, **options)
+    release, infos = fine_tune(KEY, wide_loss, {"w": jnp.ones(WIDE)}, **data, **options)
     return release, infos, [int(i.geometry.tuned[-1]) for i in infos]
 
 
@@ -250,7 +250,7 @@ def test_skewed_errors_pull_an_anchor_that_fits_six_times_as_far_where_nothing_i
     options = {"epsilon": 8.0, "delta": 1e-5, "l2_clip_norm": 6.0, "tilt": False}
 
     def intercept():
-        return float(qexp_jax.fine_tune(KEY, wide_loss, {"w": jnp.ones(5)}, **data, **options).params["w"][0])
+        return float(fine_tune(KEY, wide_loss, {"w": jnp.ones(5)}, **data, **options).params["w"][0])
 
     assert abs(intercept() - 1) < 0.1
     monkeypatch.setattr(plan, "_clipping_bias", lambda leading, *_: np.zeros(leading.shape[1]))
@@ -316,7 +316,7 @@ def test_steps_do_not_overshoot_where_the_means_of_features_moved(rank, moved):
     params = {"w": jnp.zeros(60), "b": jnp.zeros(())}
     for _ in range(300):
         params = descend(params)
-    release = qexp_jax.fine_tune(
+    release = fine_tune(
         KEY, logistic_loss, params, public=public, private=private, epsilon=8.0, delta=1e-5, precision_rank=rank,
         tilt=False,
     )  # fmt: skip
@@ -393,10 +393,10 @@ def test_repeated_calls_trace_the_loss_once_and_take_milliseconds():
         return regression_loss(params, record)
 
     data, params = regression(), {"w": jnp.ones(3)}
-    qexp_jax.fine_tune(KEY, loss, params, **data, **BUDGET)
+    fine_tune(KEY, loss, params, **data, **BUDGET)
     before, start = len(traces), time.process_time()
     for seed in range(30):
-        qexp_jax.fine_tune(jax.random.key(seed), loss, params, **data, **BUDGET)
+        fine_tune(jax.random.key(seed), loss, params, **data, **BUDGET)
     assert len(traces) == before
     assert time.process_time() - start < 9  # 6 s, whatever runs beside it: 80 rounds each
 
@@ -434,7 +434,7 @@ def test_a_given_subspace_is_used(make):
     params, data = network(KEY, 300)
     public, private = jax.tree.map(lambda a: a[:100], data), jax.tree.map(lambda a: a[100:], data)
     space = make(KEY, params, 7, where="layer")
-    release = qexp_jax.fine_tune(KEY, network_loss, params, public=public, private=private, subspace=space, **BUDGET)
+    release = fine_tune(KEY, network_loss, params, public=public, private=private, subspace=space, **BUDGET)
     assert release.certificate["subspace_dim"] == 7
     np.testing.assert_array_equal(release.params["head"], params["head"])
     assert np.any(release.params["layer"]["w"] != params["layer"]["w"])
@@ -491,7 +491,7 @@ def cross_entropy(logits, label):
 def test_flax_linen_models_work_unchanged():
     model = Classifier()
     params = model.init(KEY, jnp.zeros(3))
-    release = qexp_jax.fine_tune(
+    release = fine_tune(
         KEY, lambda p, r: cross_entropy(model.apply(p, r["x"]), r["label"]), params, **classes(), **BUDGET
     )
     assert jax.tree.structure(release.params) == jax.tree.structure(params)
@@ -499,7 +499,7 @@ def test_flax_linen_models_work_unchanged():
 
 def test_flax_nnx_models_work_unchanged():
     graph, params = nnx.split(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
-    release = qexp_jax.fine_tune(
+    release = fine_tune(
         KEY,
         lambda p, r: cross_entropy(nnx.merge(graph, p)(r["x"]), r["label"]),
         params,

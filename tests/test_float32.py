@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.extend.core.primitives import dot_general_p
-from problems import subspaces
+from problems import fine_tune, subspaces
 
-from qexp_jax import accuracy, clipping, curvature, fine_tune, mechanism, precision, subspace, truncated
+from qexp_jax import accuracy, clipping, curvature, mechanism, precision, subspace, truncated
 
 KEY = jax.random.key(3)
 HIGHEST = (jax.lax.Precision.HIGHEST,) * 2

@@ -46,7 +46,7 @@ def simulated_excess(spectrum, num_units, noise_var, length, share, count=40_000
     true = np.append(curvature[:3], np.full(rest, curvature[3]))
     true[3 : 3 + steep] = curvature[:3].min()
     g = rng.normal(size=(count, dim)) * np.sqrt(0.05 * signals)
-    seen = g + rng.normal(size=g.shape) * np.sqrt(signals / num_units + noise_var)
+    seen = g + rng.normal(size=g.shape) * np.sqrt(1.5 * signals / num_units + noise_var)
     error = g / true - seen * (1 - np.exp(-length * true)) / true
     return np.mean(np.sum(true * error**2, axis=1)) / 2
 
@@ -411,7 +411,7 @@ def test_the_signal_is_the_posterior_mean_of_a_grid_computed_in_full():
     energy = step_size.energies(spectrum, jnp.asarray(x, jnp.float32))
     moments, dims = np.asarray(spectrum.moments, float), np.asarray(spectrum.dims, float)
     expected = moments * [1, 1, 1, 0.5]  # of the others half
-    error, log_evidence, means = moments / num_units + noise_var, [], []
+    error, log_evidence, means = 1.5 * moments / num_units + noise_var, [], []
     for tau in np.asarray(spectrum.shifts, float):
         total = tau * expected + error
         log_evidence.append(-2 * np.log(tau) - 0.5 * np.sum(dims * (np.log(total) + np.asarray(energy, float) / total)))

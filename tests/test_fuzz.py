@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from problems import linear_loss, spd
+from problems import fine_tune, linear_loss, spd
 
 import qexp_jax
 from qexp_jax import clipping, hardened, ledger, precision, privacy, records, subspace
@@ -113,7 +113,7 @@ PUBLIC, PRIVATE = jax.tree.map(lambda a: a[:30], DATA), jax.tree.map(lambda a: a
 def tune(dtype=jnp.float32, **changes):
     arguments = {"public": PUBLIC, "private": PRIVATE, "epsilon": 1.0, "delta": 1e-5, "rounds": 2} | changes
     params = arguments.pop("params", {"w": jnp.ones(D, dtype)})
-    return qexp_jax.fine_tune(KEY, loss, params, **arguments)
+    return fine_tune(KEY, loss, params, **arguments)
 
 
 def released(**changes):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from dp_accounting import NeighboringRelation
-from problems import linear_loss, network, network_loss, spd
+from problems import fine_tune, linear_loss, network, network_loss, spd
 from scipy import stats
 
 import qexp_jax
@@ -207,7 +207,7 @@ PUBLIC, PRIVATE = jax.tree.map(lambda a: a[:30], DATA), jax.tree.map(lambda a: a
 
 def tune(**changes):
     arguments = {"public": PUBLIC, "private": PRIVATE, "epsilon": 1.0, "delta": 1e-5, "rounds": 2, "hardened": True}
-    return qexp_jax.fine_tune(KEY, loss, {"w": jnp.ones(3)}, **arguments | changes)
+    return fine_tune(KEY, loss, {"w": jnp.ones(3)}, **arguments | changes)
 
 
 @pytest.mark.parametrize("relation", list(NeighboringRelation))

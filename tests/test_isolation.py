@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import primitives
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from problems import network, network_loss
+from problems import fine_tune, network, network_loss
 from test_finetune import BUDGET, regression, regression_loss
 
 import qexp_jax
@@ -476,7 +476,7 @@ def test_a_release_of_a_loss_that_mixes_records_is_refused(name, monkeypatch):
     monkeypatch.setattr(qexp_jax.passes, "device_sum", never)
     for mode in ("reverse", "forward"):
         with pytest.raises(ValueError, match="isolated"):
-            qexp_jax.fine_tune(KEY, loss, VECTOR, mode=mode, **data, **BUDGET)
+            fine_tune(KEY, loss, VECTOR, mode=mode, **data, **BUDGET)
 
 
 def test_the_mean_loss_of_a_unit_is_checked_as_that_of_a_record():
@@ -591,7 +591,7 @@ def test_a_constant_may_be_a_key():
 
     check(loss, VECTOR, vectors())
     data = regression()
-    release = qexp_jax.fine_tune(
+    release = fine_tune(
         KEY, lambda p, r: regression_loss(p, r) * jax.random.uniform(key), {"w": jnp.ones(3)}, **data, **BUDGET
     )  # fmt: skip
     assert np.all(np.isfinite(release.params["w"]))
@@ -645,7 +645,7 @@ def test_anything_but_a_scalar_is_named(name):
     data = {"public": vectors(), "private": vectors(jax.random.key(4))}
     assert "1.25" not in str(caught.value) and "secret" not in str(caught.value)
     with pytest.raises(ValueError, match="one floating-point scalar"):
-        qexp_jax.fine_tune(KEY, loss, VECTOR, **data, **BUDGET)
+        fine_tune(KEY, loss, VECTOR, **data, **BUDGET)
 
 
 def test_a_scalar_of_low_precision_is_accepted():

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from dp_accounting import NeighboringRelation
+from problems import fine_tune
 
 import qexp_jax
 from qexp_jax import ledger as ledgers
@@ -258,7 +259,7 @@ def tune(seed, loss_fn=loss, **changes):
     data = {"x": x, "y": x @ jnp.arange(3.0)}
     public, private = jax.tree.map(lambda a: a[:20], data), jax.tree.map(lambda a: a[20:], data)
     arguments = {"public": public, "private": private, "epsilon": 0.7, "delta": 1e-5, "rounds": 2} | changes
-    return qexp_jax.fine_tune(jax.random.key(seed), loss_fn, {"w": jnp.ones(3)}, **arguments)
+    return fine_tune(jax.random.key(seed), loss_fn, {"w": jnp.ones(3)}, **arguments)
 
 
 def test_a_release_is_entered_before_the_private_pass_and_refused_before_it(tmp_path, monkeypatch):

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 from dp_accounting import NeighboringRelation
+from problems import fine_tune
 from scipy import stats
 
-import qexp_jax
 from experiments import data, membership, tasks
 
 PRETRAINING = {"linear": {"epochs": 2, "learning_rate": 1e-2, "batch_size": 32}}
@@ -77,7 +77,7 @@ def test_shadow_models_are_what_fine_tune_releases(tiny):
     key, epsilon = jax.random.key(5), 1e4
     half = np.random.default_rng(3).permutation(80) < 40
     stacked = membership.released(key, tiny, tiny.split.private, half[None], epsilon, 1e-5)
-    release = qexp_jax.fine_tune(
+    release = fine_tune(
         key, tiny.model.loss_fn, tiny.params, public=tiny.split.public,
         private=data.select(tiny.split.private, np.flatnonzero(half)), epsilon=epsilon, delta=1e-5,
         neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE, public_count=40, tilt=False,

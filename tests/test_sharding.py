@@ -6,9 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import damped_precision, linear_loss, network, network_loss, wide_layer_loss, wide_layer_network
+from problems import (
+    damped_precision,
+    fine_tune,
+    linear_loss,
+    network,
+    network_loss,
+    wide_layer_loss,
+    wide_layer_network,
+)
 
-import qexp_jax
 from qexp_jax import clipping, curvature, precision, records, subspace
 from qexp_jax.model import sketching
 from qexp_jax.private_pass import passes
@@ -205,7 +212,7 @@ def test_sharded_parameters_stay_sharded_through_a_release(kind):
         "rounds": 2,
         "subspace": space,
     }
-    release, (info, _) = qexp_jax.fine_tune(KEY, deep_loss, sharded, mesh=devices, diagnostics=True, **arguments)
+    release, (info, _) = fine_tune(KEY, deep_loss, sharded, mesh=devices, diagnostics=True, **arguments)
     factored, clip_norm = jax.device_get((info.quadratic.precision, info.geometry.l2_clip_norm))
     expected, _ = clipping.clipped_sum(deep_loss, params, space, factored, data, l2_clip_norm=clip_norm)
     np.testing.assert_allclose(info.quadratic.whitened_sum, expected, rtol=1e-3, atol=1e-3)

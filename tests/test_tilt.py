@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from dp_accounting import NeighboringRelation
+from problems import fine_tune, tilt_weights
 from scipy import stats
 
 import qexp_jax
@@ -50,11 +51,11 @@ PREPARED = tilting.prepare(jax.random.key(tilt._SEED), (), jax.tree.map(jnp.asar
 
 
 def weighted(key=KEY, private=PRIVATE, **options):
-    return tilt.weights(key, PUBLIC, private, **BUDGET | options)
+    return tilt_weights(key, PUBLIC, private, **BUDGET | options)
 
 
 def tune(key=KEY, private=PRIVATE, public=PUBLIC, **options):
-    return qexp_jax.fine_tune(key, loss, PARAMS, public=public, private=private, **BUDGET | {"rounds": 2} | options)
+    return fine_tune(key, loss, PARAMS, public=public, private=private, **BUDGET | {"rounds": 2} | options)
 
 
 def streamed(data, size=100):
@@ -376,12 +377,12 @@ def test_other_shapes_skip_the_tilt():
     wide = {"x": np.repeat(PRIVATE["x"], 2, axis=1), "y": PRIVATE["y"]}
     public = {"x": PUBLIC["x"], "y": PUBLIC["y"]}
     options = {"public": public, "private": wide, "rounds": 1} | BUDGET
-    found = qexp_jax.fine_tune(KEY, of_any_width, {"w": jnp.ones(())}, **options)
-    off = qexp_jax.fine_tune(KEY, of_any_width, {"w": jnp.ones(())}, **options, tilt=False)
+    found = fine_tune(KEY, of_any_width, {"w": jnp.ones(())}, **options)
+    off = fine_tune(KEY, of_any_width, {"w": jnp.ones(())}, **options, tilt=False)
     assert found.certificate == off.certificate and found.certificate["tilt"] is None
     same(found.params, off.params)
     options["private"] = streamed(wide)
-    found = qexp_jax.fine_tune(KEY, of_any_width, {"w": jnp.ones(())}, **options)
+    found = fine_tune(KEY, of_any_width, {"w": jnp.ones(())}, **options)
     qexp_jax.verify(found.certificate)
     assert found.certificate["tilt"] is not None
 
@@ -480,7 +481,7 @@ def test_units_alone_are_no_shift():
     rng = np.random.default_rng(0)
     x = np.exp(1.2 * rng.normal(size=(43_000, 4))).astype(np.float32)
     options = {"unit_ids": np.arange(40_000) // 10, "max_records_per_unit": 10}
-    found = tilt.weights(KEY, {"x": x[:3000]}, {"x": x[3000:]}, epsilon=8.0, delta=1e-5, **options)
+    found = tilt_weights(KEY, {"x": x[:3000]}, {"x": x[3000:]}, epsilon=8.0, delta=1e-5, **options)
     assert not found.tilt.accepted
 
 
@@ -582,7 +583,7 @@ def test_batches_of_other_widths_are_released():
 
     batches = [part(0, 240, 1), part(240, N, 2)]
     public = records.group_by_unit(PUBLIC, np.arange(600))
-    release = qexp_jax.fine_tune(
+    release = fine_tune(
         KEY, records.unit_loss(loss), PARAMS, public=public, private=qexp_jax.Stream(lambda: iter(batches)),
         rounds=1, **BUDGET,
     )  # fmt: skip
@@ -596,5 +597,5 @@ def test_records_of_numbers_alone_are_released():
         return (record["x"] * params["w"] - record["y"]) ** 2 / 2
 
     public, private = ({"x": d["x"][:, 0], "y": d["y"]} for d in (PUBLIC, PRIVATE))
-    release = qexp_jax.fine_tune(KEY, line, {"w": jnp.ones(())}, public=public, private=private, rounds=1, **BUDGET)
+    release = fine_tune(KEY, line, {"w": jnp.ones(())}, public=public, private=private, rounds=1, **BUDGET)
     qexp_jax.verify(release.certificate)

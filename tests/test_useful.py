@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from problems import fine_tune
 
 import qexp_jax
 from qexp_jax import ledger, mechanism, subspace
@@ -54,7 +55,7 @@ def test_still_leaves_stay(loss):
         "other": jnp.ones((20, 3)),
         "none": jnp.zeros((0, 3)),
     }
-    release = qexp_jax.fine_tune(KEY, loss, params, public=data(300, 1, 20), private=data(200, 2, 20), **BUDGET)
+    release = fine_tune(KEY, loss, params, public=data(300, 1, 20), private=data(200, 2, 20), **BUDGET)
     assert release.certificate["subspace_dim"] == 40
     for name in ("encoder", "other", "none"):
         np.testing.assert_array_equal(release.params[name], params[name])
@@ -66,14 +67,14 @@ def test_subspaces_of_still_leaves_are_refused():
     settings = {"public": data(30, 1, 5), "private": data(20, 2, 5), **BUDGET}
     for space in (subspace.full(params), subspace.gaussian(KEY, params, 3)):
         with pytest.raises(ValueError, match=r"does not depend, \['encoder'\]: leave them out by where="):
-            qexp_jax.fine_tune(KEY, encoded, params, subspace=space, **settings)
-    release = qexp_jax.fine_tune(KEY, encoded, params, subspace=subspace.full(params, where="head"), **settings)
+            fine_tune(KEY, encoded, params, subspace=space, **settings)
+    release = fine_tune(KEY, encoded, params, subspace=subspace.full(params, where="head"), **settings)
     np.testing.assert_array_equal(release.params["encoder"], 1)
 
 
 def test_a_loss_of_no_tuned_leaf_is_refused():
     with pytest.raises(ValueError, match="found a gradient that is zero"):
-        qexp_jax.fine_tune(KEY, lambda p, r: jnp.sum(r["x"]), LINEAR, public=data(30, 1), private=data(20, 2), **BUDGET)
+        fine_tune(KEY, lambda p, r: jnp.sum(r["x"]), LINEAR, public=data(30, 1), private=data(20, 2), **BUDGET)
 
 
 def test_dependence_is_read_off_the_trace():
@@ -117,7 +118,7 @@ UNSEEN = {
 def test_what_no_public_record_moves_is_held(name, options):
     """The noise of a step there would be all that it brings; and the certificate says how much is tuned."""
     loss, params, public, private, parts = UNSEEN[name]
-    release = qexp_jax.fine_tune(KEY, loss, params, public=public, private=private, **BUDGET | options)
+    release = fine_tune(KEY, loss, params, public=public, private=private, **BUDGET | options)
     qexp_jax.verify(release.certificate)
     moved = jax.tree.map(jnp.subtract, release.params, params)
     seen, unseen = parts(moved)
@@ -141,14 +142,14 @@ def test_a_public_record_that_is_not_finite_costs_nothing(value, tmp_path):
         return linear(params, record)
 
     with pytest.raises(ValueError, match="public"):
-        qexp_jax.fine_tune(KEY, loss, LINEAR, public=public, private=data(90, 2), ledger=account, **BUDGET)
+        fine_tune(KEY, loss, LINEAR, public=public, private=data(90, 2), ledger=account, **BUDGET)
     assert ledger.spent(account).releases == 0
 
 
 def test_a_release_that_is_not_finite_is_not_returned(monkeypatch):
     monkeypatch.setattr(rounds, "_noisy_sum", lambda key, total, *rest: jnp.full(162, jnp.nan))
     with pytest.raises(ValueError, match="finite released parameters, of which nothing is returned"):
-        qexp_jax.fine_tune(KEY, linear, LINEAR, public=data(200, 1), private=data(90, 2), **BUDGET)
+        fine_tune(KEY, linear, LINEAR, public=data(200, 1), private=data(90, 2), **BUDGET)
 
 
 def steep(params, record):
@@ -159,12 +160,12 @@ def test_a_damping_that_float32_cannot_hold_is_refused():
     """Rounding along steep directions would come out of whitening in the others, and has to be paid for."""
     settings = {"public": data(200, 1), "private": data(90, 2), "precision_rank": 8, **BUDGET}
     rounding = [
-        qexp_jax.fine_tune(KEY, linear, LINEAR, damping=d, **settings).certificate["geometries"][0]["rounding"]
+        fine_tune(KEY, linear, LINEAR, damping=d, **settings).certificate["geometries"][0]["rounding"]
         for d in (1e-2, 1e-8)
     ]
     assert 0 < rounding[0] < rounding[1] < 0.02
     with pytest.raises(ValueError, match="damping=1e-38 is too small"):
-        qexp_jax.fine_tune(KEY, steep, jnp.zeros((80, 2)), **settings | {"damping": 1e-38})
+        fine_tune(KEY, steep, jnp.zeros((80, 2)), **settings | {"damping": 1e-38})
 
 
 @pytest.mark.parametrize("scale", [1e-18, 1e-12, 1e12, 1e15])
@@ -190,8 +191,7 @@ def test_keys_of_all_generators_draw_threefry_noise(impl):
     """Of all their words: under vmap these generators would see the first key or word alone."""
     key = jax.random.key(7, impl=impl)
     release, again = (
-        qexp_jax.fine_tune(k, linear, LINEAR, public=data(200, 1), private=data(90, 2), rounds=1, **BUDGET)
-        for k in (key, key)
+        fine_tune(k, linear, LINEAR, public=data(200, 1), private=data(90, 2), rounds=1, **BUDGET) for k in (key, key)
     )
     np.testing.assert_array_equal(release.params["w"], again.params["w"])
     assert release.certificate["prng_impl"] == "threefry2x32"
@@ -217,7 +217,7 @@ def test_losses_with_reverse_rules_are_tuned(width):
     """Forward mode, which such a rule does not have, is not chosen for few parameters."""
     loss = lambda params, record: squared(record["x"] @ params - 2.0)
     public, private = ({"x": data(n, n, width)["x"]} for n in (200, 100))
-    release = qexp_jax.fine_tune(KEY, loss, jnp.zeros(width), public=public, private=private, **BUDGET)
+    release = fine_tune(KEY, loss, jnp.zeros(width), public=public, private=private, **BUDGET)
     assert jnp.all(jnp.isfinite(release.params))
 
 

@@ -8,8 +8,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import numpy as np
+from problems import fine_tune
 
-import qexp_jax
 from qexp_jax.data import stream
 
 
@@ -29,7 +29,7 @@ def release(private, seed=3, **changes):
     public = data()[0]
     arguments = {"epsilon": 1.0, "delta": 1e-5, "rounds": 2, "microbatch_size": 8, "public_count": 200} | changes
     params = {"w": np.ones(3, np.float32)}
-    made, infos = qexp_jax.fine_tune(
+    made, infos = fine_tune(
         jax.random.key(seed), loss_fn, params, public=public, private=private, diagnostics=True, **arguments
     )
     return np.stack([made.params["w"], infos[0].quadratic.whitened_sum])

@@ -2,9 +2,8 @@
 
 import functools
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,19 +11,22 @@ import numpy as np
 from dp_accounting import NeighboringRelation
 
 from qexp_jax.data import arguments, validation
+from qexp_jax.data.dataset import Dataset, as_dataset
 from qexp_jax.data.records import LossFn, Params, Record, group_by_unit, held, num_records, take, unit_loss
 from qexp_jax.fine_tuning import checkpoint as checkpoints
-from qexp_jax.fine_tuning import inputs, preflight, tilting
-from qexp_jax.fine_tuning import rounds as walks
+from qexp_jax.fine_tuning import inputs, preflight, rounds, tilting
 from qexp_jax.fine_tuning.checkpoint import Checkpoint
-from qexp_jax.mechanism import hardened as hardening
+from qexp_jax.fine_tuning.options import PlanOptions, RunOptions, checked_plan, checked_run, with_progress
+from qexp_jax.fine_tuning.rounds import announce, needs_exact
+from qexp_jax.fine_tuning.rounds import roundings as roundings_of
+from qexp_jax.mechanism import hardened as hardened_noise
 from qexp_jax.model import isolation
 from qexp_jax.model import subspace as subspaces
-from qexp_jax.model.gradients import Mode, moving_leaves
-from qexp_jax.model.subspace import Subspace
-from qexp_jax.privacy import accounting
+from qexp_jax.model.gradients import moving_leaves
+from qexp_jax.model.subspace import Layout
+from qexp_jax.privacy import accounting, discrete
 from qexp_jax.privacy import ledger as ledgers
-from qexp_jax.privacy.certificate import ONE_ID, ONE_RECORD, make_certificate, make_provenance
+from qexp_jax.privacy.certificate import make_certificate, make_provenance
 from qexp_jax.privacy.ledger import Ledger
 from qexp_jax.private_pass import passes
 from qexp_jax.quadratic import weighting
@@ -52,32 +54,16 @@ def fine_tune(
     loss_fn: LossFn,
     params: Params,
     *,
-    public: Record,
-    private: Record,
+    public: Record | Dataset,
+    private: Record | Dataset,
     epsilon: float,
     delta: float,
     neighboring_relation: NeighboringRelation = NeighboringRelation.REPLACE_SPECIAL,
-    public_count: int | None = None,
-    unit_ids: Any = None,
-    public_unit_ids: Any = None,
-    max_records_per_unit: int | None = None,
-    rounds: int | None = None,
-    precision_rank: int = 128,
-    subspace: Subspace | None = None,
-    subspace_dim: int | None = None,
-    damping: float | None = None,
-    l2_clip_norm: float | None = None,
-    microbatch_size: int | None = None,
-    mode: Mode = "auto",
-    mesh: jax.sharding.Mesh | None = None,
-    checkpoint: Checkpoint | None = None,
-    memory_budget: int | None = None,
     hardened: bool = False,
-    tilt: bool = True,
-    features: Callable[..., Any] | None = None,
     ledger: Ledger | str | os.PathLike[str] | None = None,
-    diagnostics: bool = False,
-    progress: Callable[[str], None] | None = None,
+    checkpoint: Checkpoint | None = None,
+    plan: PlanOptions = PlanOptions(),  # noqa: B008, frozen
+    run: RunOptions = RunOptions(),  # noqa: B008
 ) -> Any:
     """Fine-tunes a pretrained model on private records under (epsilon, delta)-differential privacy.
 
@@ -87,53 +73,26 @@ def fine_tune(
         (`isolation`), and with loops that end whatever a record holds.
       params: pretrained pytree, public. Half-precision leaves are worked on in float32 and cast back at the end.
       public: public records, pytree with a leading axis: curvature, clip norm and dimension come from them; or a
-        stream of batches, of which a sample is held.
+        stream of batches, of which a sample is held; or a `Dataset` of records with unit ids, which only the clip norm
+        uses.
       private: private records, the same pytree, of other arrays; or a stream of batches of units (`stream`), of any
-        lengths, read once a round.
+        lengths, read once a round; or a `Dataset` of either, for units of several records or another public N.
       epsilon: in [1e-4, 1e4].
       delta: in [1e-30, 0.999].
       neighboring_relation: REPLACE_SPECIAL (zero-out one unit; default), ADD_OR_REMOVE_ONE or REPLACE_ONE.
-      public_count: N, where it is not the number of private units; required for ADD_OR_REMOVE_ONE, under which the true
-        number is private.
-      unit_ids: (n,) ids of the private records' units (writers, patients), clipped together: integers or strings, none
-        missing (`records.as_unit_ids`). By default each record is a unit.
-      public_unit_ids: the same for the public records; only the clip norm uses them.
-      max_records_per_unit: public cap on the records that a unit contributes, and the length that units are padded to.
-      rounds: releases, each with mu/sqrt(rounds), in place of the number that the plan chooses and that a heavy shift
-        may raise.
-      precision_rank: at most how many leading directions of the public gradients have their curvature measured.
-      subspace: public subspace to tune in, in place of all parameters.
-      subspace_dim: tune in the leading public eigenspace of this dimension.
-      damping: lambda > 0 in units of curvature, public.
-      l2_clip_norm: C > 0 in the norm |M^{-1/2} g|, where M has largest eigenvalue 1, public.
-      microbatch_size: at most so many private units held at a time; by default as many as suit the device, on a CPU 32
-        or fewer.
-      mode: `"auto"`, `"reverse"` or `"forward"`, see `gradients.projected_gradients`.
-      mesh: devices that share the private units along the mesh's axis `"data"`, each clipping its own. Parameters may
-        be sharded over other axes, of type Auto. With devices of several processes, `private` holds the units of this
-        process alone, no unit is in two processes, `public_count` is their number in all, and every process calls
-        with the same public arguments and ends with the same release.
-      checkpoint: where a release in progress is saved; called again with the same arguments, it goes on there, or ends
-        with the same release. Other private data, or the same in another order, are refused. Holds sums that are **not
-        private**.
-      memory_budget: bytes of one device; a release that `preflight` expects to need more is refused. With `unit_ids` it
-        needs `max_records_per_unit`; where the number of units is private, a stream counts with its `batch_size`, or
-        whole.
-      hardened: integers, and exact discrete Gaussian noise, instead of floating point; see the room `hardened`, also
-        for what it costs. Needs OpenDP. Of a mesh it uses one device a process.
-      tilt: before the rounds, spend a tenth of mu^2 on one draw of the private mean of public features, and train the
-        anchor on public records that are weighted to have this mean (`tilt`, T9); left out where N mu is below 200 or
-        training would take minutes, and without effect where the draw shows no shift or weights cannot express it.
-      features: `(record) -> arrays` or `(params, record) -> arrays`, whose mean is released in place of that of the
-        default features (`features`).
+      hardened: integers, and exact discrete Gaussian noise, instead of floating point; see `hardened`, also for what it
+        costs. Needs OpenDP. Of a mesh it uses one device a process.
       ledger: of the dataset, or its path; the release is entered there before a private value is read, and stays
         entered if it is then interrupted; one that goes on from its checkpoint is not entered again, and draws no round
         a second time. A hardened one that is killed between the draw of a round and its saving is lost.
-      diagnostics: return `(release, [RoundInfo])`, where the second part is **not private**.
-      progress: called with the name of each stage as it begins, with each batch of a stream, and with `"done"`.
+      checkpoint: where a release in progress is saved; called again with the same arguments, it goes on there, or ends
+        with the same release. Other private data, or the same in another order, are refused. Holds sums that are **not
+        private**.
+      plan: public choices in place of the rule's.
+      run: memory, devices, progress.
 
     Returns:
-      A `Release`, or `(Release, list[RoundInfo])` with `diagnostics`.
+      A `Release`, or `(Release, list[RoundInfo])` with `run.diagnostics`.
 
     Formal guarantee: `release` is mu-GDP with `certificate["mu"]`, hence (epsilon, delta)-DP, with respect to
     `neighboring_relation` on units of `private`, under the certificate's assumptions; a hardened one is rho-zCDP with
@@ -160,135 +119,254 @@ def fine_tune(
     References:
       Tran et al., arXiv:2605.20521 (the mechanism); Dong, Roth and Su, arXiv:1905.02383 (mu-GDP).
     """
-    validation.check_key(key)
-    if hardened:
-        hardening.check_available()
-    _check_options(neighboring_relation, checkpoint, mesh, subspace, mode, progress=progress, features=features)
-    local = passes.local_mesh(mesh)
-    key = inputs.secret_key(key, mesh)
-    precision_rank = arguments.count("precision_rank", precision_rank)
-    rounds, microbatch_size, memory_budget = _counts(
-        rounds=rounds, microbatch_size=microbatch_size, memory_budget=memory_budget
+    job = _accepted(
+        key, loss_fn, params, public, private, epsilon, delta, neighboring_relation, hardened, checkpoint, plan, run
     )
-    max_records_per_unit, subspace_dim = _counts(max_records_per_unit=max_records_per_unit, subspace_dim=subspace_dim)
-    damping, l2_clip_norm = _check_settings(damping, l2_clip_norm, memory_budget, unit_ids, max_records_per_unit)
-    layout = _layout(params, subspace, subspace_dim)
-    epsilon, delta = accounting.check_budget(epsilon, delta)
-    mu = (hardening if hardened else accounting).mu_from_budget(epsilon, delta)
-    private_n = neighboring_relation is NeighboringRelation.ADD_OR_REMOVE_ONE
-    validation.check_apart(public, private)
-    public = inputs.public_records(public, public_unit_ids)
-    private = inputs.check_data(
-        functools.partial(isolation.check_loss, loss_fn, layout, params), params, public, private, private_n
-    )
-    inputs.check_devices(mesh, params, subspace, public, private)
-    layout = _moving(loss_fn, layout, params, public, subspace)
-    unit_ids = inputs.check_ids("unit_ids", private, unit_ids)
-    public_unit_ids = inputs.check_ids("public_unit_ids", public, public_unit_ids)
-    num_units = inputs.public_num_units(private, unit_ids, public_count, private_n, mesh)
-    unit = ONE_RECORD if unit_ids is None else ONE_ID
     ledger = ledgers.open(ledger) if isinstance(ledger, str | os.PathLike) else ledger
-    if memory_budget is not None:
-        # Before the records are grouped: that takes the memory.
-        found = preflight.estimate(
-            loss_fn if unit_ids is None else unit_loss(loss_fn), params,
-            inputs.one_unit(private, public, unit_ids, max_records_per_unit), num_units=num_units,
-            num_public=num_records(public), subspace=subspace, precision_rank=max(precision_rank, subspace_dim or 0),
-            microbatch_size=microbatch_size, mode=mode, num_devices=passes.num_shares(local),
-            batch_size=inputs.batch_size(private, private_n), exact=private_n, tilt=tilt,
-        )  # fmt: skip
-        preflight.check(found, memory_budget)
-    unit_fn, units = inputs.grouped(loss_fn, private, unit_ids, max_records_per_unit)
-    public_fn, public_units = inputs.grouped(loss_fn, public, public_unit_ids, max_records_per_unit)
-    plan_key = jax.random.key(_PLAN_SEED)
-    anchor = subspaces.working(layout, params)
-    prepared = None
-    tilt_share = weighting.share(num_units, mu) if tilt and inputs.have_one_shape(public, private) else 0.0
-    steps = weighting.num_steps(loss_fn, params, take(public, 0), num_records(public)) if tilt_share else 0
-    if steps:
-        walks.announce(progress, "tilt, public features")
-        prepared = tilting.prepare(jax.random.fold_in(plan_key, 1), anchor, public, features)
-    reads_all = prepared is not None or not (public_unit_ids is None and subspace_dim is None)
-    # Beside the rounds, and of what the plan reads alone: hashing a hundred megabytes takes longer than a release.
-    provenance = ThreadPoolExecutor(1).submit(
-        lambda: make_provenance(
-            params, public if reads_all else looked_at(plan_key, public), None if subspace is None else subspace.arrays
-        )
-    )
-    mu_of_tilt, mu_of_rounds = (mu * tilt_share**0.5, mu * (1 - tilt_share) ** 0.5) if prepared else (0.0, mu)
-    plan_at = functools.partial(
-        make_plan, plan_key, loss_fn,
-        public=public, clip_loss_fn=public_fn, public_units=public_units,
-        num_units=num_units, noise_multiplier=accounting.noise_multiplier(mu_of_rounds, neighboring_relation),
-        rounds=rounds, precision_rank=precision_rank, layout=layout, subspace=subspace, subspace_dim=subspace_dim,
-        damping=damping, l2_clip_norm=l2_clip_norm,
-    )  # fmt: skip
-    walks.announce(progress, "public curvature")
-    plan = plan_at(params=anchor)
-    noise_multiplier, discrete_noise = _noise_of_rounds(mu_of_rounds, plan, neighboring_relation, hardened)
-    walks.roundings(plan, walks.needs_exact(plan, neighboring_relation))  # refused before anything is paid
-    store = None
-    if checkpoint is not None:
-        settings = {
-            "plan": plan,
-            "pretrained parameters": anchor,
-            "noise_multiplier": noise_multiplier,
-            "neighboring_relation": neighboring_relation.name,
-            "num_units": num_units,
-            "microbatch_size": microbatch_size,
-            "mode": mode,
-            "hardened": hardened,
-            "devices": passes.num_shares(local),
-            "processes": jax.process_count() if passes.spans_processes(mesh) else 1,
-            "tilt": None if prepared is None else (prepared.features[1:], prepared.rows, mu_of_tilt, steps),
-        }
-        store = checkpoints.in_step(mesh, lambda: checkpoints.open_store(checkpoint, settings))
-    store = inputs.enter(
-        ledger, key, store, units, mesh,
-        mu=mu, hardened=hardened, neighboring_relation=neighboring_relation, privacy_unit=unit,
-    )  # fmt: skip
-    engine = walks.Engine(unit_fn, microbatch_size, mode, mesh, hardened, private_n, diagnostics, store, progress)
-    terms_of_tilt, noise_key = None, key
-    if prepared is not None:
-        tilt_key, noise_key = jax.random.split(key)
-        tilt_multiplier = accounting.noise_multiplier(mu_of_tilt, neighboring_relation)
-        if hardened:
-            tilt_multiplier = hardening.discrete_noise(tilt_multiplier, 1).multiplier
-        feature_loss = tilting.loss(prepared.features)
-        feature_engine = engine._replace(
-            loss_fn=feature_loss if unit_ids is None else unit_loss(feature_loss), mode="reverse"
-        )
-        noisy, noise_std = tilting.draw(
-            key, tilt_key, prepared, units, feature_engine, noise_multiplier=tilt_multiplier
-        )  # fmt: skip
-        tilted, anchor = tilting.move(
-            jax.random.fold_in(plan_key, 2), prepared, noisy, noise_std, loss_fn, anchor, plan.subspace, public,
-            num_units=num_units, steps=steps, progress=progress,
-        )  # fmt: skip
-        terms_of_tilt = tilting.terms(prepared, tilted, tilt_multiplier, steps)
-        if tilted.accepted:
-            walks.announce(progress, "public curvature")
-            plan = plan_at(
-                params=anchor, weights=tilted.weights, unit_weights=_of_units(tilted.weights, public_unit_ids)
-            )  # fmt: skip
-            noise_multiplier, discrete_noise = _noise_of_rounds(mu_of_rounds, plan, neighboring_relation, hardened)
-    exact = walks.needs_exact(plan, neighboring_relation)
-    roundings = walks.roundings(plan, exact)
-    walk = walks.start(layout, anchor, plan.spectrum, plan.rounds)
-    walk, infos = walks.run(
-        noise_key, walk, plan, units, engine._replace(exact=exact),
-        num_units=num_units, noise_multiplier=noise_multiplier, release_key=key,
+    job = _grouped(job)
+    tilt = _prepared_tilt(job)
+    provenance = _provenance(job, tilt)  # digests, beside the rounds
+    announce(job.run.progress, "public curvature")
+    made = _plan_at(job, tilt, job.anchor)
+    # From here on private values are read: refused before anything is paid, paid before anything is read.
+    roundings_of(made, needs_exact(made, job.relation))
+    engine = _entered(job, tilt, made, ledger)
+    anchor, made, tilt_terms, noise_key = _tilted(job, tilt, made, engine)
+    noise_multiplier, discrete_noise = _noise_of_rounds(_mu_of_rounds(job, tilt), made, job.relation, job.hardened)
+    exact = needs_exact(made, job.relation)
+    state, infos = rounds.run(
+        noise_key, rounds.start(job.layout, anchor, made.spectrum, made.rounds), made, job.units,
+        engine._replace(exact=exact),
+        num_units=job.data.num_units, noise_multiplier=noise_multiplier, release_key=job.data.key,
     )  # fmt: skip
     certificate = make_certificate(
-        epsilon=epsilon, delta=delta, relation=neighboring_relation, num_units=num_units,
-        num_units_from="slots" if public_count is None else "public_count", unit=unit,
-        noise_multiplier=noise_multiplier, plan=terms(plan, roundings), provenance=provenance.result(),
-        prng_impl=str(jax.random.key_impl(key)), discrete_noise=discrete_noise,
-        tilt=terms_of_tilt,
+        epsilon=job.epsilon, delta=job.delta, relation=job.relation, num_units=job.data.num_units,
+        num_units_from=job.data.num_units_from, unit=job.data.unit, noise_multiplier=noise_multiplier,
+        plan=terms(made, roundings_of(made, exact)), provenance=provenance.result(),
+        prng_impl=str(jax.random.key_impl(job.data.key)), discrete_noise=discrete_noise, tilt=tilt_terms,
     )  # fmt: skip
-    validation.check_finite("released parameters, of which nothing is returned", walk.params)
-    release = Release(_cast(layout, walk.params), certificate)
-    return (release, infos) if diagnostics else release
+    validation.check_finite("released parameters, of which nothing is returned", state.params)
+    release = Release(_cast(job.layout, state.params), certificate)
+    return (release, infos) if job.run.diagnostics else release
+
+
+class _Job(NamedTuple):
+    """What was asked for, checked; **not private**: it holds the data.
+
+    Attributes:
+      loss_fn: of one record.
+      params: pretrained, as given.
+      anchor: the same in working precision.
+      layout: what is tuned.
+      data: of `inputs.accept`.
+      unit_fn, units: loss of one private unit, and the units; the loss of one record and the records until grouped.
+      public_fn, public_units: the same of the public ones.
+      epsilon, delta, mu: the budget; of a hardened release mu is its continuous twin's.
+      relation: neighbouring relation.
+      hardened: whether noise is discrete.
+      checkpoint: as given.
+      plan, run: options, checked.
+    """
+
+    loss_fn: LossFn
+    params: Params
+    anchor: Params
+    layout: Layout
+    data: inputs.Inputs
+    unit_fn: LossFn
+    units: Record
+    public_fn: LossFn
+    public_units: Record
+    epsilon: float
+    delta: float
+    mu: float
+    relation: NeighboringRelation
+    hardened: bool
+    checkpoint: Checkpoint | None
+    plan: PlanOptions
+    run: RunOptions
+
+
+class _Tilt(NamedTuple):
+    """A tilt before it is drawn; public.
+
+    Attributes:
+      prepared: features of the public records.
+      share: of mu^2.
+      steps: of training.
+    """
+
+    prepared: tilting.Preparation
+    share: float
+    steps: int
+
+
+def _accepted(key, loss_fn, params, public, private, epsilon, delta, relation, hardened, checkpoint, plan, run):
+    """Everything that can be refused is refused here, before a private value is read."""
+    validation.check_key(key)
+    if hardened:
+        hardened_noise.check_available()
+    arguments.neighboring_relation(relation)
+    if checkpoint is not None:
+        checkpoints.check(checkpoint)
+    plan, run = checked_plan(plan), checked_run(run)
+    run = with_progress(run, plan.rounds)
+    public, private = as_dataset("public", public), as_dataset("private", private)
+    passes.local_mesh(run.mesh)
+    _check_cap(run, private)
+    layout = _layout(params, plan.subspace)
+    epsilon, delta = accounting.check_budget(epsilon, delta)
+    mu = (discrete if hardened else accounting).mu_from_budget(epsilon, delta)
+    check_loss = functools.partial(isolation.check_loss, loss_fn, layout, params)
+    data = inputs.accept(key, check_loss, params, public, private, relation, plan.subspace, run.mesh)
+    layout = _moving(loss_fn, layout, params, data.public, plan.subspace)
+    anchor = subspaces.working(layout, params)
+    return _Job(
+        loss_fn, params, anchor, layout, data, loss_fn, data.private, loss_fn, data.public,
+        epsilon, delta, mu, relation, bool(hardened), checkpoint, plan, run,
+    )  # fmt: skip
+
+
+def _check_cap(run, private):
+    if run.memory_budget is not None and private.unit_ids is not None and private.max_records_per_unit is None:
+        raise ValueError("memory_budget with unit_ids needs max_records_per_unit: the largest unit's size is private.")
+
+
+def _grouped(job):
+    """With records grouped to units; that takes the memory, so that what does not fit is refused first."""
+    data, cap = job.data, job.data.max_records_per_unit
+    if job.run.memory_budget is not None:
+        preflight.check(_estimate(job), job.run.memory_budget)
+    unit_fn, units = inputs.grouped(job.loss_fn, data.private, data.unit_ids, cap)
+    public_fn, public_units = inputs.grouped(job.loss_fn, data.public, data.public_unit_ids, cap)
+    return job._replace(unit_fn=unit_fn, units=units, public_fn=public_fn, public_units=public_units)
+
+
+def _estimate(job):
+    data, plan, run = job.data, job.plan, job.run
+    private_n = _private_n(job)
+    return preflight.estimate(
+        job.loss_fn if data.unit_ids is None else unit_loss(job.loss_fn), job.params,
+        inputs.one_unit(data.private, data.public, data.unit_ids, data.max_records_per_unit),
+        num_units=data.num_units, num_public=num_records(data.public), subspace=plan.subspace,
+        precision_rank=max(plan.precision_rank, plan.subspace_dim or 0), microbatch_size=run.microbatch_size,
+        mode=run.mode, num_devices=passes.num_shares(passes.local_mesh(run.mesh)),
+        batch_size=inputs.batch_size(data.private, private_n), exact=private_n, tilt=plan.tilt,
+    )  # fmt: skip
+
+
+def _private_n(job):
+    """Whether the number of units is private."""
+    return job.relation is NeighboringRelation.ADD_OR_REMOVE_ONE
+
+
+def _prepared_tilt(job):
+    """The tilt that shapes, N and mu allow; None where they allow none, or where it is not wanted."""
+    data = job.data
+    share = weighting.share(data.num_units, job.mu)
+    if not (job.plan.tilt and share and inputs.have_one_shape(data.public, data.private)):
+        return None
+    steps = weighting.num_steps(job.loss_fn, job.params, take(data.public, 0), num_records(data.public))
+    if not steps:
+        return None
+    announce(job.run.progress, "tilt, public features")
+    prepared = tilting.prepare(jax.random.fold_in(_plan_key(), 1), job.anchor, data.public, job.plan.features)
+    return None if prepared is None else _Tilt(prepared, share, steps)
+
+
+def _mu_of_tilt(job, tilt):
+    return job.mu * tilt.share**0.5
+
+
+def _mu_of_rounds(job, tilt):
+    return job.mu if tilt is None else job.mu * (1 - tilt.share) ** 0.5
+
+
+def _plan_key():
+    return jax.random.key(_PLAN_SEED)
+
+
+def _provenance(job, tilt):
+    """Of what the plan reads alone: hashing a hundred megabytes takes longer than a release."""
+    reads_all = tilt is not None or job.data.public_unit_ids is not None or job.plan.subspace_dim is not None
+    public = job.data.public if reads_all else looked_at(_plan_key(), job.data.public)
+    arrays = None if job.plan.subspace is None else job.plan.subspace.arrays
+    return ThreadPoolExecutor(1).submit(make_provenance, job.params, public, arrays)
+
+
+def _plan_at(job, tilt, anchor, **weights):
+    """The plan of the rounds around parameters `anchor`."""
+    options, data = job.plan, job.data
+    noise_multiplier = accounting.noise_multiplier(_mu_of_rounds(job, tilt), job.relation)
+    return make_plan(
+        _plan_key(), job.loss_fn, anchor, data.public, job.public_fn, job.public_units,
+        num_units=data.num_units, noise_multiplier=noise_multiplier, rounds=options.rounds,
+        precision_rank=options.precision_rank, layout=job.layout, subspace=options.subspace,
+        subspace_dim=options.subspace_dim, damping=options.damping, l2_clip_norm=options.l2_clip_norm, **weights,
+    )  # fmt: skip
+
+
+def _entered(job, tilt, made, ledger):
+    """How private passes run, with the release entered in its ledger and its checkpoint open."""
+    run = job.run
+    store = None
+    if job.checkpoint is not None:
+        store = checkpoints.in_step(
+            run.mesh, lambda: checkpoints.open_store(job.checkpoint, _settings(job, tilt, made))
+        )
+    store = inputs.enter(
+        ledger, job.data.key, store, job.units, run.mesh, mu=job.mu, hardened=job.hardened,
+        neighboring_relation=job.relation, privacy_unit=job.data.unit,
+    )  # fmt: skip
+    return rounds.Engine(
+        job.unit_fn, run.microbatch_size, run.mode, run.mesh, job.hardened, _private_n(job), run.diagnostics, store,
+        run.progress,
+    )  # fmt: skip
+
+
+def _settings(job, tilt, made):
+    """What a checkpoint belongs to."""
+    noise_multiplier, _ = _noise_of_rounds(_mu_of_rounds(job, tilt), made, job.relation, job.hardened)
+    of_tilt = tilt and (tilt.prepared.features[1:], tilt.prepared.rows, _mu_of_tilt(job, tilt), tilt.steps)
+    return {
+        "plan": made,
+        "pretrained parameters": job.anchor,
+        "noise_multiplier": noise_multiplier,
+        "neighboring_relation": job.relation.name,
+        "num_units": job.data.num_units,
+        "microbatch_size": job.run.microbatch_size,
+        "mode": job.run.mode,
+        "hardened": job.hardened,
+        "devices": passes.num_shares(passes.local_mesh(job.run.mesh)),
+        "processes": jax.process_count() if passes.spans_processes(job.run.mesh) else 1,
+        "tilt": of_tilt,
+    }
+
+
+def _tilted(job, tilt, made, engine):
+    """The anchor and the plan after the tilt, what a certificate says of it, and the key left for the rounds."""
+    key = job.data.key
+    if tilt is None:
+        return job.anchor, made, None, key
+    tilt_key, noise_key = jax.random.split(key)
+    noise_multiplier = accounting.noise_multiplier(_mu_of_tilt(job, tilt), job.relation)
+    if job.hardened:
+        noise_multiplier = discrete.discrete_noise(noise_multiplier, 1).multiplier
+    feature_loss = tilting.loss(tilt.prepared.features)
+    if job.data.unit_ids is not None:
+        feature_loss = unit_loss(feature_loss)
+    engine = engine._replace(loss_fn=feature_loss, mode="reverse")
+    noisy, noise_std = tilting.draw(key, tilt_key, tilt.prepared, job.units, engine, noise_multiplier=noise_multiplier)
+    tilted, anchor = tilting.move(
+        jax.random.fold_in(_plan_key(), 2), tilt.prepared, noisy, noise_std, job.loss_fn, job.anchor, made.subspace,
+        job.data.public, num_units=job.data.num_units, steps=tilt.steps, progress=job.run.progress,
+    )  # fmt: skip
+    of_tilt = tilting.terms(tilt.prepared, tilted, noise_multiplier, tilt.steps)
+    if tilted.accepted:
+        announce(job.run.progress, "public curvature")
+        unit_weights = _of_units(tilted.weights, job.data.public_unit_ids)
+        made = _plan_at(job, tilt, anchor, weights=tilted.weights, unit_weights=unit_weights)
+    return anchor, made, of_tilt, noise_key
 
 
 def _noise_of_rounds(mu, plan, neighboring_relation, hardened):
@@ -296,7 +374,7 @@ def _noise_of_rounds(mu, plan, neighboring_relation, hardened):
     noise_multiplier = accounting.noise_multiplier(mu / plan.rounds**0.5, neighboring_relation)
     if not hardened:
         return noise_multiplier, None
-    noise = hardening.discrete_noise(noise_multiplier, plan.subspace.dim)
+    noise = discrete.discrete_noise(noise_multiplier, plan.subspace.dim)
     return noise.multiplier, noise
 
 
@@ -308,47 +386,14 @@ def _of_units(weights, unit_ids):
     return np.asarray(jnp.sum(grouped * mask, axis=1) / jnp.sum(mask, axis=1))
 
 
-def _layout(params, subspace, subspace_dim):
+def _layout(params, subspace):
     params = held(params, "params", hide_length=False)
     if subspace is None:
         return subspaces.layout_of(params)
-    if subspace_dim is not None:
-        raise ValueError(f"Give a subspace or a subspace_dim, not both: found {subspace.name!r} and {subspace_dim}.")
     shapes = tuple(jnp.shape(x) for x in jax.tree.leaves(params))
     if jax.tree.structure(params) != subspace.layout.treedef or shapes != subspace.layout.shapes:
         raise ValueError(f"The subspace belongs to parameters of shapes {subspace.layout.shapes}, found {shapes}.")
     return subspace.layout
-
-
-def _check_options(neighboring_relation, checkpoint, mesh, subspace, mode, **functions):
-    """Of their types: a name in place of what it names would be found out in the middle of a release, or never."""
-    arguments.neighboring_relation(neighboring_relation)
-    if checkpoint is not None:
-        checkpoints.check(checkpoint)
-    if mode not in get_args(Mode):
-        raise ValueError(f"Expected a mode of {get_args(Mode)}, found {mode!r}.")
-    for name, value, kind in (("mesh", mesh, jax.sharding.Mesh), ("subspace", subspace, Subspace)):
-        if not isinstance(value, kind | None):
-            raise ValueError(f"Expected {name} to be a {kind.__name__}, found {arguments.described(value)}.")
-    for name, value in functions.items():
-        arguments.function(name, value)
-
-
-def _counts(**values):
-    """As Python integers, where they are given; of `subspace_dim` the survey knows the range."""
-    return [
-        None if value is None else arguments.count(name, value, least=0 if name == "subspace_dim" else 1)
-        for name, value in values.items()
-    ]
-
-
-def _check_settings(damping, l2_clip_norm, memory_budget, unit_ids, max_records_per_unit):
-    """Damping and clip norm as Python floats, where they are given."""
-    if memory_budget is not None and unit_ids is not None and max_records_per_unit is None:
-        raise ValueError("memory_budget with unit_ids needs max_records_per_unit: the largest unit's size is private.")
-    damping = None if damping is None else arguments.positive("damping", damping)
-    l2_clip_norm = None if l2_clip_norm is None else arguments.positive("l2_clip_norm", l2_clip_norm)
-    return damping, l2_clip_norm
 
 
 def _moving(loss_fn, layout, params, public, subspace):

@@ -5,18 +5,21 @@ Structure first, then types, then shapes, so that whatever an error names is pub
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from dp_accounting import NeighboringRelation
 
 from qexp_jax.data import arguments, stream, validation
+from qexp_jax.data.dataset import Dataset
 from qexp_jax.data.records import LossFn, Params, Record, as_unit_ids, group_by_unit, held, num_records, take, unit_loss
 from qexp_jax.fine_tuning import checkpoint as checkpoints
 from qexp_jax.fine_tuning import preflight
 from qexp_jax.numerics.keys import as_threefry
 from qexp_jax.privacy import ledger as ledgers
+from qexp_jax.privacy.certificate import ONE_ID, ONE_RECORD
 from qexp_jax.private_pass import passes
 
 _PUBLIC_SAMPLE = 4096
@@ -31,6 +34,74 @@ def with_usual_promotion(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
 
     return run
+
+
+class Inputs(NamedTuple):
+    """Data as it was accepted; **not private**.
+
+    Attributes:
+      key: secret threefry key, the same in every process.
+      public: public records in memory.
+      private: private records as JAX will hold them, or a stream.
+      unit_ids: (n,) of the private records, None where each is a unit.
+      public_unit_ids: of the public ones.
+      max_records_per_unit: public cap.
+      num_units: public N.
+      num_units_from: `"slots"` or `"public_count"`.
+      unit: what one unit is, in a certificate's words.
+    """
+
+    key: jax.Array
+    public: Record
+    private: Record
+    unit_ids: np.ndarray | None
+    public_unit_ids: np.ndarray | None
+    max_records_per_unit: int | None
+    num_units: int
+    num_units_from: str
+    unit: str
+
+
+def accept(
+    key: jax.Array,
+    check_loss: Callable[[Record], None],
+    params: Params,
+    public: Dataset,
+    private: Dataset,
+    relation: NeighboringRelation,
+    subspace: Any,
+    mesh: jax.sharding.Mesh | None,
+) -> Inputs:
+    """Data, checked before any private value is read.
+
+    Args:
+      key: secret.
+      check_loss: raises unless a loss keeps records of these shapes apart (`isolation.check_loss`).
+      params: the pretrained parameters.
+      public: with records in memory or a stream.
+      private: the same.
+      relation: neighbouring relation.
+      subspace: public, or None.
+      mesh: devices, or None.
+    """
+    private_n = relation is NeighboringRelation.ADD_OR_REMOVE_ONE
+    key = secret_key(key, mesh)
+    validation.check_apart(public.records, private.records)
+    public_held = public_records(public.records, public.unit_ids)
+    private_held = check_data(check_loss, params, public_held, private.records, private_n)
+    check_devices(mesh, params, subspace, public_held, private_held)
+    unit_ids = check_ids("unit_ids", private_held, private.unit_ids)
+    return Inputs(
+        key=key,
+        public=public_held,
+        private=private_held,
+        unit_ids=unit_ids,
+        public_unit_ids=check_ids("public_unit_ids", public_held, public.unit_ids),
+        max_records_per_unit=private.max_records_per_unit,
+        num_units=public_num_units(private_held, unit_ids, private.public_count, private_n, mesh),
+        num_units_from="slots" if private.public_count is None else "public_count",
+        unit=ONE_RECORD if unit_ids is None else ONE_ID,
+    )
 
 
 def public_records(public: Record, public_unit_ids: Any = None) -> Record:

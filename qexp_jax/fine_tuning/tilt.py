@@ -15,12 +15,13 @@ import numpy as np
 from dp_accounting import NeighboringRelation
 
 from qexp_jax.data import arguments, validation
+from qexp_jax.data.dataset import Dataset, as_dataset
 from qexp_jax.data.records import Params, Record
-from qexp_jax.fine_tuning import inputs, tilting
-from qexp_jax.fine_tuning import rounds as walks
+from qexp_jax.fine_tuning import inputs, rounds, tilting
+from qexp_jax.fine_tuning.options import RunOptions, checked_run, with_progress
 from qexp_jax.privacy import accounting
 from qexp_jax.privacy import ledger as ledgers
-from qexp_jax.privacy.certificate import ONE_ID, ONE_RECORD, make_tilt_certificate
+from qexp_jax.privacy.certificate import make_tilt_certificate
 from qexp_jax.private_pass import passes
 from qexp_jax.quadratic import weighting
 from qexp_jax.quadratic.features import FeatureMap
@@ -50,20 +51,15 @@ class Weighted(NamedTuple):
 def weights(
     key: jax.Array,
     public: Record,
-    private: Record,
+    private: Record | Dataset,
     *,
     epsilon: float,
     delta: float,
     neighboring_relation: NeighboringRelation = NeighboringRelation.REPLACE_SPECIAL,
-    public_count: int | None = None,
-    unit_ids: Any = None,
-    max_records_per_unit: int | None = None,
+    ledger: ledgers.Ledger | str | os.PathLike[str] | None = None,
     params: Params = (),
     features: Callable[..., Any] | None = None,
-    microbatch_size: int | None = None,
-    mesh: jax.sharding.Mesh | None = None,
-    ledger: ledgers.Ledger | str | os.PathLike[str] | None = None,
-    progress: Callable[[str], None] | None = None,
+    run: RunOptions = RunOptions(),  # noqa: B008, frozen
 ) -> Any:
     """Weights of public records under (epsilon, delta)-differential privacy of the private ones.
 
@@ -71,19 +67,15 @@ def weights(
       key: secret typed key; the noise of one draw.
       public: public records, pytree with a leading axis n; or a stream of batches, of which a sample is weighted, and
         the rest by `weighting.weights_of`.
-      private: private records, the same pytree with the same shapes, of other arrays; or a stream of batches.
+      private: private records, the same pytree with the same shapes, of other arrays; or a stream of batches; or a
+        `Dataset`: a unit's features are the mean over its records.
       epsilon: in [1e-4, 1e4].
       delta: in [1e-30, 0.999].
       neighboring_relation: as in `fine_tune`.
-      public_count: as in `fine_tune`.
-      unit_ids: as in `fine_tune`; a unit's features are the mean over its records.
-      max_records_per_unit: as in `fine_tune`.
+      ledger: as in `fine_tune`.
       params: pretrained parameters, for `features` of two arguments.
       features: `(record) -> arrays` or `(params, record) -> arrays`; by default those of the module `features`.
-      microbatch_size: as in `fine_tune`.
-      mesh: as in `fine_tune`.
-      ledger: as in `fine_tune`.
-      progress: called with the name of each stage as it begins.
+      run: `microbatch_size`, `mesh` and `progress` count.
 
     Formal guarantee: the result is mu-GDP with `certificate["mu"]`, hence (epsilon, delta)-DP, with respect to
     `neighboring_relation` on units of `private`, under the certificate's assumptions.
@@ -104,42 +96,56 @@ def weights(
     """
     validation.check_key(key)
     arguments.neighboring_relation(neighboring_relation)
-    if not isinstance(mesh, jax.sharding.Mesh | None):
-        raise ValueError(f"Expected mesh to be a Mesh, found {arguments.described(mesh)}.")
-    passes.local_mesh(mesh)
-    private_n = neighboring_relation is NeighboringRelation.ADD_OR_REMOVE_ONE
+    run = with_progress(checked_run(run), rounds=1)
+    passes.local_mesh(run.mesh)
     epsilon, delta = accounting.check_budget(epsilon, delta)
     mu = accounting.mu_from_budget(epsilon, delta)
-    key = inputs.secret_key(key, mesh)
-    validation.check_apart(public, private)
-    public = inputs.public_records(public)
-    validation.check_records("public", public)
-    validation.check_finite("public records", public)
-    walks.announce(progress, "tilt, public features")
-    prepared = tilting.prepare(jax.random.key(_SEED), params, public, features)
-    if prepared is None:
-        raise ValueError("Expected public records that vary, found none.")
-    check = functools.partial(tilting.check_features, prepared.features)
-    private = inputs.check_data(check, params, public, private, private_n)
-    if not inputs.have_one_shape(public, private):
-        raise ValueError("Expected private records of the public ones' shapes, found others.")
-    unit_ids = inputs.check_ids("unit_ids", private, unit_ids)
-    num_units = inputs.public_num_units(private, unit_ids, public_count, private_n, mesh)
-    ledger = ledgers.open(ledger) if isinstance(ledger, str | os.PathLike) else ledger
-    unit = ONE_RECORD if unit_ids is None else ONE_ID
-    noise_multiplier = accounting.noise_multiplier(mu, neighboring_relation)
-    loss_fn, units = inputs.grouped(tilting.loss(prepared.features), private, unit_ids, max_records_per_unit)
-    engine = walks.Engine(loss_fn, microbatch_size, "reverse", mesh, False, private_n, False, None, progress)
-    inputs.enter(
-        ledger, key, None, units, mesh,
-        mu=mu, hardened=False, neighboring_relation=neighboring_relation, privacy_unit=unit,
+    private = as_dataset("private", private)
+    prepared, public = _prepared(public, private, params, features, run)
+    check_loss = functools.partial(tilting.check_features, prepared.features)
+    data = inputs.accept(
+        key, check_loss, params, Dataset(records=public), private, neighboring_relation, None, run.mesh
     )  # fmt: skip
-    noisy, noise_std = tilting.draw(key, key, prepared, units, engine, noise_multiplier=noise_multiplier)
+    if not inputs.have_one_shape(data.public, data.private):
+        raise ValueError("Expected private records of the public ones' shapes, found others.")
+    ledger = ledgers.open(ledger) if isinstance(ledger, str | os.PathLike) else ledger
+    noise_multiplier = accounting.noise_multiplier(mu, neighboring_relation)
+    engine, units = _engine(prepared, data, neighboring_relation, run)
+    inputs.enter(
+        ledger, data.key, None, units, run.mesh,
+        mu=mu, hardened=False, neighboring_relation=neighboring_relation, privacy_unit=data.unit,
+    )  # fmt: skip
+    noisy, noise_std = tilting.draw(data.key, data.key, prepared, units, engine, noise_multiplier=noise_multiplier)
+    num_units = data.num_units
     tilted = weighting.fit(prepared.rows, noisy / num_units, noise_std / num_units, num_units)
     certificate = make_tilt_certificate(
         epsilon=epsilon, delta=delta, relation=neighboring_relation, num_units=num_units,
-        num_units_from="slots" if public_count is None else "public_count", unit=unit,
-        public=public, prng_impl=str(jax.random.key_impl(key)),
-        tilt=tilting.terms(prepared, tilted, noise_multiplier, 0),
+        num_units_from=data.num_units_from, unit=data.unit, public=data.public,
+        prng_impl=str(jax.random.key_impl(data.key)), tilt=tilting.terms(prepared, tilted, noise_multiplier, 0),
     )  # fmt: skip
     return Weighted(tilted.weights, tilted, prepared.features, certificate)
+
+
+def _prepared(public, private, params, features, run):
+    """Features of the public records, and these in memory."""
+    validation.check_apart(public, private.records)
+    public = inputs.public_records(public)
+    validation.check_records("public", public)
+    validation.check_finite("public records", public)
+    rounds.announce(run.progress, "tilt, public features")
+    prepared = tilting.prepare(jax.random.key(_SEED), params, public, features)
+    if prepared is None:
+        raise ValueError("Expected public records that vary, found none.")
+    return prepared, public
+
+
+def _engine(prepared, data, relation, run):
+    """How the pass over the units runs, and the units."""
+    private_n = relation is NeighboringRelation.ADD_OR_REMOVE_ONE
+    loss_fn, units = inputs.grouped(
+        tilting.loss(prepared.features), data.private, data.unit_ids, data.max_records_per_unit
+    )  # fmt: skip
+    engine = rounds.Engine(
+        loss_fn, run.microbatch_size, "reverse", run.mesh, False, private_n, False, None, run.progress
+    )  # fmt: skip
+    return engine, units

@@ -21,6 +21,7 @@ class Rule:
       clip_quantile: of the public norms; C.
       noise_cost: rise of the public loss, in its root mean square, that the noise of all rounds may cause.
       rounds: T.
+      sampling: variance of a private mean gradient over that of as many public ones: private records vary more.
       common_shift: up to this tau the prior is uniform in log tau, and falls as tau^-4 beyond.
       others_shift: tau outside of the leading directions, in their tau.
       steepness: private over public curvature along a released gradient, before any release: mean and standard
@@ -41,6 +42,7 @@ class Rule:
     clip_quantile: float = 0.95
     noise_cost: float = 0.1
     rounds: int = 12
+    sampling: float = 1.5
     common_shift: float = 5e-3
     others_shift: float = 0.5
     steepness: float = 2.0

@@ -306,7 +306,7 @@ def signal(energy: jax.Array, spectrum: Spectrum, noise_var: jax.Array | float, 
       energy: (r + 1,) `energies` of a released mean gradient.
       spectrum: public.
       noise_var: variance of its noise in each coordinate, or (r + 1,); infinite where nothing was released.
-      num_units: N, for the sampling error v_j / N.
+      num_units: N, for the sampling error, 1.5 v_j / N: private records vary more than public ones.
     """
     weights, prior, shrunk = _posterior(energy, spectrum, noise_var, num_units)
     return jnp.matmul(weights, shrunk**2 * energy + prior * (1 - shrunk), precision=_HIGHEST)
@@ -315,7 +315,7 @@ def signal(energy: jax.Array, spectrum: Spectrum, noise_var: jax.Array | float, 
 def _posterior(energy, spectrum, noise_var, num_units):
     """Weights (m,) of the shifts; the variance (m, r + 1) of g_j in each, and its share in what is seen."""
     prior = spectrum.shifts[:, None] * spectrum.moments.at[-1].multiply(RULE.others_shift)
-    error = spectrum.moments / num_units + noise_var
+    error = RULE.sampling * spectrum.moments / num_units + noise_var
     # Against tau = 0, so that large blocks do not cancel in float32.
     ratio = prior / error
     shrunk = ratio / (1 + ratio)
@@ -333,7 +333,7 @@ def excess(
 ) -> jax.Array:
     """J(L), the expected excess of a flow of one `length`; `signals` (r + 1,) are E[g_j^2]."""
     curvature, noise_curvature, length = signal_curvature(spectrum), spectrum.curvature, tuned * length
-    left, sampling = jnp.exp(-length * curvature), spectrum.moments / num_units
+    left, sampling = jnp.exp(-length * curvature), RULE.sampling * spectrum.moments / num_units
     cost = (signals * left**2 + sampling * (1 - left) ** 2) / (2 * curvature)
     cost += noise_var * jnp.expm1(-length * noise_curvature) ** 2 / (2 * noise_curvature)
     return jnp.sum(spectrum.dims * cost)
