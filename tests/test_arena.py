@@ -8,7 +8,9 @@ import time
 import numpy as np
 import pytest
 
-from experiments import ablation, arena, data, measure, methods, models, predicted, tasks, units
+from experiments.benchmark import grid, measure, methods, models, tasks
+from experiments.data import splits
+from experiments.studies import ablation, predicted, units
 
 PRETRAINING = {name: {"epochs": 1, "learning_rate": 1e-2, "batch_size": 32} for name in ("linear", "mlp")}
 
@@ -21,7 +23,7 @@ def tiny_split(data_dir, cache_dir):
         label = rng.integers(0, 2, 120)
         x = rng.normal(size=(120, 4)) + 1.5 * label[:, None] + shift
         parts.append({"x": x.astype(np.float32), "label": label.astype(np.int32)})
-    return data.Split(*parts, "tiny")
+    return splits.Split(*parts, "tiny")
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +38,7 @@ def tiny_task(monkeypatch, tmp_path):
         monkeypatch.setitem(methods.METHODS, name, few)
     monkeypatch.setattr(methods, "NON_PRIVATE_EPOCHS", 2)
     tasks.load_split.cache_clear()
-    monkeypatch.setattr(arena, "climb", lambda score, starts, allowed: max(starts, key=score))
+    monkeypatch.setattr(grid, "climb", lambda score, starts, allowed: max(starts, key=score))
     yield
     tasks.load_split.cache_clear()
 
@@ -47,14 +49,14 @@ def rows_of(path):
 
 
 def run(tmp_path, *extra):
-    arena.main(["--models", "linear", "--sizes", "60", "--epsilons", "1", "8", "--seeds", "2",
+    grid.main(["--models", "linear", "--sizes", "60", "--epsilons", "1", "8", "--seeds", "2",
                 "--out", str(tmp_path), "--data-dir", str(tmp_path), "--cache-dir", str(tmp_path), *extra])  # fmt: skip
     return rows_of(tmp_path / "arena.csv")
 
 
 def test_the_arena_writes_every_method_with_paired_seeds_and_its_provenance(tmp_path):
     rows = run(tmp_path, "--methods", "qexp", "zero_shot", "non_private", "dp_gd", "objective_perturbation", "adassp")
-    assert list(rows[0]) == arena.COLUMNS
+    assert list(rows[0]) == grid.COLUMNS
     private = {"qexp", "dp_gd", "objective_perturbation", "adassp"}
     expected = {(m, e, s) for m in private for e in (1.0, 8.0) for s in (0, 1)}
     expected |= {(m, math.inf, s) for m in ("zero_shot", "non_private") for s in (0, 1)}
@@ -64,7 +66,7 @@ def test_the_arena_writes_every_method_with_paired_seeds_and_its_provenance(tmp_
     chosen = [json.loads(r["settings"]) for r in rows if r["method"] == "dp_gd"]
     assert all(s["sampling_prob"] == 1 and s["steps"] == 5 for s in chosen)
     (entry,) = json.loads((tmp_path / "arena_runs.json").read_text())
-    assert "experiments.arena" in entry["command"] and entry["versions"]["jax_privacy"]
+    assert "experiments.benchmark.grid" in entry["command"] and entry["versions"]["jax_privacy"]
 
 
 def test_later_seeds_have_the_settings_of_the_first(tmp_path):
@@ -78,7 +80,7 @@ def test_later_seeds_have_the_settings_of_the_first(tmp_path):
 
 def test_a_second_run_computes_nothing(tmp_path, monkeypatch):
     first = run(tmp_path, "--methods", "qexp", "zero_shot")
-    monkeypatch.setattr(arena, "group_rows", None)
+    monkeypatch.setattr(grid, "group_rows", None)
     assert run(tmp_path, "--methods", "qexp", "zero_shot") == first
 
 
@@ -87,10 +89,10 @@ def test_searches_start_at_the_epsilon_before_and_where_those_of_another_size_en
 
     def fake(anchor, model_name, n, name, epsilon, args, near, before):
         starts[n, epsilon] = near
-        row = dict.fromkeys(arena.COLUMNS, "") | {"task": "tiny", "model": model_name, "n": n, "epsilon": epsilon}
+        row = dict.fromkeys(grid.COLUMNS, "") | {"task": "tiny", "model": model_name, "n": n, "epsilon": epsilon}
         return [row | {"method": name, "lattice_point": f"{n} {epsilon:g}"}]
 
-    monkeypatch.setattr(arena, "group_rows", fake)
+    monkeypatch.setattr(grid, "group_rows", fake)
     run(tmp_path, "--methods", "dp_gd")
     run(tmp_path, "--methods", "dp_gd", "--sizes", "80", "--search-from", "60")
     assert starts == {(60, 8.0): [], (60, 1.0): [(60, 8)], (80, 8.0): [(60, 8)], (80, 1.0): [(80, 8), (60, 1)]}
@@ -99,21 +101,21 @@ def test_searches_start_at_the_epsilon_before_and_where_those_of_another_size_en
 def test_a_search_starts_where_it_may(monkeypatch):
     method = methods.METHODS["dp_gd"]._replace(run=lambda cell, seed, settings: methods.Outcome(None, 0, 0))
     anchor = tasks.make_anchor(tasks.TASKS["tiny"], "linear", None, None)
-    cells = [methods.Cell(anchor, arena.subsample(anchor, 60, 0), 1.0, 1e-5)]
+    cells = [methods.Cell(anchor, grid.subsample(anchor, 60, 0), 1.0, 1e-5)]
     seen = []
-    monkeypatch.setattr(arena, "climb", lambda score, starts, allowed: seen.append(starts) or starts[0])
-    monkeypatch.setattr(arena, "metric_of", lambda cell, params: 0.0)
-    assert arena.choose(method, cells, [(0, 2, 1), (9, 2, 1)]) == (0, 2, 1)  # 5 * 3^9 steps are too many
-    assert arena.choose(method, cells, [(9, 2, 1)]) == (0, 1, 0)
+    monkeypatch.setattr(grid, "climb", lambda score, starts, allowed: seen.append(starts) or starts[0])
+    monkeypatch.setattr(grid, "metric_of", lambda cell, params: 0.0)
+    assert grid.choose(method, cells, [(0, 2, 1), (9, 2, 1)]) == (0, 2, 1)  # 5 * 3^9 steps are too many
+    assert grid.choose(method, cells, [(9, 2, 1)]) == (0, 1, 0)
     assert seen == [[(0, 2, 1)], [(0, 1, 0)]]
 
 
 def test_a_table_is_run_again_with_the_settings_that_it_holds_and_no_search(tmp_path, monkeypatch):
     options = "--methods", "qexp", "zero_shot", "non_private", "dp_gd", "adassp"
     first = run(tmp_path / "first", *options)
-    monkeypatch.setattr(arena, "choose", None)
+    monkeypatch.setattr(grid, "choose", None)
     again = run(tmp_path / "again", *options, "--settings-from", str(tmp_path / "first"))
-    kept = [name for name in arena.COLUMNS if name not in ("seconds", "compile_seconds", "peak_bytes")]
+    kept = [name for name in grid.COLUMNS if name not in ("seconds", "compile_seconds", "peak_bytes")]
     assert [[row[name] for name in kept] for row in again] == [[row[name] for name in kept] for row in first]
     with pytest.raises(ValueError, match="no rows"):
         run(tmp_path / "none", "--settings-from", str(tmp_path / "absent"))
@@ -129,7 +131,7 @@ def test_rivals_may_be_chosen_by_their_loss(tmp_path):
 
 
 def test_of_the_rivals_the_best_and_the_best_relative_of_dp_sgd_are_run_again():
-    cell = dict.fromkeys(arena.COLUMNS, "") | {"task": "t", "model": "linear", "n": 10}
+    cell = dict.fromkeys(grid.COLUMNS, "") | {"task": "t", "model": "linear", "n": 10}
     metrics = {"qexp": (0.1, 0.1), "dp_gd": (0.6, 0.9), "dp_sgd_all": (0.7, 0.2), "adassp": (0.9, 0.8)}
     rows = [
         cell | {"method": name, "epsilon": e, "metric": m[i]}
@@ -137,25 +139,23 @@ def test_of_the_rivals_the_best_and_the_best_relative_of_dp_sgd_are_run_again():
         for i, e in ((0, 1.0), (1, 8.0))
     ]
     rows += [cell | {"method": "zero_shot", "epsilon": math.inf, "metric": 1.0}]
-    chosen = {(epsilon, name) for *_, epsilon, name in arena.to_run_again(rows, best_rivals=True)}
+    chosen = {(epsilon, name) for *_, epsilon, name in grid.to_run_again(rows, best_rivals=True)}
     best = {(1.0, "adassp"), (1.0, "dp_sgd_all"), (8.0, "dp_gd")}
     assert chosen == best | {(1.0, "qexp"), (8.0, "qexp"), (math.inf, "zero_shot")}
-    assert len(arena.to_run_again(rows, best_rivals=False)) == 9
+    assert len(grid.to_run_again(rows, best_rivals=False)) == 9
 
 
 @pytest.mark.parametrize("options", ["--part 2/2", "--part -1/2", "--part 1", "--part a/b", "--best-rivals"])
 def test_a_part_that_is_none_and_a_choice_without_a_table_are_refused(options, capsys):
     with pytest.raises(SystemExit):
-        arena.parse_args(options.split())
+        grid.parse_args(options.split())
     assert "error" in capsys.readouterr().err
 
 
 def test_two_processes_share_the_work_without_overlap(tmp_path):
     options = ["--methods", "zero_shot", "adassp", "--data-dir", str(tmp_path), "--cache-dir", str(tmp_path)]
     parts = [
-        arena.columns_of_work(
-            arena.parse_args([*options, "--models", "linear", "--sizes", "50", "100", "--part", part])
-        )
+        grid.columns_of_work(grid.parse_args([*options, "--models", "linear", "--sizes", "50", "100", "--part", part]))
         for part in ("0/2", "1/2")
     ]
     assert len(parts[0] + parts[1]) == len(set(parts[0] + parts[1])) == 4
@@ -164,21 +164,21 @@ def test_two_processes_share_the_work_without_overlap(tmp_path):
 def test_processes_that_start_together_all_leave_their_command(tmp_path):
     path = tmp_path / "arena_runs.json"
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda i: arena.add_entry(path, {"command": i}), [*range(40), *range(40)]))
+        list(pool.map(lambda i: grid.add_entry(path, {"command": i}), [*range(40), *range(40)]))
     assert sorted(entry["command"] for entry in json.loads(path.read_text())) == list(range(40))
 
 
 def test_processes_that_start_together_write_one_header(tmp_path):
     path = tmp_path / "arena.csv"
-    rows = [dict.fromkeys(arena.COLUMNS, str(i)) for i in range(16)]
+    rows = [dict.fromkeys(grid.COLUMNS, str(i)) for i in range(16)]
     first = path.open("a")  # what the others wait for
     fcntl.flock(first, fcntl.LOCK_EX)
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        written = [pool.submit(arena.append_rows, path, [row]) for row in rows]
+        written = [pool.submit(grid.append_rows, path, [row]) for row in rows]
         time.sleep(0.2)
         first.close()
     assert all(x.exception() is None for x in written)
-    assert sorted(row["seed"] for row in arena.read_rows(path)) == sorted(row["seed"] for row in rows)
+    assert sorted(row["seed"] for row in grid.read_rows(path)) == sorted(row["seed"] for row in rows)
 
 
 def test_every_network_rival_runs(tmp_path):
@@ -189,14 +189,14 @@ def test_every_network_rival_runs(tmp_path):
 
 def test_methods_see_the_same_private_records():
     anchor = tasks.make_anchor(tasks.TASKS["tiny"], "linear", None, None)
-    a, b, c = (arena.subsample(anchor, 40, seed) for seed in (0, 0, 1))
+    a, b, c = (grid.subsample(anchor, 40, seed) for seed in (0, 0, 1))
     np.testing.assert_array_equal(a["x"], b["x"])
     assert not np.array_equal(a["x"], c["x"])
 
 
 def test_sizes_beyond_the_task_fall_away():
-    assert arena.sizes_of(4084, [250, 1000, 4000, 10_000]) == [250, 1000, 4000]
-    assert arena.sizes_of(100, [250, 1000]) == [100]
+    assert grid.sizes_of(4084, [250, 1000, 4000, 10_000]) == [250, 1000, 4000]
+    assert grid.sizes_of(100, [250, 1000]) == [100]
 
 
 def test_another_table_is_not_appended_to(tmp_path):
@@ -222,7 +222,7 @@ def test_bad_input_ends_a_script_with_a_message(tmp_path):
         raise FileNotFoundError("No set-a.tar.gz in X. Get it from Y.")
 
     with pytest.raises(SystemExit, match=r"error: No set-a.tar.gz in X. Get it from Y."):
-        data.run_cli(main)
+        splits.run_cli(main)
 
 
 def test_the_ablation_covers_every_kind_of_subspace(tmp_path):
@@ -245,7 +245,7 @@ def test_writers_and_images_are_compared_on_the_same_records(tmp_path, monkeypat
     def with_writers(data_dir, cache_dir):
         split = tiny_split(data_dir, cache_dir)
         parts = [part | {"writer": np.arange(120) // 4} for part in split[:3]]
-        return data.Split(*parts, "tiny")
+        return splits.Split(*parts, "tiny")
 
     monkeypatch.setitem(tasks.TASKS, "tiny", tasks.Task("tiny", "auroc", 1, PRETRAINING, with_writers))
     options = ["--task", "tiny", "--writers", "20", "--models", "linear", "--seeds", "1", "--out", str(tmp_path)]

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from experiments import arena
+from experiments.benchmark import grid
 from experiments.benchmarks import __main__ as benchmarks
 from experiments.benchmarks import cases, peers, private_pass, timing, whole
 
@@ -71,7 +71,7 @@ def test_the_command_writes_table_and_provenance(tmp_path, monkeypatch):
 
 
 def test_the_rival_of_a_cell_is_its_best_in_the_arena(tmp_path):
-    cell = dict.fromkeys(arena.COLUMNS, "") | {"task": "t", "model": "m", "n": 10, "epsilon": 1.0}
+    cell = dict.fromkeys(grid.COLUMNS, "") | {"task": "t", "model": "m", "n": 10, "epsilon": 1.0}
     rows = [
         cell | {"method": name, "metric": metric, "settings": json.dumps({"steps": steps})}
         for name, metric, steps in [
@@ -81,7 +81,7 @@ def test_the_rival_of_a_cell_is_its_best_in_the_arena(tmp_path):
             ("qexp", 0.99, 3),
         ]
     ]
-    arena.append_rows(tmp_path / "arena.csv", rows)
+    grid.append_rows(tmp_path / "arena.csv", rows)
     assert whole.best_rival(tmp_path / "arena.csv", "t", "m", 10, 1.0) == ("dp_sgd_all", {"steps": 2})
     assert whole.best_rival(tmp_path / "arena.csv", "t", "m", 11, 1.0) is None
 

@@ -5,8 +5,9 @@ import pathlib
 
 import pytest
 
-from experiments import mnist, tasks
-from experiments.data import select
+from experiments.benchmark import tasks
+from experiments.data import mnist
+from experiments.data.splits import select
 from experiments.examples import flax_nnx, lora, patients, stream_from_files, tilted_training
 
 FOLDER = pathlib.Path(flax_nnx.__file__).parent

@@ -11,8 +11,11 @@ import pytest
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
-from experiments import cluster, data, demo, large, mnist, models, small, tasks
+from experiments import demo
+from experiments.benchmark import models, tasks
+from experiments.data import mnist, small, splits
 from experiments.examples import tilted_training
+from experiments.studies import cluster, large
 
 QEXP_DATA = pathlib.Path(os.environ.get("QEXP_DATA", "absent"))
 
@@ -26,7 +29,7 @@ def test_the_packaged_split_is_disjoint_and_as_described():
 def test_the_demo_writes_what_it_promises(tmp_path, monkeypatch):
     full = mnist.packaged_mnist()
     small = full._replace(
-        **{name: data.select(getattr(full, name), np.arange(0, 2000, 10) % 1000) for name in full._fields[:3]}
+        **{name: splits.select(getattr(full, name), np.arange(0, 2000, 10) % 1000) for name in full._fields[:3]}
     )
     monkeypatch.setattr(mnist, "packaged_mnist", lambda seed: small)
     monkeypatch.setattr(demo, "PRETRAIN", demo.PRETRAIN | {"epochs": 1})
@@ -99,7 +102,7 @@ def test_a_small_tables_outcome_follows_other_coefficients_in_private(kind):
 def test_small_clinical_tasks_change_features_or_labels_of_private_and_test(monkeypatch):
     rng = np.random.default_rng(0)
     records = lambda n: {"x": rng.normal(size=(n, 40)).astype(np.float32), "label": rng.integers(0, 2, n)}
-    plain = data.Split(records(5), records(6), records(7), "by ICU")
+    plain = splits.Split(records(5), records(6), records(7), "by ICU")
     monkeypatch.setattr(small.physionet, "by_icu", lambda data_dir, cache_dir: plain)
     for kind, features in {"moved": 20, "flipped": 12, "inverted": 0}.items():
         split = small.changed_physionet(kind, pathlib.Path(), pathlib.Path())
@@ -248,7 +251,7 @@ def test_local_processes_get_the_other_arguments():
 def test_a_cache_that_cannot_be_made_is_named_without_a_traceback(tmp_path):
     """A plain file in its place, which importing the scripts must not stumble over."""
     (tmp_path / "cache").touch()
-    command = [sys.executable, "-m", "experiments.arena", "--tasks", "physionet_icu", "--models", "linear"]
+    command = [sys.executable, "-m", "experiments.benchmark.grid", "--tasks", "physionet_icu", "--models", "linear"]
     command += ["--cache-dir", str(tmp_path / "cache"), "--data-dir", str(tmp_path), "--out", str(tmp_path / "out")]
     environment = os.environ | {"QEXP_CACHE": str(tmp_path / "cache")}
     found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

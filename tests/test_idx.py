@@ -3,7 +3,7 @@ import gzip
 import numpy as np
 import pytest
 
-from experiments import data, mnist
+from experiments.data import mnist, splits
 
 HEADER = b"\0\0\x08\x01\0\0\0\x02"
 GOOD = gzip.compress(HEADER + b"ab")
@@ -45,7 +45,7 @@ def test_damage_is_named(tmp_path, content, message):
     path = tmp_path / "some-idx.gz"
     path.write_bytes(content)
     with pytest.raises(SystemExit, match=f"error: .*some-idx.gz: {message}.*get the file again.*mnist"):
-        data.run_cli(lambda: mnist.read_idx(path))
+        splits.run_cli(lambda: mnist.read_idx(path))
 
 
 def test_good_files_are_read(tmp_path):
@@ -84,7 +84,7 @@ def test_two_files_for_one(tmp_path):
     for folder in (tmp_path, tmp_path / "mnist"):
         (folder / "file.gz").write_bytes(GOOD)
     with pytest.raises(ValueError, match="Two files for one: .*file.gz and .*file.gz; remove one"):
-        data.find(tmp_path, "mnist", "file.gz", "")
+        splits.find(tmp_path, "mnist", "file.gz", "")
     (tmp_path / "file.gz").unlink()
     (tmp_path / "file.gz").symlink_to(tmp_path / "mnist" / "file.gz")
-    assert data.find(tmp_path, "mnist", "file.gz", "") == tmp_path / "mnist" / "file.gz"
+    assert splits.find(tmp_path, "mnist", "file.gz", "") == tmp_path / "mnist" / "file.gz"

@@ -9,7 +9,9 @@ from dp_accounting import NeighboringRelation
 from problems import fine_tune
 from scipy import stats
 
-from experiments import data, membership, tasks
+from experiments.benchmark import tasks
+from experiments.data import splits
+from experiments.studies import membership
 
 PRETRAINING = {"linear": {"epochs": 2, "learning_rate": 1e-2, "batch_size": 32}}
 
@@ -22,7 +24,7 @@ def tiny_split(data_dir, cache_dir):
         x = rng.normal(size=(count, 30)).astype(np.float32)
         return {"x": x, "label": rng.integers(2, size=count).astype(np.int32)}
 
-    return data.Split(part(300), part(80), part(120), "tiny")
+    return splits.Split(part(300), part(80), part(120), "tiny")
 
 
 @pytest.fixture
@@ -79,7 +81,7 @@ def test_shadow_models_are_what_fine_tune_releases(tiny):
     stacked = membership.released(key, tiny, tiny.split.private, half[None], epsilon, 1e-5)
     release = fine_tune(
         key, tiny.model.loss_fn, tiny.params, public=tiny.split.public,
-        private=data.select(tiny.split.private, np.flatnonzero(half)), epsilon=epsilon, delta=1e-5,
+        private=splits.select(tiny.split.private, np.flatnonzero(half)), epsilon=epsilon, delta=1e-5,
         neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE, public_count=40, tilt=False,
     )  # fmt: skip
     start, moved, own = (p["params"]["head"]["kernel"] for p in (tiny.params, release.params, stacked))

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("duckdb", reason="duckdb is not installed; it comes with the extra 'experiments'")
 
-from experiments import data, mimic
+from experiments.data import mimic, splits
 
 QEXP_DATA = pathlib.Path(os.environ.get("QEXP_DATA", "absent"))
 MIMIC_III, MIMIC_IV = QEXP_DATA / "mimic-iii-demo", QEXP_DATA / "mimic-iv-demo"
@@ -290,7 +290,7 @@ def test_the_parts_are_one_population_each_and_standardised_by_the_public_one(tm
     table = table_of(raw, cache)
     raw_x = np.stack([table[name] for name in mimic.FEATURES], axis=1).astype(float)
     public, private = raw_x[::2], raw_x[1::2]
-    expected_public, expected_private = data.standardise(public, public, private)
+    expected_public, expected_private = splits.standardise(public, public, private)
     np.testing.assert_array_equal(split.public["x"], expected_public)
     joined = np.concatenate([split.private["x"], split.test["x"]])
     np.testing.assert_array_equal(np.unique(joined, axis=0), np.unique(expected_private, axis=0))

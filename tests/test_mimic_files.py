@@ -13,7 +13,7 @@ pytest.importorskip("duckdb", reason="duckdb is not installed; it comes with the
 
 from test_mimic import MIMIC_IV, hours, needs_iv, patient, population, table_of, write
 
-from experiments import clinical, mimic, mimic_files, mimic_report, mimic_tables
+from experiments.data import clinical, mimic, mimic_files, mimic_report, mimic_tables
 
 TABLES = ("icustays", "patients", "admissions", "chartevents", "labevents")
 COLUMNS = [(name, column) for name in TABLES for column in mimic_files.MIMIC_III.tables[name][1].split()]

@@ -9,7 +9,8 @@ pytest.importorskip("duckdb", reason="duckdb is not installed; it comes with the
 
 from test_mimic import MIMIC_III, MIMIC_IV, event, hours, needs_iii, needs_iv, patient, population, write
 
-from experiments import clinical, methods, mimic_extract, mimic_medians, mimic_published, mimic_sql, models, tasks
+from experiments.benchmark import methods, mimic_medians, models, tasks
+from experiments.data import clinical, mimic_extract, mimic_published, mimic_sql
 
 NAMES = list(mimic_extract.VARIABLES)
 

@@ -9,7 +9,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from experiments import clinical, data, physionet
+from experiments.data import clinical, physionet, splits
 
 QEXP_DATA = pathlib.Path(os.environ.get("QEXP_DATA", "absent"))
 ENTRY = "00:00,RecordID,{id}\n00:00,Age,60\n00:00,Gender,1\n00:00,Height,-1\n00:00,ICUType,{icu}\n00:00,Weight,80\n"
@@ -101,7 +101,7 @@ def test_a_part_with_one_class_is_refused(tmp_path):
 def test_standardisation_sees_the_reference_alone():
     reference = np.array([[1.0, 5.0, np.nan], [3.0, 5.0, 2.0], [5.0, 5.0, 4.0]])
     part = np.array([[3.0, 9.0, np.nan], [1e9, 5.0, 3.0]])
-    found, alone = data.standardise(reference, part), data.standardise(reference, part[:1])
+    found, alone = splits.standardise(reference, part), splits.standardise(reference, part[:1])
     np.testing.assert_allclose(found[0], [[0, 0, 0, 1], [5, 0, 0, 0]], atol=1e-6)
     np.testing.assert_array_equal(found[0][:1], alone[0])
 
@@ -109,7 +109,7 @@ def test_standardisation_sees_the_reference_alone():
 def test_infinity_counts_as_missing():
     """One row's infinity changes no other row and leaves no column without spread."""
     reference = np.array([[1.0], [3.0], [np.inf], [-np.inf]])
-    found = data.standardise(reference, reference, np.array([[np.nan], [np.inf]]))
+    found = splits.standardise(reference, reference, np.array([[np.nan], [np.inf]]))
     np.testing.assert_allclose(found[0], [[-1, 0], [1, 0], [0, 1], [0, 1]])
     np.testing.assert_allclose(found[1], [[0, 1], [0, 1]])
 
@@ -322,7 +322,7 @@ def test_other_changes_are_refused(tmp_path, change, message):
     write_folders(tmp_path)
     change(tmp_path)
     with pytest.raises(SystemExit, match=f"error: .*{message}"):
-        data.run_cli(lambda: read(tmp_path))
+        splits.run_cli(lambda: read(tmp_path))
     assert not list(tmp_path.glob("cache/*"))
 
 
@@ -489,7 +489,7 @@ def test_damaged_caches_are_named(tmp_path):
 
 def test_an_interrupted_write_leaves_nothing(tmp_path):
     def interrupted():
-        with data.atomic(tmp_path / "table.npz") as temporary:
+        with splits.atomic(tmp_path / "table.npz") as temporary:
             temporary.write_bytes(b"half")
             raise KeyboardInterrupt
 

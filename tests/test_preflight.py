@@ -20,7 +20,7 @@ KEY = jax.random.key(2)
 MEASURE = """
 import json, sys
 import jax, jax.numpy as jnp, numpy as np
-from experiments.measure import live_bytes, peak, reset_peak, resident
+from experiments.benchmark.measure import live_bytes, peak, reset_peak, resident
 from qexp_jax import passes, precision, preflight, subspace
 
 width, k, rank, microbatch, n, tokens = json.loads(sys.argv[1])

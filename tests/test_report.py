@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments import report
+from experiments.benchmark import report
 
 QEXP, FIRST, SECOND = [0.80, 0.84, 0.85], [0.79, 0.80, 0.86], [0.70, 0.95, 0.70]
 

@@ -9,9 +9,10 @@ from dp_accounting.pld import PLDAccountant
 from scipy.integrate import quad
 from scipy.stats import norm
 
-from experiments import dp_sgd, linear_rivals, models
-from experiments.adapters import ADAPTERS
-from experiments.search import climb
+from experiments.baselines import dp_sgd, linear
+from experiments.baselines.adapters import ADAPTERS
+from experiments.benchmark import models
+from experiments.benchmark.search import climb
 
 
 def records(n, p=3, outputs=1, seed=0):
@@ -127,7 +128,7 @@ def exact_delta(epsilon, sigma, regularisation, rows, labels, extra):
 @pytest.mark.parametrize("regularisation", [1.0, 8.0])
 def test_objective_perturbation_keeps_its_promise_and_is_not_wasteful(regularisation):
     epsilon, delta = 1.0, 1e-3
-    mu = linear_rivals.gradient_mu(1, 1.0, regularisation, epsilon, delta)
+    mu = linear.gradient_mu(1, 1.0, regularisation, epsilon, delta)
     rng = np.random.default_rng(0)
     rows, labels = rng.uniform(-1, 1, 5), rng.integers(0, 2, 5)
     worst = max(
@@ -141,20 +142,20 @@ def test_objective_perturbation_keeps_its_promise_and_is_not_wasteful(regularisa
 def test_perturbation_delta_of_one_logit_is_twice_the_gaussian_tail():
     mu, epsilon = 0.25, 1.0
     gaussian = norm.cdf(mu / 2 - epsilon / mu) - math.exp(epsilon) * norm.cdf(-mu / 2 - epsilon / mu)
-    assert linear_rivals.perturbation_delta(mu, 1, epsilon) == pytest.approx(2 * gaussian, rel=1e-6)
-    assert linear_rivals.perturbation_delta(mu, 10, epsilon) > linear_rivals.perturbation_delta(mu, 3, epsilon)
+    assert linear.perturbation_delta(mu, 1, epsilon) == pytest.approx(2 * gaussian, rel=1e-6)
+    assert linear.perturbation_delta(mu, 10, epsilon) > linear.perturbation_delta(mu, 3, epsilon)
 
 
 def test_too_little_regularisation_leaves_no_budget():
     with pytest.raises(ValueError, match="too small"):
-        linear_rivals.gradient_mu(1, 1.0, 1e-3, 1.0, 1e-5)
+        linear.gradient_mu(1, 1.0, 1e-3, 1.0, 1e-5)
 
 
 @pytest.mark.parametrize("outputs", [1, 3])
 def test_with_a_huge_budget_objective_perturbation_finds_the_regularised_minimiser(outputs):
     data = records(200, outputs=outputs)
     model, params = start("linear", data, outputs)
-    found, passes = linear_rivals.objective_perturbation(
+    found, passes = linear.objective_perturbation(
         np.random.default_rng(0), params, data, norm_bound=100.0, regularisation=10.0, epsilon=5000.0, delta=0.5
     )
 
@@ -164,22 +165,22 @@ def test_with_a_huge_budget_objective_perturbation_finds_the_regularised_minimis
 
     assert passes > 1
     gradient = jax.grad(objective)(found)
-    noise = 100 * math.sqrt(2) / linear_rivals.gradient_mu(outputs, 100.0, 10.0, 5000.0, 0.5)
+    noise = 100 * math.sqrt(2) / linear.gradient_mu(outputs, 100.0, 10.0, 5000.0, 0.5)
     assert max(float(jnp.max(abs(g))) for g in jax.tree.leaves(gradient)) < 6 * noise + 0.02
 
 
 def test_rows_are_bounded_and_the_pretrained_head_is_kept():
     data = records(30)
     _, params = start("linear", data)
-    head = linear_rivals.head_of(params, data, 1.5)
+    head = linear.head_of(params, data, 1.5)
     assert np.linalg.norm(head.rows, axis=1).max() <= 1.5 + 1e-12
-    jax.tree.map(np.testing.assert_array_equal, linear_rivals.moved(params, np.zeros((4, 1))), params)
+    jax.tree.map(np.testing.assert_array_equal, linear.moved(params, np.zeros((4, 1))), params)
 
 
 def test_with_a_huge_budget_adassp_is_least_squares_on_the_residuals():
     data = records(300)
     _, params = start("linear", data)
-    found = linear_rivals.adassp(np.random.default_rng(0), params, data, norm_bound=50.0, step=2.0, mu=1e7)
+    found = linear.adassp(np.random.default_rng(0), params, data, norm_bound=50.0, step=2.0, mu=1e7)
     rows = np.concatenate([data["x"], np.ones((300, 1))], axis=1)
     head = params["params"]["head"]
     theta = np.concatenate([head["kernel"], np.asarray(head["bias"])[None]])
@@ -191,7 +192,7 @@ def test_with_a_huge_budget_adassp_is_least_squares_on_the_residuals():
 def test_adassp_at_a_tiny_budget_hardly_moves():
     data = records(300)
     _, params = start("linear", data)
-    found = linear_rivals.adassp(np.random.default_rng(0), params, data, norm_bound=2.0, step=1.0, mu=1e-3)
+    found = linear.adassp(np.random.default_rng(0), params, data, norm_bound=2.0, step=1.0, mu=1e-3)
     np.testing.assert_allclose(
         found["params"]["head"]["kernel"], params["params"]["head"]["kernel"], atol=0.5
     )  # fmt: skip

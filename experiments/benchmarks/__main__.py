@@ -23,10 +23,10 @@ if __name__ == "__main__" and shutil.which("nvidia-smi") is None:
 import jax
 from tqdm import tqdm
 
-from experiments import tasks
-from experiments.arena import RESULTS, write_table
+from experiments.benchmark import tasks
+from experiments.benchmark.grid import RESULTS, write_table
 from experiments.benchmarks import cases, curvature, draws, modes, peers, private_pass, timing, whole
-from experiments.data import run_cli
+from experiments.data.splits import run_cli
 
 PATHS = ("private", "draws", "curvature", "modes", "whole")
 WHOLE = [

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments import models
+from experiments.benchmark import models
 from qexp_jax.data.records import Params, Record
 
 

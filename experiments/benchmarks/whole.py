@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from experiments import arena, methods, tasks
+from experiments.benchmark import grid, methods, tasks
 from experiments.benchmarks import peers
 from experiments.benchmarks.timing import WORSE, Row, race, row
 
@@ -42,7 +42,7 @@ def rows(
     except FileNotFoundError as error:
         print(f"notice: {label} is left out: {error}")
         return
-    cells = [methods.Cell(anchor, arena.subsample(anchor, n, seed), epsilon, 1e-5) for seed in range(seeds)]
+    cells = [methods.Cell(anchor, grid.subsample(anchor, n, seed), epsilon, 1e-5) for seed in range(seeds)]
     name, settings = rival
     contestants = {
         "ours": lambda: methods.METHODS["qexp"].run(cells[0], 0, {}).params,
@@ -55,12 +55,12 @@ def rows(
 
 
 def _metric(cells, name, settings):
-    return np.mean([arena.metric_of(c, methods.METHODS[name].run(c, s, settings).params) for s, c in enumerate(cells)])
+    return np.mean([grid.metric_of(c, methods.METHODS[name].run(c, s, settings).params) for s, c in enumerate(cells)])
 
 
 def best_rival(table: pathlib.Path, task: str, model: str, n: int, epsilon: float) -> tuple[str, dict] | None:
     """The variant of DP-SGD of best mean metric in the arena's table, and its settings."""
-    rows = arena.read_rows(table)
-    name = arena.best_methods(rows, methods.DESCENT).get((task, model, n, epsilon))
-    settings = {arena.group_of(row): row["settings"] for row in rows}
+    rows = grid.read_rows(table)
+    name = grid.best_methods(rows, methods.DESCENT).get((task, model, n, epsilon))
+    settings = {grid.group_of(row): row["settings"] for row in rows}
     return name and (name, json.loads(settings[task, model, n, epsilon, name]))

@@ -14,8 +14,8 @@ import optax
 from flax import nnx
 
 import qexp_jax
-from experiments import mnist
-from experiments.data import select
+from experiments.data import mnist
+from experiments.data.splits import select
 
 
 class Network(nnx.Module):

@@ -13,8 +13,8 @@ import pathlib
 import numpy as np
 
 import qexp_jax
-from experiments import models, tasks
-from experiments.data import run_cli, select
+from experiments.benchmark import models, tasks
+from experiments.data.splits import run_cli, select
 
 # Enough for one release at epsilon 1, but not for two, which compose to epsilon 1.5.
 BUDGET = {"epsilon": 1.2, "delta": 1e-5}

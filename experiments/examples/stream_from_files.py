@@ -15,8 +15,9 @@ import jax
 import numpy as np
 
 import qexp_jax
-from experiments import mnist, models
-from experiments.data import run_cli, select
+from experiments.benchmark import models
+from experiments.data import mnist
+from experiments.data.splits import run_cli, select
 
 MODEL = models.make_model("linear", 10)
 

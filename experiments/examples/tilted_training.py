@@ -16,8 +16,9 @@ import numpy as np
 import optax
 
 import qexp_jax
-from experiments import mnist, models, tasks
-from experiments.data import run_cli
+from experiments.benchmark import models, tasks
+from experiments.data import mnist
+from experiments.data.splits import run_cli
 
 MODEL = models.make_model("mlp", 10)
 

@@ -6,8 +6,9 @@ import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from experiments import mimic, mimic_published, mnist, models, physionet, small
-from experiments.data import Split
+from experiments.benchmark import models
+from experiments.data import mimic, mimic_published, mnist, physionet, small
+from experiments.data.splits import Split
 
 
 class Task(NamedTuple):

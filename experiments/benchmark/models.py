@@ -12,7 +12,7 @@ import optax
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
-from experiments.data import Records, select
+from experiments.data.splits import Records, select
 
 
 class Linear(nn.Module):

@@ -12,7 +12,7 @@ import zlib
 import numpy as np
 from scipy.ndimage import rotate
 
-from experiments.data import Records, Split, find, read_bytes, select
+from experiments.data.splits import Records, Split, find, read_bytes, select
 
 _MNIST_MD5 = {
     "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",

@@ -31,7 +31,7 @@ from scipy.optimize import brentq, minimize
 from scipy.special import expit, log_softmax, softmax
 from scipy.stats import chi, norm
 
-from experiments.data import Records
+from experiments.data.splits import Records
 from qexp_jax import privacy
 
 _FAILURE = 0.05  # AdaSSP's probability that its ridge is too small

@@ -19,9 +19,9 @@ import optax
 from jax_privacy import clipped_grad, noise_addition
 from jax_privacy.experimental.execution_plan import BandMFExecutionPlanConfig
 
-from experiments import tasks
-from experiments.adapters import ADAPTERS
-from experiments.data import Records
+from experiments.baselines.adapters import ADAPTERS
+from experiments.benchmark import tasks
+from experiments.data.splits import Records
 from qexp_jax.model.convolutions import as_products
 
 OPTIMIZERS = {"sgd": optax.identity(), "adam": optax.scale_by_adam()}

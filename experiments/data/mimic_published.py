@@ -18,11 +18,11 @@ from typing import Literal
 
 import numpy as np
 
-from experiments import data, mimic, mimic_build, mimic_files
-from experiments.clinical import BOUNDS
-from experiments.mimic_extract import BOUNDED, VARIABLES
-from experiments.mimic_files import text
-from experiments.mimic_sql import INPUT_HOURS
+from experiments.data import mimic, mimic_build, mimic_files, splits
+from experiments.data.clinical import BOUNDS
+from experiments.data.mimic_extract import BOUNDED, VARIABLES
+from experiments.data.mimic_files import text
+from experiments.data.mimic_sql import INPUT_HOURS
 
 MOST_HOURS = 240
 PRIVATE_SHARE, PUBLIC_SHARE = 0.7, 0.1
@@ -69,7 +69,7 @@ def load(
     memory_limit: str = "4GB",
     seed: int = 0,
     progress: bool = True,
-) -> data.Split:
+) -> splits.Split:
     """The published task; the public part is the validation tenth.
 
     Args:
@@ -103,7 +103,7 @@ def load(
     records = [{"x": x, "label": label} for x, label in zip(inputs, labels, strict=True)]
     sizes = " + ".join(str(len(part)) for part in parts)
     description = f"MIMIC-III {outcome} as in arXiv:2311.09200; public is the validation tenth ({sizes} patients)"
-    return data.Split(*records, description)
+    return splits.Split(*records, description)
 
 
 def _cuts(size):
@@ -135,7 +135,7 @@ def _standardise(public, *others):
     mean = np.where(seen, public, 0).sum((0, 1), dtype=np.float64) / count
     spread = np.sqrt(np.where(seen, (public - mean) ** 2, 0).sum((0, 1)) / count)
     scale = np.where(spread > 1e-6 * (1 + abs(mean)), spread, np.inf)
-    return [_carried_on(np.clip((part - mean) / scale, -data.CLIP, data.CLIP)) for part in (public, *others)]
+    return [_carried_on(np.clip((part - mean) / scale, -splits.CLIP, splits.CLIP)) for part in (public, *others)]
 
 
 def _carried_on(values):

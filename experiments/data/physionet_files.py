@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from experiments.data import decode, read_bytes
+from experiments.data.splits import decode, read_bytes
 
 SERIES = (
     "Albumin ALP ALT AST Bilirubin BUN Cholesterol Creatinine DiasABP FiO2 GCS Glucose HCO3 HCT HR K Lactate "

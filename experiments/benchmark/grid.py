@@ -1,10 +1,10 @@
 """The arena: this library against existing private fine-tuning on equal terms, cell by cell, into one tidy CSV.
 
-    python -m experiments.arena                       # the whole grid; resumes after an interruption
-    python -m experiments.arena --part 0/2            # one of two processes that share the grid
-    python -m experiments.arena --models cnn --sizes 10000 --search-from 4000
-    python -m experiments.arena --settings-from DIR --best-rivals --out NEW   # a table anew, without searches
-    python -m experiments.arena --tasks mnist_trained --sizes 1000 --epsilons 1 --seeds 3 --out DIR
+    python -m experiments.benchmark.grid                       # the whole grid; resumes after an interruption
+    python -m experiments.benchmark.grid --part 0/2            # one of two processes that share the grid
+    python -m experiments.benchmark.grid --models cnn --sizes 10000 --search-from 4000
+    python -m experiments.benchmark.grid --settings-from DIR --best-rivals --out NEW   # a table anew, without searches
+    python -m experiments.benchmark.grid --tasks mnist_trained --sizes 1000 --epsilons 1 --seeds 3 --out DIR
 
 A cell is task x model x n x epsilon. A seed is a private subsample of size n, the order of the public records (of which
 a plan takes samples) and the noise; all methods share the subsamples. A rival's hyperparameters are those with the best
@@ -35,13 +35,13 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from experiments import models, tasks
-from experiments.data import run_cli, select
-from experiments.measure import measured
-from experiments.methods import DESCENT, METHODS, RIVALS, Cell, Method
-from experiments.search import Point, climb
+from experiments.benchmark import models, tasks
+from experiments.benchmark.measure import measured
+from experiments.benchmark.methods import DESCENT, METHODS, RIVALS, Cell, Method
+from experiments.benchmark.search import Point, climb
+from experiments.data.splits import run_cli, select
 
-RESULTS = pathlib.Path(__file__).parent / "results"
+RESULTS = pathlib.Path(__file__).parents[1] / "results"
 # Sized for a night on two cores: the CNN's searches at 10,000 records would take a day, if they did not start where
 # those at 4000 ended, as in `make compare-full`.
 SIZES = {
@@ -275,7 +275,7 @@ def write_table(
         writer.writerows(rows)
     runs = out / f"{name}_runs.json"
     runs.unlink(missing_ok=True)
-    record_run(runs, f"experiments.{script or name}")
+    record_run(runs, f"experiments.studies.{script or name}")
 
 
 def _lines(path):
@@ -320,7 +320,7 @@ def run(args) -> None:
         if not again:
             raise ValueError(f"{args.settings_from}: found no rows of an arena.csv to run again.")
     work = columns_of_work(args, again)
-    record_run(args.out / "arena_runs.json", "experiments.arena")
+    record_run(args.out / "arena_runs.json", "experiments.benchmark.grid")
     anchor, anchored = None, None
     progress = tqdm(total=sum(len(_epsilons(column[3], args)) for column in work), unit="group")
     for task, model_name, n, name in work:

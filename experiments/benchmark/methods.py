@@ -13,11 +13,12 @@ import jax
 import numpy as np
 
 import qexp_jax
-from experiments import dp_sgd, linear_rivals, models
-from experiments.adapters import ADAPTERS
-from experiments.data import Records
-from experiments.search import Point
-from experiments.tasks import Anchor
+from experiments.baselines import dp_sgd, linear
+from experiments.baselines.adapters import ADAPTERS
+from experiments.benchmark import models
+from experiments.benchmark.search import Point
+from experiments.benchmark.tasks import Anchor
+from experiments.data.splits import Records
 
 MAX_PASSES = 64
 MAX_STEPS = 405
@@ -115,7 +116,7 @@ def _noisy_descent(optimizer, adapter, cell, seed, settings):
 
 
 def _objective_perturbation(cell, seed, settings):
-    params, passes = linear_rivals.objective_perturbation(
+    params, passes = linear.objective_perturbation(
         np.random.default_rng(seed), cell.anchor.params, cell.private,
         **settings, epsilon=cell.epsilon, delta=cell.delta,
     )  # fmt: skip
@@ -123,8 +124,8 @@ def _objective_perturbation(cell, seed, settings):
 
 
 def _adassp(cell, seed, settings):
-    mu = linear_rivals.adassp_mu(cell.epsilon, cell.delta)
-    params = linear_rivals.adassp(np.random.default_rng(seed), cell.anchor.params, cell.private, **settings, mu=mu)
+    mu = linear.adassp_mu(cell.epsilon, cell.delta)
+    params = linear.adassp(np.random.default_rng(seed), cell.anchor.params, cell.private, **settings, mu=mu)
     return Outcome(params, cell.num_private, 3)
 
 
@@ -173,7 +174,7 @@ def _perturbation_settings(point):
 
 def _perturbation_allowed(cell, settings):
     outputs = cell.anchor.task.num_outputs
-    return linear_rivals.determinant_share(outputs, **settings) < 0.9 * cell.epsilon
+    return linear.determinant_share(outputs, **settings) < 0.9 * cell.epsilon
 
 
 def _perturbation_starts(num_private):

@@ -1,6 +1,6 @@
 """Median AUROCs of the published MIMIC-III tasks over the runs that the arena made of each, as in arXiv:2311.09200.
 
-python -m experiments.mimic_medians --results experiments/out/mimic_published
+python -m experiments.benchmark.mimic_medians --results experiments/out/mimic_published
 """
 
 import argparse
@@ -8,8 +8,8 @@ import collections
 import pathlib
 import statistics
 
-from experiments import arena
-from experiments.data import run_cli
+from experiments.benchmark import grid
+from experiments.data.splits import run_cli
 
 
 def medians(rows: list[dict[str, str]]) -> list[tuple]:
@@ -24,12 +24,12 @@ def medians(rows: list[dict[str, str]]) -> list[tuple]:
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=pathlib.Path, required=True, help="folder of arena.csv")
+    parser.add_argument("--results", type=pathlib.Path, required=True, help="folder of grid.csv")
     path = parser.parse_args(argv).results / "arena.csv"
     if not path.is_file():
         raise FileNotFoundError(f"No {path}: run `make mimic-published DATA=<directory of MIMIC-III>` first.")
     print("task model method epsilon runs median_auroc")
-    for *names, value in medians(arena.read_rows(path)):
+    for *names, value in medians(grid.read_rows(path)):
         print(*names, f"{value:.4f}")
 
 

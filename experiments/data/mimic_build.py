@@ -10,9 +10,9 @@ from typing import NamedTuple
 import duckdb
 import numpy as np
 
-from experiments import data, mimic_files, mimic_sql, mimic_tables
-from experiments.mimic_files import file, text
-from experiments.mimic_sql import LEAST_HOURS
+from experiments.data import mimic_files, mimic_sql, mimic_tables, splits
+from experiments.data.mimic_files import file, text
+from experiments.data.mimic_sql import LEAST_HOURS
 
 
 class Study(NamedTuple):
@@ -52,7 +52,7 @@ def derive(
     return cached
 
 
-def read(path: pathlib.Path) -> data.Records:
+def read(path: pathlib.Path) -> splits.Records:
     """The columns of a derived table, in order of `subject_id`."""
     query = f"SELECT * FROM read_parquet({file(path)}) ORDER BY subject_id"
     with duckdb.connect() as connection:
@@ -200,7 +200,7 @@ def _event_source(connection, layout, name, path):
 
 
 def _write(connection, query, found, target):
-    with data.atomic(target) as temporary:
+    with splits.atomic(target) as temporary:
         options = f"FORMAT parquet, USE_TMP_FILE false, KV_METADATA {{report: {text(json.dumps(found))}}}"
         connection.execute(f"COPY ({query}) TO {text(temporary)} ({options})")
 

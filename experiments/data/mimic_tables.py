@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import duckdb
 
-from experiments import mimic_files
-from experiments.mimic_files import file, text
+from experiments.data import mimic_files
+from experiments.data.mimic_files import file, text
 
 
 class Kind(NamedTuple):

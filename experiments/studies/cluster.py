@@ -1,8 +1,8 @@
 """One release over the processes of a cluster: the same script on one machine, under SLURM and on TPU pods.
 
-    python -m experiments.cluster --local 2                                    # two processes on this machine
-    srun --ntasks-per-node=1 python -m experiments.cluster                     # SLURM, one process a node
-    gcloud compute tpus tpu-vm ssh NAME --worker=all --command="cd qexp_jax && python -m experiments.cluster"
+    python -m experiments.studies.cluster --local 2                                    # two processes on this machine
+    srun --ntasks-per-node=1 python -m experiments.studies.cluster                     # SLURM, one process a node
+    gcloud compute tpus tpu-vm ssh NAME --worker=all --command="cd qexp_jax && python -m experiments.studies.cluster"
 
 Every process loads its share of the private images and calls `fine_tune` with the same public data over a mesh of all
 devices; `jax.distributed.initialize()` finds the others by itself. The first process's key is taken by all, noise is
@@ -23,10 +23,12 @@ import jax
 import numpy as np
 
 import qexp_jax
-from experiments import demo, mnist, models
-from experiments.data import run_cli, select
+from experiments import demo
+from experiments.benchmark import models
+from experiments.data import mnist
+from experiments.data.splits import run_cli, select
 
-OUT = pathlib.Path(__file__).parent / "out" / "cluster"
+OUT = pathlib.Path(__file__).parents[1] / "out" / "cluster"
 
 
 def parse_args(argv=None):
@@ -50,7 +52,7 @@ def start_locally(count, arguments):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "experiments.cluster", *arguments, "--coordinator", f"localhost:{port}"]
+    command = [sys.executable, "-m", "experiments.studies.cluster", *arguments, "--coordinator", f"localhost:{port}"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     started = [
         subprocess.Popen([*command, "--process", str(i), "--processes", str(count)], env=environment)

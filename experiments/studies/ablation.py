@@ -1,6 +1,6 @@
 """The random-projection ablation: test metric against k, for each kind of subspace.
 
-    python -m experiments.ablation
+    python -m experiments.studies.ablation
 
 Random Gaussian and count-sketch directions, the leading public eigenspace, the last layer, and all parameters with a
 precision of rank k plus damping (the default at k = 128). Everything else is chosen on public data as in the one call.
@@ -16,9 +16,9 @@ import numpy as np
 from tqdm import tqdm
 
 import qexp_jax
-from experiments import models, tasks
-from experiments.arena import RESULTS, subsample, write_table
-from experiments.data import run_cli
+from experiments.benchmark import models, tasks
+from experiments.benchmark.grid import RESULTS, subsample, write_table
+from experiments.data.splits import run_cli
 from qexp_jax import subspace
 
 matplotlib.use("Agg")

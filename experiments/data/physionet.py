@@ -25,9 +25,8 @@ import zlib
 
 import numpy as np
 
-from experiments.clinical import PHYSIONET_BOUNDS
-from experiments.data import Records, Split, atomic, find, select, standardise
-from experiments.physionet_files import (
+from experiments.data.clinical import PHYSIONET_BOUNDS
+from experiments.data.physionet_files import (
     AS_PUBLISHED,
     MISSING,
     SERIES,
@@ -40,6 +39,7 @@ from experiments.physionet_files import (
     stay_files,
     stay_once,
 )
+from experiments.data.splits import Records, Split, atomic, find, select, standardise
 
 STATIC = ("Age", "Gender", "Height", "Weight")
 SURGICAL, MEDICAL = (2, 4), (1, 3)

@@ -1,6 +1,6 @@
 """Predicted against measured: the accuracy estimate (T3) beside what noise cost, and mu beside dp_accounting's epsilon.
 
-    python -m experiments.predicted
+    python -m experiments.studies.predicted
 
 For each task, model, n and epsilon, one release per seed: the loss per record that the noise of the first step cost
 under the public curvature, over its predicted mean, against its chi-square law; and the epsilon that dp_accounting's
@@ -19,9 +19,9 @@ from dp_accounting.pld import PLDAccountant
 from tqdm import tqdm
 
 import qexp_jax
-from experiments import models, tasks
-from experiments.arena import RESULTS, subsample, write_table
-from experiments.data import run_cli
+from experiments.benchmark import models, tasks
+from experiments.benchmark.grid import RESULTS, subsample, write_table
+from experiments.data.splits import run_cli
 from qexp_jax import privacy
 from qexp_jax.fine_tuning import rounds
 

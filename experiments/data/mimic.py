@@ -17,10 +17,10 @@ from typing import Any, Literal, NamedTuple
 import duckdb
 import numpy as np
 
-from experiments import data, mimic_build, mimic_sql
-from experiments.clinical import BOUNDS
-from experiments.mimic_files import file
-from experiments.mimic_sql import INPUT_HOURS
+from experiments.data import mimic_build, mimic_sql, splits
+from experiments.data.clinical import BOUNDS
+from experiments.data.mimic_files import file
+from experiments.data.mimic_sql import INPUT_HOURS
 
 STATISTICS = ("last", "mean", "min", "max", "count")
 
@@ -122,7 +122,7 @@ def load(
     memory_limit: str = "4GB",
     seed: int = 0,
     progress: bool = True,
-) -> data.Split:
+) -> splits.Split:
     """Early ICU data of one population as public, of another as private and test.
 
     Args:
@@ -154,14 +154,14 @@ def load(
     labels = [table[outcome][part].astype(np.int32) for part in parts]
     require_both_classes(labels, outcome)
     raw = np.stack([table[name] for name in FEATURES], axis=1).astype(np.float64)
-    inputs = data.standardise(raw[public], *(raw[part] for part in parts))
+    inputs = splits.standardise(raw[public], *(raw[part] for part in parts))
     public, private, test = ({"x": x, "label": label} for x, label in zip(inputs, labels, strict=True))
-    return data.Split(public, private, test, _description(table, parts, outcome, split_by))
+    return splits.Split(public, private, test, _description(table, parts, outcome, split_by))
 
 
 def cohort_table(
     directory: pathlib.Path, cache_dir: pathlib.Path, *, memory_limit: str = "4GB", progress: bool = True
-) -> data.Records:
+) -> splits.Records:
     """The cohort with raw features and both outcomes, derived once and then read from `cache_dir`.
 
     The cached file is named by the tables (their paths, sizes and times) and by the definitions above, so that neither
@@ -222,7 +222,7 @@ def _populations(table, split_by):
     return np.flatnonzero((eras == first) & (eras != "")), np.flatnonzero((eras != first) & (eras != ""))
 
 
-def require_one_part_each(table: data.Records, parts: list[np.ndarray]) -> None:
+def require_one_part_each(table: splits.Records, parts: list[np.ndarray]) -> None:
     """Refuses parts, given by the rows of a cohort table, that share a patient, whatever the table holds."""
     subjects = table["subject_id"][np.concatenate(parts)]
     if len(np.unique(subjects)) < len(subjects):

@@ -1,6 +1,6 @@
 """The arena's results as one page and three pictures.
 
-    python -m experiments.report [--results DIR]               # DIR holds arena.csv; default experiments/results
+    python -m experiments.benchmark.report [--results DIR]   # DIR holds arena.csv; default experiments/results
 
 Writes arena.md, arena_epsilon.png, arena_time.png and arena_gain.png beside the CSV, complete or not: what has not been
 run yet is shown as missing.
@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
-RESULTS = pathlib.Path(__file__).parent / "results"
+RESULTS = pathlib.Path(__file__).parents[1] / "results"
 COLUMNS = [
     "task", "model", "n", "epsilon", "delta", "method", "seed", "metric_name", "metric", "loss", "seconds",
     "compile_seconds", "private_gradients", "noisy_steps", "peak_bytes",

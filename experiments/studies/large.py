@@ -1,7 +1,7 @@
 """A transformer of 124 million parameters fine-tuned privately on a laptop's cores: memory and seconds a stage.
 
-    python -m experiments.large                     # count-sketch of all parameters, k = 4096
-    python -m experiments.large --tune lora         # LoRA factors with a dense precision, by the pure functions
+    python -m experiments.studies.large                     # count-sketch of all parameters, k = 4096
+    python -m experiments.studies.large --tune lora         # LoRA factors with a dense precision, by the pure functions
 
 The shape of GPT-2 small with random weights, so that nothing is to be learnt about accuracy; bytes of this Python's own
 library as text, one half public, the other private. Writes large_<tune>.csv into --out.
@@ -20,9 +20,9 @@ import numpy as np
 import optax
 
 import qexp_jax
-from experiments.arena import RESULTS, write_table
-from experiments.data import run_cli
-from experiments.measure import live_bytes, peak, reset_peak, resident
+from experiments.benchmark.grid import RESULTS, write_table
+from experiments.benchmark.measure import live_bytes, peak, reset_peak, resident
+from experiments.data.splits import run_cli
 from qexp_jax import accuracy, clipping, curvature, mechanism, precision, preflight, privacy, subspace
 
 COLUMNS = (

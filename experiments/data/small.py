@@ -35,9 +35,9 @@ import numpy as np
 from scipy.ndimage import rotate
 from sklearn.datasets import load_digits
 
-from experiments import physionet
-from experiments.data import Records, Split, select
-from experiments.physionet_files import ICU_TYPES
+from experiments.data import physionet
+from experiments.data.physionet_files import ICU_TYPES
+from experiments.data.splits import Records, Split, select
 
 _DIGITS_PUBLIC, _DIGITS_PRIVATE = 500, 700
 _TABLE_PUBLIC, _TABLE_PRIVATE, _TABLE_ROWS, _TABLE_FEATURES = 2000, 4000, 9000, 20

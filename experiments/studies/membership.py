@@ -1,6 +1,6 @@
 """Membership inference: how well an attacker tells who was in the fine-tuning data, against what mu-GDP allows.
 
-    python -m experiments.membership
+    python -m experiments.studies.membership
 
 From a pool of private records, many shadow models are fine-tuned, each on the records that its coin flips include.
 Each in turn is attacked with all others as the attacker's own: LiRA (Carlini et al., arXiv:2112.03570), the likelihood
@@ -28,9 +28,9 @@ from dp_accounting import NeighboringRelation
 from scipy.stats import norm
 from tqdm import tqdm
 
-from experiments import models, tasks
-from experiments.arena import RESULTS, write_table
-from experiments.data import run_cli, select
+from experiments.benchmark import models, tasks
+from experiments.benchmark.grid import RESULTS, write_table
+from experiments.data.splits import run_cli, select
 from qexp_jax import clipping, mechanism, plan, precision, privacy
 from qexp_jax import subspace as subspaces
 from qexp_jax.fine_tuning import rounds

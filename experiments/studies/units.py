@@ -1,6 +1,6 @@
 """Record-level against writer-level privacy on MNIST: what it costs to protect a person rather than an image.
 
-    python -m experiments.units
+    python -m experiments.studies.units
 
 The private records are all images of `--writers` students; a unit is one image, or all images of one writer. Writes
 units.csv and units.md into --out.
@@ -14,9 +14,9 @@ import numpy as np
 from tqdm import tqdm
 
 import qexp_jax
-from experiments import models, tasks
-from experiments.arena import RESULTS, write_table
-from experiments.data import run_cli, select
+from experiments.benchmark import models, tasks
+from experiments.benchmark.grid import RESULTS, write_table
+from experiments.data.splits import run_cli, select
 
 COLUMNS = "task model unit num_units num_records epsilon delta method seed metric_name metric".split()
 UNITS = ("image", "writer")

@@ -1,6 +1,6 @@
 """What the MIMIC loader read, what it dropped and why: printed, and as mimic_report.json beside the results.
 
-    python -m experiments.mimic_report --data-dir mimiciii/1.4 --out experiments/out/mimic
+    python -m experiments.data.mimic_report --data-dir mimiciii/1.4 --out experiments/out/mimic
 
 The numbers are exact, hence **not private**: they are for whoever holds the data.
 """
@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments import mimic, tasks
-from experiments.data import Records, atomic, run_cli
+from experiments.benchmark import tasks
+from experiments.data import mimic
+from experiments.data.splits import Records, atomic, run_cli
 
 
 def describe(directory: pathlib.Path, cache_dir: pathlib.Path, *, progress: bool = True) -> dict[str, Any]:

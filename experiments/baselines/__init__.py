@@ -1,0 +1,1 @@
+"""Existing private fine-tuning that the benchmark compares with."""

@@ -1,0 +1,1 @@
+"""This library against existing private fine-tuning, setting by setting."""

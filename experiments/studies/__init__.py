@@ -1,0 +1,1 @@
+"""Other experiments, each with its own command."""
