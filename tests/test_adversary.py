@@ -126,11 +126,11 @@ def shifted(private):
 
 
 def tunes(others):
-    return lambda infos: others in {float(info.geometry.tuned[-1]) for info in infos}
+    return lambda infos: others in {float(info.preconditioner.tuned[-1]) for info in infos}
 
 
 def clips_at_a_share(infos):
-    return min(float(info.geometry.share) for info in infos) < 0.9
+    return min(float(info.preconditioner.share) for info in infos) < 0.9
 
 
 ADD_OR_REMOVE = NeighboringRelation.ADD_OR_REMOVE_ONE
@@ -218,7 +218,7 @@ def attained_over_claimed(info, other):
     distance = np.linalg.norm(
         np.asarray(info.quadratic.whitened_sum, np.float64) - np.asarray(other.quadratic.whitened_sum, np.float64)
     )
-    return distance / float(info.geometry.l2_clip_norm)
+    return distance / float(info.preconditioner.l2_clip_norm)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -239,9 +239,9 @@ def spread_of_one(arrays):
     return jnp.ones(()), jnp.ones(())
 
 
-def held_by_weight(directions, geometry):
+def held_by_weight(directions, preconditioner):
     """A very large eigenvalue holds all others: they have no weight in the norm, and are added whole."""
-    found = precision.spectral(1e30, directions, geometry.eigenvalues[:-1])
+    found = precision.spectral(1e30, directions, preconditioner.eigenvalues[:-1])
 
     def coordinates(arrays, rows, scale):
         rest, vectors, eigenvalues = arrays
@@ -320,11 +320,11 @@ def test_small_gradients_are_clipped_as_well(clip_norm, wide):
     loss = (lambda p, r: r["x"] @ p["w"] @ r["y"]) if wide else (lambda p, r: p["w"] @ r["x"])
     space = subspace.full(params)
     vectors = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (space.dim, 3)))[0].T
-    geometries = precision.spectral(0.1, vectors, jnp.ones(3)), precision.leading(vectors, jnp.ones(3))
+    preconditioners = precision.spectral(0.1, vectors, jnp.ones(3)), precision.leading(vectors, jnp.ones(3))
     x = np.asarray(jax.random.normal(jax.random.key(1), (1, shape[0])))
-    for geometry, factor in itertools.product(geometries, (1e-3, 1.0, 1e3, 1e12)):
+    for preconditioner, factor in itertools.product(preconditioners, (1e-3, 1.0, 1e3, 1e12)):
         record = {"x": jnp.asarray(x * clip_norm * factor, jnp.float32), "y": jnp.ones((1, 3))}
-        total, info = clipping.clipped_sum(loss, params, space, geometry, record, l2_clip_norm=clip_norm)
+        total, info = clipping.clipped_sum(loss, params, space, preconditioner, record, l2_clip_norm=clip_norm)
         norm = np.linalg.norm(np.asarray(total, np.float64)) / clip_norm
         assert norm <= 1 + 1e-6
         assert norm > (0.9 if factor > 10 else 1e-4)
@@ -347,16 +347,18 @@ def test_a_unit_less_moves_all_others_and_their_sum_by_no_more():
     private["x"] *= np.float32(1e3)  # all are clipped
     space = subspace.full(params)
     vectors = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (space.dim, 6)))[0].T
-    geometry = precision.spectral(0.1, vectors, jnp.linspace(1, 0.3, 6))
+    preconditioner = precision.spectral(0.1, vectors, jnp.linspace(1, 0.3, 6))
     run = jax.jit(clipping.unit_sum, static_argnames=("loss_fn", "exact"))
 
     def moved(exact):
         sums = [
-            integers.to_int64(run(linear, params, space, geometry, d, l2_clip_norm=1.0, exact=exact)[0])
+            integers.to_int64(run(linear, params, space, preconditioner, d, l2_clip_norm=1.0, exact=exact)[0])
             for d in (private, jax.tree.map(lambda x: np.delete(x, 3, axis=0), private))
         ]
         alone = integers.to_int64(
-            run(linear, params, space, geometry, records.take(private, slice(3, 4)), l2_clip_norm=1.0, exact=exact)[0]
+            run(
+                linear, params, space, preconditioner, records.take(private, slice(3, 4)), l2_clip_norm=1.0, exact=exact
+            )[0]
         )
         return np.abs(sums[0] - sums[1] - alone).max()
 

@@ -52,7 +52,7 @@ def issued(relation=NeighboringRelation.REPLACE_SPECIAL, epsilon=1.0, delta=1e-5
         "epsilon": epsilon, "delta": delta, "relation": relation, "num_units": 50, "num_units_from": "public_count",
         "unit": "one record", "noise_multiplier": z, "plan": plan, "discrete_noise": noise, "prng_impl": "threefry2x32",
         "provenance": certificates.make_provenance(PARAMS, PUBLIC, None),
-        "roundings": [0.0] * len(PLAN.geometries.l2_clip_norm),
+        "roundings": [0.0] * len(PLAN.preconditioners.l2_clip_norm),
     }  # fmt: skip
     return certificates.make_certificate(**arguments | changes)
 

@@ -74,10 +74,12 @@ def test_a_function_without_convolutions_is_called_itself():
 def test_the_private_pass_has_no_convolution_on_a_cpu_or_gpu_and_the_same_sum(monkeypatch):
     loss, kernel, x = problem("strided")
     records = jnp.stack([x, 2 * x, -x])
-    space, geometry = subspace.full(kernel), precision.dense(jnp.eye(kernel.size))
+    space, preconditioner = subspace.full(kernel), precision.dense(jnp.eye(kernel.size))
 
     def run():  # a new function at each call, so that nothing traced before is used again
-        total = lambda r: clipping.clipped_sum(loss, kernel, space, geometry, r, l2_clip_norm=1e3, microbatch_size=2)[0]
+        total = lambda r: clipping.clipped_sum(
+            loss, kernel, space, preconditioner, r, l2_clip_norm=1e3, microbatch_size=2
+        )[0]
         return primitives(total, records), total(records)
 
     traced, found = run()
@@ -98,8 +100,10 @@ def test_before_a_head_that_is_tuned_alone_a_gpu_keeps_its_convolution(monkeypat
 
     def run(where):
         space = subspace.full(params, where=where)
-        geometry = precision.dense(jnp.eye(space.dim))
-        total = lambda r: clipping.clipped_sum(both, params, space, geometry, r, l2_clip_norm=1e5, mode="reverse")[0]
+        preconditioner = precision.dense(jnp.eye(space.dim))
+        total = lambda r: clipping.clipped_sum(
+            both, params, space, preconditioner, r, l2_clip_norm=1e5, mode="reverse"
+        )[0]
         return primitives(total, records), total(records)
 
     _, expected = run("head")
@@ -116,9 +120,9 @@ def test_convolutions_are_rewritten_under_shard_map_too():
     mesh = jax.make_mesh((8,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec
     records = jnp.stack([x * scale for scale in range(1, 9)])
-    space, geometry = subspace.full(kernel), precision.dense(jnp.eye(kernel.size))
+    space, preconditioner = subspace.full(kernel), precision.dense(jnp.eye(kernel.size))
     pass_ = lambda records, axis_name=None: clipping.clipped_sum(
-        loss, kernel, space, geometry, records, l2_clip_norm=1e3, axis_name=axis_name
+        loss, kernel, space, preconditioner, records, l2_clip_norm=1e3, axis_name=axis_name
     )[0]
     sharded = jax.shard_map(lambda r: pass_(r, "devices"), mesh=mesh, in_specs=spec("devices"), out_specs=spec())
     np.testing.assert_allclose(sharded(records), pass_(records), rtol=1e-4, atol=1e-2)

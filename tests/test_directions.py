@@ -111,7 +111,7 @@ def test_a_round_in_factors_has_the_sum_of_whole_gradients(monkeypatch):
         return fine_tune(KEY, release_loss, params, public=public, private=private, **settings)[1][0]
 
     found = round_of(wide_layer_loss)
-    assert found.plan.spectrum.directions.shape == (8, 367) and found.clip_info.num_clipped > 10
+    assert found.plan.estimate.directions.shape == (8, 367) and found.clip_info.num_clipped > 10
     monkeypatch.setattr("qexp_jax.clipping.gradient_rows", lambda *a, **k: [gradients.projected_gradients(*a, **k)])
     expected = round_of(lambda params, record: wide_layer_loss(params, record))  # compiled anew
     whole, sums = expected.quadratic.whitened_sum, found.quadratic.whitened_sum
@@ -126,9 +126,9 @@ def test_a_pass_over_units_of_several_records_is_that_in_the_array_of_the_direct
     units = records.group_by_unit(data, np.arange(60) // 3)
     sums = []
     for rows in (found, jax.vmap(lambda c: directions.combine(found, c))(jnp.eye(6))):
-        geometry = precision.spectral(0.1, rows, jnp.linspace(2.0, 0.5, 6))
+        preconditioner = precision.spectral(0.1, rows, jnp.linspace(2.0, 0.5, 6))
         loss = records.unit_loss(wide_layer_loss)
-        sums.append(clipping.clipped_sum(loss, params, space, geometry, units, l2_clip_norm=0.5))
+        sums.append(clipping.clipped_sum(loss, params, space, preconditioner, units, l2_clip_norm=0.5))
     (total, info), (expected, same) = sums
     np.testing.assert_allclose(total, expected, atol=5e-3)  # but for what they keep for rounding
     assert info == same and info.num_units == 20 and info.num_clipped > 5
@@ -138,8 +138,8 @@ def test_a_hardened_unit_is_clipped_in_the_same_norm():
     params, data = wide_layer_network(KEY, 20)
     space = subspace.full(params)
     found, _ = public_curvature.leading_directions(wide_layer_loss, params, data, 6, space)
-    geometry = precision.spectral(0.1, found, jnp.linspace(2.0, 0.5, 6))
-    exact, info = exact_clipping.integer_sum(wide_layer_loss, params, space, geometry, data, l2_clip_norm=0.5)
-    total, same = clipping.clipped_sum(wide_layer_loss, params, space, geometry, data, l2_clip_norm=0.5)
+    preconditioner = precision.spectral(0.1, found, jnp.linspace(2.0, 0.5, 6))
+    exact, info = exact_clipping.integer_sum(wide_layer_loss, params, space, preconditioner, data, l2_clip_norm=0.5)
+    total, same = clipping.clipped_sum(wide_layer_loss, params, space, preconditioner, data, l2_clip_norm=0.5)
     np.testing.assert_allclose(exact * 0.5 / hardened.INTEGER_CLIP_NORM, total, atol=5e-3)
     assert info.num_clipped == same.num_clipped > 3

@@ -87,7 +87,7 @@ def test_where_there_is_nothing_but_noise_the_model_hardly_gets_worse():
 def test_certificate_is_json_complete_and_rederives_the_budget():
     certificate = json.loads(json.dumps(tune(rounds=2).certificate))
     qexp_jax.verify(certificate)
-    required = "epsilon delta mu neighboring_relation num_units noise_multiplier geometries subspace_dim rounds"
+    required = "epsilon delta mu neighboring_relation num_units noise_multiplier preconditioners subspace_dim rounds"
     assert set(required.split()) <= set(certificate)
     assert len(certificate["assumptions"]) >= 4 and certificate["num_units"] == 400
     np.testing.assert_allclose(privacy.epsilon_from_mu(certificate["mu"], 1e-5), 1.0, rtol=1e-9)
@@ -117,11 +117,11 @@ def test_diagnostics_are_apart_and_measure_the_excess():
     assert release._fields == ("params", "certificate")
     assert info[0].noise_cost > 0 and info[0].clip_info.num_units == 400
     plan = info[0].plan
-    step = step_size.scale(plan.spectrum.directions, info[0].multiples, info[0].w)
+    step = step_size.scale(plan.estimate.directions, info[0].multiples, info[0].w)
     moved = subspace.displace(plan.subspace, {"w": jnp.ones(3)}, step)
     np.testing.assert_allclose(moved["w"], release.params["w"], rtol=1e-5)
     mean, degrees = accuracy.noise_cost(
-        plan.spectrum.curvature, info[0].multiples, plan.spectrum.dims, noise_std=info[0].noise_std, num_units=400
+        plan.estimate.curvature, info[0].multiples, plan.estimate.dims, noise_std=info[0].noise_std, num_units=400
     )
     assert rounds.predicted_cost(info[0]) == (mean, degrees)
     assert 0 < info[0].noise_cost < 20 * mean and 1 <= degrees <= 3
@@ -148,7 +148,7 @@ def wide_data(slope, scales=TWO_SCALES):
 def wide_rounds(data, epsilon, rank=4, **options):
     options |= {"epsilon": epsilon, "delta": 1e-5, "precision_rank": rank, "diagnostics": True, "tilt": False}
     release, infos = fine_tune(KEY, wide_loss, {"w": jnp.ones(WIDE)}, **data, **options)
-    return release, infos, [int(i.geometry.tuned[-1]) for i in infos]
+    return release, infos, [int(i.preconditioner.tuned[-1]) for i in infos]
 
 
 def test_a_release_begins_in_the_leading_directions_and_tunes_all_under_a_heavy_shift_where_noise_lets_it():
@@ -167,7 +167,7 @@ def test_the_noise_of_each_round_is_that_of_its_own_geometrys_clip_norm():
     release, infos, whole = wide_rounds(data, epsilon=0.3)
     norms = {w: g["l2_clip_norm"] for w, g in zip((1, 0), release.certificate["geometries"], strict=True)}
     assert set(whole) == {0, 1} and norms[0] < 0.9 * norms[1]
-    shares = [float(info.geometry.share) for info in infos]
+    shares = [float(info.preconditioner.share) for info in infos]
     assert len(shares) == 80 and shares[0] == 1
     np.testing.assert_allclose(shares[10:], 0.7, rtol=1e-6)
     clipped_sum = jax.jit(functools.partial(clipping.clipped_sum, wide_loss))
@@ -184,7 +184,7 @@ def test_the_noise_of_each_round_is_that_of_its_own_geometrys_clip_norm():
 
 def spent(infos):
     """The sum over rounds of mu_t^2, from what noise each added in units of its clip norm."""
-    return sum((float(i.geometry.l2_clip_norm) / i.noise_std) ** 2 for i in infos)
+    return sum((float(i.preconditioner.l2_clip_norm) / i.noise_std) ** 2 for i in infos)
 
 
 def test_under_a_heavy_shift_the_budget_left_is_split_over_more_rounds_and_spent_to_the_same_total():
@@ -195,46 +195,53 @@ def test_under_a_heavy_shift_the_budget_left_is_split_over_more_rounds_and_spent
     assert len(few) == calm.certificate["rounds"] < len(many) == calm.certificate["most_rounds"]
     for infos in (few, many):
         np.testing.assert_allclose(spent(infos), calm.certificate["mu"] ** 2, rtol=1e-5)
-    assert many[0].noise_std / many[0].geometry.l2_clip_norm < many[-1].noise_std / many[-1].geometry.l2_clip_norm
+    assert (
+        many[0].noise_std / many[0].preconditioner.l2_clip_norm
+        < many[-1].noise_std / many[-1].preconditioner.l2_clip_norm
+    )
 
 
 @pytest.mark.parametrize(("shift", "is_heavy"), [(0.004, False), (0.3, True)])
 def test_a_round_takes_its_share_of_the_best_length_or_under_a_heavy_shift_the_best_step(shift, is_heavy):
     _, infos, _ = wide_rounds(wide_data(0.0), epsilon=8.0)
     made, quadratic = infos[0].plan, infos[0].quadratic
-    spectrum, num_units = made.spectrum, quadratic.num_units
-    geometry = jax.tree.map(lambda x: x[0], made.geometries)._replace(share=jnp.float32(1), bias=jnp.zeros(4))
-    walk = rounds.start(made.subspace.layout, {"w": jnp.ones(WIDE)}, spectrum, made.rounds)
-    g = step_size.scale(spectrum.directions, jnp.sqrt(shift * spectrum.moments), jax.random.normal(KEY, (WIDE,)))
+    estimate, num_units = made.estimate, quadratic.num_units
+    preconditioner = jax.tree.map(lambda x: x[0], made.preconditioners)._replace(
+        share=jnp.float32(1), bias=jnp.zeros(4)
+    )
+    state = rounds.start(made.subspace.layout, {"w": jnp.ones(WIDE)}, estimate, made.rounds)
+    g = step_size.scale(estimate.directions, jnp.sqrt(shift * estimate.moments), jax.random.normal(KEY, (WIDE,)))
     noise_var = jnp.mean(g**2) / 4
     _, multiples, _, _ = rounds.follow(
-        num_units * g, walk, made.subspace, quadratic, num_units * noise_var**0.5, spectrum, geometry, 8.0
+        num_units * g, state, made.subspace, quadratic, num_units * noise_var**0.5, estimate, preconditioner, 8.0
     )
-    belief = step_size.observe(walk.belief, spectrum, g, noise_var)
-    assert plan.is_heavy(belief, spectrum, num_units) == is_heavy
-    signal = step_size.pooled_signal(belief, spectrum, num_units)
-    share = step_size.best_length(signal, spectrum, noise_var / 8, num_units, geometry.longest)[0] / 8
-    step, _ = step_size.best_step(belief, spectrum, noise_var, num_units, geometry.longest / 8)
+    posterior = step_size.observe(state.posterior, estimate, g, noise_var)
+    assert plan.is_heavy(posterior, estimate, num_units) == is_heavy
+    signal = step_size.pooled_signal(posterior, estimate, num_units)
+    share = step_size.best_length(signal, estimate, noise_var / 8, num_units, preconditioner.longest)[0] / 8
+    step, _ = step_size.best_step(posterior, estimate, noise_var, num_units, preconditioner.longest / 8)
     expected, other = (
-        step_size.advance(belief, spectrum, x, num_units)[0] for x in ((step, share) if is_heavy else (share, step))
+        step_size.advance(posterior, estimate, x, num_units)[0] for x in ((step, share) if is_heavy else (share, step))
     )
     np.testing.assert_allclose(multiples, expected, rtol=1e-4)
     assert jnp.all(jnp.abs(multiples / other - 1) > 0.05)
 
 
 def test_what_clipping_adds_is_taken_off_a_release_before_it_is_followed():
-    """Beside noise's own, the walk and what is believed are those of a release without it."""
+    """Beside noise's own, the state and what is believed are those of a release without it."""
     _, infos, _ = wide_rounds(wide_data(0.0), epsilon=8.0)
     info, bias = infos[0], jnp.array([0.3, -0.2, 0.0, 0.1])
-    walk = rounds.start(info.plan.subspace.layout, {"w": jnp.ones(WIDE)}, info.plan.spectrum, 8)
+    state = rounds.start(info.plan.subspace.layout, {"w": jnp.ones(WIDE)}, info.plan.estimate, 8)
     noisy = info.quadratic.whitened_sum + 2.0
 
     def followed(noisy, bias):
-        geometry = info.geometry._replace(bias=bias)
-        return rounds.follow(noisy, walk, info.plan.subspace, info.quadratic, 2.0, info.plan.spectrum, geometry, 8.0)
+        preconditioner = info.preconditioner._replace(bias=bias)
+        return rounds.follow(
+            noisy, state, info.plan.subspace, info.quadratic, 2.0, info.plan.estimate, preconditioner, 8.0
+        )
 
     expected = followed(noisy, jnp.zeros(4))
-    biased = noisy + info.quadratic.num_units * info.plan.spectrum.directions.T @ bias
+    biased = noisy + info.quadratic.num_units * info.plan.estimate.directions.T @ bias
     found = followed(biased, bias)
     for x, y in zip(jax.tree.leaves((found[0], found[3])), jax.tree.leaves((expected[0], expected[3])), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4)
@@ -261,15 +268,17 @@ def test_a_sum_of_gradients_that_are_all_clipped_is_followed_alike_whatever_the_
     """But for the noise, of which a half is left."""
     _, infos, _ = wide_rounds(wide_data(3.0), epsilon=8.0)
     info = infos[-1]
-    whole, half = (info.geometry._replace(share=jnp.float32(x)) for x in (1.0, 0.5))
-    walk = rounds.start(info.plan.subspace.layout, {"w": jnp.ones(WIDE)}, info.plan.spectrum, 8)
+    whole, half = (info.preconditioner._replace(share=jnp.float32(x)) for x in (1.0, 0.5))
+    state = rounds.start(info.plan.subspace.layout, {"w": jnp.ones(WIDE)}, info.plan.estimate, 8)
     total = info.quadratic.whitened_sum
 
-    def followed(factor, geometry, noise_std):
+    def followed(factor, preconditioner, noise_std):
         quadratic = info.quadratic._replace(whitened_sum=factor * total)
         noisy = factor * (total + jnp.ones_like(total))
-        out = rounds.follow(noisy, walk, info.plan.subspace, quadratic, noise_std, info.plan.spectrum, geometry, 80.0)
-        return out[1], out[2], out[3].params["w"] - walk.params["w"]
+        out = rounds.follow(
+            noisy, state, info.plan.subspace, quadratic, noise_std, info.plan.estimate, preconditioner, 80.0
+        )
+        return out[1], out[2], out[3].params["w"] - state.params["w"]
 
     multiples, cost, moved = followed(1.0, whole, 2.0)
     assert jnp.linalg.norm(moved) > 0 and cost > 0
@@ -304,7 +313,7 @@ def logistic_data(seed, moved):
 def test_steps_do_not_overshoot_where_the_means_of_features_moved(rank, moved):
     """There the private curvature is a hundred times the public one, in directions that public records hardly show.
 
-    Rounds that measure their steepness in the leading directions alone end at .31 and .40 where features moved by .5;
+    Rounds that measure their curvature in the leading directions alone end at .31 and .40 where features moved by .5;
     those that take the mean of the curvatures they met at 1.3 and 2.0 where they moved by 2.
     """
 
@@ -369,9 +378,9 @@ def test_progress_names_the_stages_and_changes_nothing():
 def test_private_records_go_to_the_device_once(monkeypatch):
     seen, read = [], qexp_jax.passes.device_sum
 
-    def watched(loss_fn, target, units, *args, **settings):
+    def watched(loss_fn, linearisation, units, *args, **settings):
         seen.append(units["x"])
-        return read(loss_fn, target, units, *args, **settings)
+        return read(loss_fn, linearisation, units, *args, **settings)
 
     monkeypatch.setattr(qexp_jax.passes, "device_sum", watched)
     on_host = jax.tree.map(np.asarray, regression()["private"])
@@ -449,8 +458,8 @@ def test_all_parameters_are_tuned_unless_a_dimension_is_given():
 
 
 def test_a_sketch_is_tuned_where_gradients_would_not_fit(monkeypatch):
-    monkeypatch.setattr(qexp_jax.survey, "_GRADIENT_BYTES", 1000)
-    monkeypatch.setattr(qexp_jax.survey, "_SKETCH_DIM", 20)
+    monkeypatch.setattr(qexp_jax.measure, "_GRADIENT_BYTES", 1000)
+    monkeypatch.setattr(qexp_jax.measure, "_SKETCH_DIM", 20)
     certificate = tune(params={"w": jnp.ones(50)}, **regression(d=50)).certificate
     assert certificate["subspace"] == "count_sketch" and certificate["subspace_dim"] == 20
 

@@ -68,15 +68,17 @@ def test_all_products_of_a_pass_and_of_public_curvature_are_in_float32(products,
     def everything(params, data):
         space = subspaces(KEY, params)[name]
         matrix = subspace.gram(space) + jnp.eye(space.dim)
-        geometry = precision.dense(matrix) if form == "dense" else precision.low_rank(0.1, matrix[:2], jnp.ones(2))
+        preconditioner = (
+            precision.dense(matrix) if form == "dense" else precision.low_rank(0.1, matrix[:2], jnp.ones(2))
+        )
         passes = [
-            clipping.clipped_sum(loss_fn, params, space, geometry, data, l2_clip_norm=1.0, mode=mode)
+            clipping.clipped_sum(loss_fn, params, space, preconditioner, data, l2_clip_norm=1.0, mode=mode)
             for mode in ("reverse", "forward")
         ]
-        moved = precision.color(geometry, precision.uncolor(geometry, jnp.ones(space.dim)))
+        moved = precision.color(preconditioner, precision.uncolor(preconditioner, jnp.ones(space.dim)))
         return (
             passes,
-            subspace.displace(space, params, moved + precision.draws(KEY, geometry, 3)[0]),
+            subspace.displace(space, params, moved + precision.draws(KEY, preconditioner, 3)[0]),
             curvature.projected_hessian(loss_fn, params, space, data),
             curvature.psd_part(curvature.projected_fisher(loss_fn, params, space, data)),
             curvature.projected_ggn(outputs, output_loss, params, space, data),
@@ -99,8 +101,8 @@ def test_all_products_of_draws_and_their_accuracy_are_in_float32(products, form)
     space, eye, ones = subspace.full(PARAMS), jnp.eye(24), jnp.ones(24)
 
     def everything(params):
-        geometry = precision.dense(eye) if form == "dense" else precision.low_rank(0.1, eye[:2], ones[:2])
-        quadratic = mechanism.Quadratic(geometry, ones, 10)
+        preconditioner = precision.dense(eye) if form == "dense" else precision.low_rank(0.1, eye[:2], ones[:2])
+        quadratic = mechanism.Quadratic(preconditioner, ones, 10)
         w = mechanism.draw(KEY, quadratic, 1.0)
         return (
             mechanism.utility(quadratic, w),

@@ -257,7 +257,7 @@ def test_diagnostics_hold_the_sum_without_noise():
     info = infos[0]
     expected, _ = clipping.clipped_sum(
         loss, {"w": jnp.ones(3)}, info.plan.subspace, info.quadratic.precision, PRIVATE,
-        l2_clip_norm=info.geometry.l2_clip_norm,
+        l2_clip_norm=info.preconditioner.l2_clip_norm,
     )  # fmt: skip
     np.testing.assert_allclose(info.quadratic.whitened_sum, expected, rtol=1e-3, atol=1e-3)
 

@@ -181,7 +181,7 @@ def child(name, mu, *folders):
 
 
 def start(name, mu, *folders):
-    process = PROCESSES.Process(target=child, args=(name, mu, *folders))
+    process = PROCESSES.Process(linearisation=child, args=(name, mu, *folders))
     process.start()
     return process
 
@@ -242,7 +242,7 @@ def test_threads_wait_for_each_other(tmp_path):
         except qexp_jax.BudgetExceeded:
             outcomes.append("refused")
 
-    threads = [threading.Thread(target=spend, args=(seed,)) for seed in range(4)]
+    threads = [threading.Thread(linearisation=spend, args=(seed,)) for seed in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -364,7 +364,7 @@ def test_one_of_many_draws_is_entered(tmp_path):
         except ValueError:
             outcomes.append("refused")
 
-    threads = [threading.Thread(target=draw, args=(i,)) for i in range(6)]
+    threads = [threading.Thread(linearisation=draw, args=(i,)) for i in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -97,8 +97,8 @@ def test_factors_of_any_size_are_added_as_they_are(size):
         np.testing.assert_allclose(total, 1, rtol=1e-5)
 
 
-def clipped(params, space, geometry, data, clip_norm=0.5, **options):
-    return clipping.clipped_sum(wide_layer_loss, params, space, geometry, data, l2_clip_norm=clip_norm, **options)
+def clipped(params, space, preconditioner, data, clip_norm=0.5, **options):
+    return clipping.clipped_sum(wide_layer_loss, params, space, preconditioner, data, l2_clip_norm=clip_norm, **options)
 
 
 @pytest.mark.parametrize("dim", [None, 50])
@@ -107,13 +107,13 @@ def test_a_pass_in_factors_is_that_of_whole_gradients(dim, monkeypatch):
     data["y"] = data["y"].at[5].set(1e4).at[7].set(jnp.nan)
     space = subspace.count_sketch(KEY, params, dim) if dim else subspace.full(params)
     directions = jnp.linalg.qr(jax.random.normal(KEY, (space.dim, 6)))[0].T
-    geometry = precision.low_rank(0.1, directions, jnp.linspace(2.0, 0.5, 6))
+    preconditioner = precision.low_rank(0.1, directions, jnp.linspace(2.0, 0.5, 6))
     mask = jnp.arange(len(data["x"])) % 4 > 0
-    found = clipped(params, space, geometry, data, mask=mask, microbatch_size=7)
+    found = clipped(params, space, preconditioner, data, mask=mask, microbatch_size=7)
     rows = gradients.gradient_rows(wide_layer_loss, params, space, data)
     assert [isinstance(x, Outer) for x in rows] == ([False] if dim else [False, False, True])
     monkeypatch.setattr(gradients, "is_in_factors", lambda space: False)
-    expected = clipped(params, space, geometry, data, mask=mask, microbatch_size=7)
+    expected = clipped(params, space, preconditioner, data, mask=mask, microbatch_size=7)
     np.testing.assert_allclose(found[0], expected[0], atol=5e-3)  # but for what they keep for rounding
     assert found[1] == expected[1] and found[1].num_clipped > 3 and found[1].num_nonfinite == 1
 
@@ -133,8 +133,8 @@ def test_each_units_part_is_bounded_by_the_clip_norm_at_any_scale(scale, dim):
     params = {"w": jnp.zeros((70, 5))}
     space = subspace.count_sketch(KEY, params, dim) if dim else subspace.full(params)
     directions = jnp.linalg.qr(jax.random.normal(KEY, (space.dim, 4)))[0].T
-    geometry = precision.low_rank(0.1, directions, jnp.full(4, 0.9))
+    preconditioner = precision.low_rank(0.1, directions, jnp.full(4, 0.9))
     bilinear = lambda params, record: record["x"] @ params["w"] @ record["y"]
     record = {"x": jax.random.normal(KEY, (1, 70)) / scale, "y": scale * 1e3 * jax.random.normal(KEY, (1, 5))}
-    total, _ = clipping.clipped_sum(bilinear, params, space, geometry, record, l2_clip_norm=0.5)
+    total, _ = clipping.clipped_sum(bilinear, params, space, preconditioner, record, l2_clip_norm=0.5)
     assert 0.5 * 0.99 < jnp.linalg.norm(total) < 0.5 * (1 + 1e-6)

@@ -90,7 +90,7 @@ def test_source_holds_the_package(dist):
 def test_installed_package_runs(dist, tmp_path):
     """From another folder, with the wheel before this checkout on the path."""
     (wheel,) = dist.glob("*.whl")
-    target = tmp_path / "target"
-    run("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", target, wheel)
-    found = run("-c", QUICK_START, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(target)})
-    assert pathlib.Path(found.strip()) == target / "qexp_jax"
+    linearisation = tmp_path / "linearisation"
+    run("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--linearisation", linearisation, wheel)
+    found = run("-c", QUICK_START, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(linearisation)})
+    assert pathlib.Path(found.strip()) == linearisation / "qexp_jax"

@@ -36,14 +36,14 @@ found = preflight.estimate(
 )
 space = subspace.full(shapes) if space is None else space
 directions = preflight._directions(loss, shapes, record, 4, min(rank, 2), space)
-target = passes.Target(shapes, space, preflight._low_rank(directions), 1.0)
+linearisation = passes.Linearisation(shapes, space, preflight._low_rank(directions), 1.0)
 units = jax.tree.map(lambda x: jax.ShapeDtypeStruct((n, *x.shape), x.dtype), record)
 mask = jax.ShapeDtypeStruct((n,), bool)
-run = passes.device_sum.lower(loss, target, units, mask, microbatch_size=microbatch, mode="auto").compile()
+run = passes.device_sum.lower(loss, linearisation, units, mask, microbatch_size=microbatch, mode="auto").compile()
 fill = lambda tree: jax.tree.map(
     lambda x: jnp.array(np.full(x.shape, 0.01, x.dtype)) if isinstance(x, jax.ShapeDtypeStruct) else x, tree
 )
-pretrained, arguments = fill(shapes), fill((target, units, mask))
+pretrained, arguments = fill(shapes), fill((linearisation, units, mask))
 held, before = live_bytes(), resident()
 reset_peak()
 jax.block_until_ready(run(*arguments))

@@ -72,11 +72,11 @@ def test_a_pass_in_outer_products_equals_one_device_with_an_active_clip(how, dim
     data["y"] = data["y"].at[5].set(1e4)
     space = subspace.count_sketch(KEY, params, dim) if dim else subspace.full(params)
     found, _ = public_curvature.leading_directions(wide_layer_loss, params, data, 6, space)
-    geometry = precision.spectral(0.1, found, jnp.linspace(2.0, 0.5, 6))
+    preconditioner = precision.spectral(0.1, found, jnp.linspace(2.0, 0.5, 6))
 
     def private_pass(units, mask, axis_name="data"):
         settings = {"mask": mask, "l2_clip_norm": 0.5, "axis_name": axis_name}
-        return clipping.clipped_sum(wide_layer_loss, params, space, geometry, units, **settings)
+        return clipping.clipped_sum(wide_layer_loss, params, space, preconditioner, units, **settings)
 
     (total, info), (expected, one) = on_devices(how, private_pass, data), private_pass(data, None, None)
     np.testing.assert_allclose(total, expected, atol=2e-5)
@@ -159,10 +159,10 @@ def test_only_k_numbers_cross_devices_in_a_pass_and_k_squared_in_a_curvature(wid
     params = {"a": jnp.ones((4, width)), "b": jnp.ones((width, 2))}
     data = {"x": jnp.ones((num_records, 4)), "y": jnp.ones((num_records, 2))}
     space, factored = subspace.count_sketch(KEY, params, dim), precision.dense(jnp.eye(dim))
-    target = passes.Target(params, space, factored, 1.0)
+    linearisation = passes.Linearisation(params, space, factored, 1.0)
     units = passes.place(mesh(), data, np.ones(num_records, bool))
     compiled = passes.device_sum.lower(
-        wide_loss, target, *units, microbatch_size=4, mode="reverse", mesh=mesh()
+        wide_loss, linearisation, *units, microbatch_size=4, mode="reverse", mesh=mesh()
     ).compile()
     counts = 3 * 4
     words = 2 * 4 * dim
@@ -213,7 +213,7 @@ def test_sharded_parameters_stay_sharded_through_a_release(kind):
         "subspace": space,
     }
     release, (info, _) = fine_tune(KEY, deep_loss, sharded, mesh=devices, diagnostics=True, **arguments)
-    factored, clip_norm = jax.device_get((info.quadratic.precision, info.geometry.l2_clip_norm))
+    factored, clip_norm = jax.device_get((info.quadratic.precision, info.preconditioner.l2_clip_norm))
     expected, _ = clipping.clipped_sum(deep_loss, params, space, factored, data, l2_clip_norm=clip_norm)
     np.testing.assert_allclose(info.quadratic.whitened_sum, expected, rtol=1e-3, atol=1e-3)
     assert all(w.sharding.is_equivalent_to(layer, 2) for w in release.params.values())
@@ -224,8 +224,10 @@ def test_sharded_parameters_are_never_gathered_as_a_whole_on_one_device(monkeypa
     monkeypatch.setattr(sketching, "_PANEL", 2**12)
     devices = two_axes()
     params, sharded, data, _ = deep_network(256, 8, 4, devices)
-    target = passes.Target(sharded, subspace.count_sketch(KEY, params, 64), precision.dense(jnp.eye(64)), 1.0)
+    linearisation = passes.Linearisation(
+        sharded, subspace.count_sketch(KEY, params, 64), precision.dense(jnp.eye(64)), 1.0
+    )
     units = passes.place(devices, data, np.ones(4, bool))
-    lowered = passes.device_sum.lower(deep_loss, target, *units, microbatch_size=1, mode="reverse", mesh=devices)
+    lowered = passes.device_sum.lower(deep_loss, linearisation, *units, microbatch_size=1, mode="reverse", mesh=devices)
     memory, whole = lowered.compile().memory_analysis(), 8 * 256 * 256 * 4
     assert memory.argument_size_in_bytes < 0.35 * whole and memory.temp_size_in_bytes < 0.75 * whole

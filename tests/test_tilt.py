@@ -190,15 +190,15 @@ def engine_of(prepared=PREPARED, loss_fn=None, **options):
         "microbatch_size": None, "mode": "reverse", "mesh": None, "hardened": False, "exact": False,
         "diagnostics": True, "store": None, "progress": None,
     }  # fmt: skip
-    return rounds.Engine(loss_fn=loss_fn, **settings | options)
+    return rounds.PassOptions(loss_fn=loss_fn, **settings | options)
 
 
-def exact_sum(private, engine=None, prepared=PREPARED):
+def exact_sum(private, options=None, prepared=PREPARED):
     """Of the pass before noise, in units of the clip norm, as the integers say it."""
-    engine, target = engine_of(prepared) if engine is None else engine, tilting.target(prepared)
-    blank = rounds._beginning(0, None, qexp_jax.passes.empty(target.subspace.dim, engine.hardened))
-    total, _, _ = rounds._pass(engine, target, rounds._placed(engine, None, private), blank, None)
-    if engine.hardened:
+    options, linearisation = engine_of(prepared) if options is None else options, tilting.linearisation(prepared)
+    blank = rounds._beginning(0, None, qexp_jax.passes.empty(linearisation.subspace.dim, options.hardened))
+    total, _, _ = rounds._pass(options, linearisation, rounds._placed(options, None, private), blank, None)
+    if options.hardened:
         return np.asarray(total, np.float64) / hardened.INTEGER_CLIP_NORM
     return integers.to_int64(total) / clipping.STEPS
 
@@ -252,15 +252,15 @@ RECORDS = {
     "ordinary": ([0.3, -1.0, 2.0], 0, 0.5),
     "large": ([50.0, -60.0, 40.0], 1, 9.0),
     "another label": ([1.0, 1.0, 1.0], 9, 0.0),
-    "NaN target": ([1.0, 1.0, 1.0], 0, np.nan),
+    "NaN linearisation": ([1.0, 1.0, 1.0], 0, np.nan),
     "tiny": ([1e-45, -1e-45, 0.0], 1, 1e-45),
 }
 
 
 def distances(**options):
     """Of every pair of releases that differ in one record; an empty slot is one of NaN."""
-    engine = engine_of(**options)
-    sums = {name: exact_sum(with_record(*record), engine) for name, record in RECORDS.items()}
+    options = engine_of(**options)
+    sums = {name: exact_sum(with_record(*record), options) for name, record in RECORDS.items()}
     from_empty = max(np.linalg.norm(x - sums["NaN"]) for x in sums.values())
     return from_empty, max(np.linalg.norm(x - y) for x in sums.values() for y in sums.values())
 
@@ -283,8 +283,8 @@ def test_a_pass_without_clipping_is_caught(monkeypatch):
     def loss_fn(params, record):  # compiled by itself
         return jnp.vdot(params["axes"], features.apply(unclipped, record))
 
-    engine = engine_of(loss_fn=loss_fn)
-    moved = exact_sum(with_record([5.0, -6.0, 4.0]), engine) - exact_sum(with_record(*RECORDS["NaN"]), engine)
+    options = engine_of(loss_fn=loss_fn)
+    moved = exact_sum(with_record([5.0, -6.0, 4.0]), options) - exact_sum(with_record(*RECORDS["NaN"]), options)
     assert np.linalg.norm(moved) > 1.5
 
 
@@ -591,7 +591,7 @@ def test_batches_of_other_widths_are_released():
 
 
 def test_records_of_numbers_alone_are_released():
-    """One input and one target, each a number: both are labels, and no columns are left."""
+    """One input and one linearisation, each a number: both are labels, and no columns are left."""
 
     def line(params, record):
         return (record["x"] * params["w"] - record["y"]) ** 2 / 2

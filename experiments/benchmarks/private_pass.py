@@ -35,7 +35,7 @@ RIVALS = {
 
 
 class Setup(NamedTuple):
-    """Directions and geometry of a pass.
+    """Directions and preconditioner of a pass.
 
     Attributes:
       name: in the table.
@@ -85,10 +85,10 @@ def _dense(name, space, project=None, basis=None):
 def _low_rank(case, space, rank):
     """As in a release."""
     found, _ = public_curvature.leading_directions(case.loss_fn, case.params, case.records, rank, space)
-    geometry = precision.low_rank(0.1, found, jnp.linspace(1.0, 0.1, rank))
+    preconditioner = precision.low_rank(0.1, found, jnp.linspace(1.0, 0.1, rank))
     vectors = jax.vmap(functools.partial(directions.combine, found))(jnp.eye(rank))
     return Setup(
-        f"all {space.dim}, H of rank {rank} + identity", space, geometry, None, None, _product, vectors.T, False
+        f"all {space.dim}, H of rank {rank} + identity", space, preconditioner, None, None, _product, vectors.T, False
     )
 
 

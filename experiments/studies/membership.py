@@ -112,40 +112,42 @@ def released(key, anchor, pool, included, epsilon, delta):
 
     @jax.jit
     def release(noise_keys, included, start, made_arrays, pool):
-        spaced, spectrum, geometries = made_arrays
+        spaced, estimate, preconditioners = made_arrays
 
         def one(row):
             keys, mask = jax.random.split(row[0], made.rounds), row[1]
-            walk = rounds.start(layout, start, spectrum, made.rounds)
+            state = rounds.start(layout, start, estimate, made.rounds)
 
-            def round_of(walk, key):
-                geometry, _ = plan.choose(
-                    walk.belief, spectrum, geometries, noise_multiplier / made.rounds**0.5, count, made.rounds
+            def round_of(state, key):
+                preconditioner, _ = plan.choose(
+                    state.posterior, estimate, preconditioners, noise_multiplier / made.rounds**0.5, count, made.rounds
                 )  # fmt: skip
-                clip_norm, noise_std = geometry.l2_clip_norm, geometry.l2_clip_norm * noise_multiplier
+                clip_norm, noise_std = preconditioner.l2_clip_norm, preconditioner.l2_clip_norm * noise_multiplier
 
                 def sum_in(precise):
                     return clipping.clipped_sum(
-                        loss_fn, walk.params, spaced, precise, pool, l2_clip_norm=clip_norm, mask=mask
+                        loss_fn, state.params, spaced, precise, pool, l2_clip_norm=clip_norm, mask=mask
                     )[0]
 
-                leading, rest = geometry.eigenvalues[:-1], geometry.eigenvalues[-1]
-                precise = precision.spectral(rest, spectrum.directions, leading)
+                leading, rest = preconditioner.eigenvalues[:-1], preconditioner.eigenvalues[-1]
+                precise = precision.spectral(rest, estimate.directions, leading)
                 total = jax.lax.cond(
-                    geometry.tuned[-1] > 0,
+                    preconditioner.tuned[-1] > 0,
                     lambda: sum_in(precise),
-                    lambda: sum_in(precision.leading(spectrum.directions, leading)),
+                    lambda: sum_in(precision.leading(estimate.directions, leading)),
                 )
                 quadratic = mechanism.Quadratic(precise, total, count)
                 noisy = mechanism.noisy_sum(key, total, noise_std)
-                *_, walk = rounds.follow(noisy, walk, spaced, quadratic, noise_std, spectrum, geometry, made.rounds)
-                return walk, None
+                *_, state = rounds.follow(
+                    noisy, state, spaced, quadratic, noise_std, estimate, preconditioner, made.rounds
+                )
+                return state, None
 
-            return jax.lax.scan(round_of, walk, keys)[0].params
+            return jax.lax.scan(round_of, state, keys)[0].params
 
         return jax.lax.map(one, (noise_keys, included), batch_size=BATCH)
 
-    arrays = made.subspace, made.spectrum, made.geometries
+    arrays = made.subspace, made.estimate, made.preconditioners
     return release(jax.random.split(key, len(included)), included, start, arrays, pool)
 
 

@@ -67,14 +67,14 @@ class Progress(NamedTuple):
     Attributes:
       round: rounds done.
       batches: batches of the next round that `partial` holds.
-      walk: the releases so far, a pytree.
+      state: the releases so far, a pytree.
       partial: `passes.Partial`.
       digest: (32,) uint8, of the batches that `partial` holds.
     """
 
     round: int
     batches: int
-    walk: Any
+    state: Any
     partial: Any
     digest: np.ndarray
 

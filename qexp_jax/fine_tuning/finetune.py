@@ -130,13 +130,13 @@ def fine_tune(
     made = _plan_at(job, tilt, job.anchor)
     # From here on private values are read: refused before anything is paid, paid before anything is read.
     roundings_of(made, needs_exact(made, job.relation))
-    engine = _entered(job, tilt, made, ledger)
-    anchor, made, tilt_terms, noise_key = _tilted(job, tilt, made, engine)
+    options = _entered(job, tilt, made, ledger)
+    anchor, made, tilt_terms, noise_key = _tilted(job, tilt, made, options)
     noise_multiplier, discrete_noise = _noise_of_rounds(_mu_of_rounds(job, tilt), made, job.relation, job.hardened)
     exact = needs_exact(made, job.relation)
     state, infos = rounds.run(
-        noise_key, rounds.start(job.layout, anchor, made.spectrum, made.rounds), made, job.units,
-        engine._replace(exact=exact),
+        noise_key, rounds.start(job.layout, anchor, made.estimate, made.rounds), made, job.units,
+        options._replace(exact=exact),
         num_units=job.data.num_units, noise_multiplier=noise_multiplier, release_key=job.data.key,
     )  # fmt: skip
     certificate = make_certificate(
@@ -318,7 +318,7 @@ def _entered(job, tilt, made, ledger):
         ledger, job.data.key, store, job.units, run.mesh, mu=job.mu, hardened=job.hardened,
         neighboring_relation=job.relation, privacy_unit=job.data.unit,
     )  # fmt: skip
-    return rounds.Engine(
+    return rounds.PassOptions(
         job.unit_fn, run.microbatch_size, run.mode, run.mesh, job.hardened, _private_n(job), run.diagnostics, store,
         run.progress,
     )  # fmt: skip
@@ -343,7 +343,7 @@ def _settings(job, tilt, made):
     }
 
 
-def _tilted(job, tilt, made, engine):
+def _tilted(job, tilt, made, options):
     """The anchor and the plan after the tilt, what a certificate says of it, and the key left for the rounds."""
     key = job.data.key
     if tilt is None:
@@ -355,8 +355,8 @@ def _tilted(job, tilt, made, engine):
     feature_loss = tilting.loss(tilt.prepared.features)
     if job.data.unit_ids is not None:
         feature_loss = unit_loss(feature_loss)
-    engine = engine._replace(loss_fn=feature_loss, mode="reverse")
-    noisy, noise_std = tilting.draw(key, tilt_key, tilt.prepared, job.units, engine, noise_multiplier=noise_multiplier)
+    options = options._replace(loss_fn=feature_loss, mode="reverse")
+    noisy, noise_std = tilting.draw(key, tilt_key, tilt.prepared, job.units, options, noise_multiplier=noise_multiplier)
     tilted, anchor = tilting.move(
         jax.random.fold_in(_plan_key(), 2), tilt.prepared, noisy, noise_std, job.loss_fn, job.anchor, made.subspace,
         job.data.public, num_units=job.data.num_units, steps=tilt.steps, progress=job.run.progress,

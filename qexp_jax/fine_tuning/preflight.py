@@ -17,7 +17,7 @@ from qexp_jax.model.gradients import Mode
 from qexp_jax.model.operations import count_flops
 from qexp_jax.model.subspace import Subspace
 from qexp_jax.private_pass import passes
-from qexp_jax.private_pass.passes import Target
+from qexp_jax.private_pass.passes import Linearisation
 from qexp_jax.quadratic import precision as precisions
 from qexp_jax.quadratic import public_curvature, weighting
 
@@ -107,14 +107,16 @@ def estimate(
     rank = min(precision_rank, space.dim, curved)
     held = -(-min(batch_size or num_units, num_units) // num_devices)
     directions = _directions(loss_fn, params, record, num_public, rank, space)
-    target = Target(params, _shapes(space), _low_rank(directions), 1.0)
+    linearisation = Linearisation(params, _shapes(space), _low_rank(directions), 1.0)
     units, mask = _batch(record, held), jax.ShapeDtypeStruct((held,), bool)
     static = {"microbatch_size": microbatch_size, "mode": mode, "exact": exact}
-    temporary, result = _held(passes.device_sum.lower(loss_fn, target, units, mask, **static))
+    temporary, result = _held(passes.device_sum.lower(loss_fn, linearisation, units, mask, **static))
     steps = weighting.num_steps(loss_fn, params, record, num_public) if tilt else 0
-    parameter_bytes, data_bytes, public_bytes = map(_bytes, (params, units, (target.subspace, target.precision)))
+    parameter_bytes, data_bytes, public_bytes = map(
+        _bytes, (params, units, (linearisation.subspace, linearisation.precision))
+    )
     released_bytes = space.layout.num_params * space.layout.dtype.itemsize
-    flops = count_flops(lambda *a: passes.device_sum(loss_fn, *a, **static), target, units, mask)
+    flops = count_flops(lambda *a: passes.device_sum(loss_fn, *a, **static), linearisation, units, mask)
     return Estimate(
         parameter_bytes=parameter_bytes,
         released_bytes=released_bytes,

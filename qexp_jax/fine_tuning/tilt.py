@@ -110,12 +110,12 @@ def weights(
         raise ValueError("Expected private records of the public ones' shapes, found others.")
     ledger = ledgers.open(ledger) if isinstance(ledger, str | os.PathLike) else ledger
     noise_multiplier = accounting.noise_multiplier(mu, neighboring_relation)
-    engine, units = _engine(prepared, data, neighboring_relation, run)
+    options, units = _engine(prepared, data, neighboring_relation, run)
     inputs.enter(
         ledger, data.key, None, units, run.mesh,
         mu=mu, hardened=False, neighboring_relation=neighboring_relation, privacy_unit=data.unit,
     )  # fmt: skip
-    noisy, noise_std = tilting.draw(data.key, data.key, prepared, units, engine, noise_multiplier=noise_multiplier)
+    noisy, noise_std = tilting.draw(data.key, data.key, prepared, units, options, noise_multiplier=noise_multiplier)
     num_units = data.num_units
     tilted = weighting.fit(prepared.rows, noisy / num_units, noise_std / num_units, num_units)
     certificate = make_tilt_certificate(
@@ -145,7 +145,7 @@ def _engine(prepared, data, relation, run):
     loss_fn, units = inputs.grouped(
         tilting.loss(prepared.features), data.private, data.unit_ids, data.max_records_per_unit
     )  # fmt: skip
-    engine = rounds.Engine(
+    options = rounds.PassOptions(
         loss_fn, run.microbatch_size, "reverse", run.mesh, False, private_n, False, None, run.progress
     )  # fmt: skip
-    return engine, units
+    return options, units

@@ -18,12 +18,12 @@ from qexp_jax.data import arguments
 from qexp_jax.data.records import LossFn, Params, Record
 from qexp_jax.fine_tuning import checkpoint as checkpoints
 from qexp_jax.fine_tuning import rounds
-from qexp_jax.fine_tuning.rounds import Engine
+from qexp_jax.fine_tuning.rounds import PassOptions
 from qexp_jax.model import isolation
 from qexp_jax.model import subspace as subspaces
 from qexp_jax.model.subspace import Subspace
 from qexp_jax.private_pass import clipping, passes
-from qexp_jax.private_pass.passes import Target
+from qexp_jax.private_pass.passes import Linearisation
 from qexp_jax.quadratic import features as feature_maps
 from qexp_jax.quadratic import precision as precisions
 from qexp_jax.quadratic import weighting
@@ -93,16 +93,16 @@ def loss(features: FeatureMap) -> LossFn:
     return feature_maps.linear_loss(features.raw)
 
 
-def target(preparation: Preparation) -> Target:
+def linearisation(preparation: Preparation) -> Linearisation:
     """Where the pass takes features as gradients: in k axes, with M = I."""
     anchor = feature_maps.linear_params(preparation.features)
     space = subspaces.full(anchor, where=_TUNED)
-    return Target(anchor, space, precisions.dense(jnp.eye(space.dim)), preparation.features.l2_clip_norm)
+    return Linearisation(anchor, space, precisions.dense(jnp.eye(space.dim)), preparation.features.l2_clip_norm)
 
 
 def rounding(preparation: Preparation) -> float:
     """The share of the clip norm that is kept for rounding."""
-    return float(clipping.rounding(target(preparation).precision))
+    return float(clipping.rounding(linearisation(preparation).precision))
 
 
 def terms(preparation: Preparation, tilted: Tilt, noise_multiplier: float, steps: int) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def draw(
     noise_key: jax.Array,
     preparation: Preparation,
     units: Record,
-    engine: Engine,
+    options: PassOptions,
     *,
     noise_multiplier: float,
 ) -> tuple[np.ndarray, float]:
@@ -135,29 +135,29 @@ def draw(
       noise_key: secret; the noise of this draw alone.
       preparation: public.
       units: pytree with a leading axis, or a stream.
-      engine: with the loss of one unit whose gradient is its features.
+      options: with the loss of one unit whose gradient is its features.
       noise_multiplier: z.
 
-    Formal guarantee: mu-GDP with mu = Delta / (C z), or rho-zCDP where the engine is hardened (T1, T9). A draw that a
+    Formal guarantee: mu-GDP with mu = Delta / (C z), or rho-zCDP where the options is hardened (T1, T9). A draw that a
     checkpoint holds is read, not drawn again.
     """
-    where = target(preparation)
-    found = None if engine.store is None else checkpoints.restore_draw(engine.store)
-    found = _of_any_process(engine, found, where.subspace.dim)
+    where = linearisation(preparation)
+    found = None if options.store is None else checkpoints.restore_draw(options.store)
+    found = _of_any_process(options, found, where.subspace.dim)
     if found is None:
-        rounds.announce(engine.progress, "tilt, private pass")
-        noisy, std = rounds.draw_of_pass(noise_key, engine, where, units, noise_multiplier)
-        rounds.enter_draw(engine, key, NUMBER, noisy)
+        rounds.announce(options.progress, "tilt, private pass")
+        noisy, std = rounds.draw_of_pass(noise_key, options, where, units, noise_multiplier)
+        rounds.enter_draw(options, key, NUMBER, noisy)
         found = np.append(np.asarray(noisy, np.float64), float(std))
-        if engine.store is not None:
-            checkpoints.save_draw(engine.store, found)
+        if options.store is not None:
+            checkpoints.save_draw(options.store, found)
     return found[:-1], float(found[-1])
 
 
-def _of_any_process(engine, found, dim):
+def _of_any_process(options, found, dim):
     """What one process of a mesh has drawn and saved, in all of them."""
     blank = np.zeros(dim + 1) if found is None else found
-    number, found = passes.furthest(engine.mesh, int(found is not None), blank)
+    number, found = passes.furthest(options.mesh, int(found is not None), blank)
     return np.asarray(found, np.float64) if number else None
 
 

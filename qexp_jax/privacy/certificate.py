@@ -23,7 +23,7 @@ NEIGHBORS = {
     NeighboringRelation.REPLACE_ONE: "one unit is replaced by another; the number of units is public",
 }
 _POST_PROCESSING = (
-    "and one of a mean of features before them where the certificate has a tilt; anchor, geometry and step, and "
+    "and one of a mean of features before them where the certificate has a tilt; anchor, preconditioner and step, and "
     "whether the budget left is split over more rounds, are functions of released sums"
 )
 MECHANISMS = {

@@ -46,7 +46,7 @@ class Partial(NamedTuple):
     info: ClipInfo
 
 
-class Target(NamedTuple):
+class Linearisation(NamedTuple):
     """Where a pass takes gradients and how it clips them; public, or an earlier release."""
 
     params: Params
@@ -61,9 +61,9 @@ def empty(num_coordinates: int, hardened: bool = False) -> Partial:
     return Partial(total, ClipInfo(*[jnp.zeros((), int)] * 3))
 
 
-def num_coordinates(target: Target, hardened: bool) -> int:
+def num_coordinates(linearisation: Linearisation, hardened: bool) -> int:
     """Of a pass's sum; a hardened one is whitened unit by unit."""
-    return target.subspace.dim if hardened else target.precision.num_coordinates
+    return linearisation.subspace.dim if hardened else linearisation.precision.num_coordinates
 
 
 def resized(partial: Partial, num_coordinates: int) -> Partial:
@@ -106,7 +106,7 @@ def num_shares(mesh: Mesh | None) -> int:
 @functools.partial(jax.jit, static_argnames=("loss_fn", "microbatch_size", "mode", "exact", "mesh"))
 def device_sum(
     loss_fn: LossFn,
-    target: Target,
+    linearisation: Linearisation,
     units: Record,
     mask: jax.Array | None,
     *,
@@ -120,14 +120,14 @@ def device_sum(
     Other axes of the mesh are left to the compiler, so that parameters may be sharded over them.
     """
 
-    def shard(target, units, mask, axis_name=AXIS):
+    def shard(linearisation, units, mask, axis_name=AXIS):
         return unit_sum(
             loss_fn,
-            target.params,
-            target.subspace,
-            target.precision,
+            linearisation.params,
+            linearisation.subspace,
+            linearisation.precision,
             units,
-            l2_clip_norm=target.l2_clip_norm,
+            l2_clip_norm=linearisation.l2_clip_norm,
             mask=mask,
             microbatch_size=microbatch_size,
             mode=mode,
@@ -136,26 +136,26 @@ def device_sum(
         )
 
     if mesh is None:
-        return shard(target, units, mask, None)
+        return shard(linearisation, units, mask, None)
     whole, split = PartitionSpec(), PartitionSpec(AXIS)
     return jax.shard_map(
         shard, mesh=mesh, in_specs=(whole, split, split), out_specs=whole, axis_names=frozenset({AXIS})
-    )(target, units, mask)
+    )(linearisation, units, mask)
 
 
 def exact_sum(
-    loss_fn: LossFn, target: Target, units: Record, mask: Any, *, microbatch_size: int | None, mode: Mode
+    loss_fn: LossFn, linearisation: Linearisation, units: Record, mask: Any, *, microbatch_size: int | None, mode: Mode
 ) -> tuple[np.ndarray, ClipInfo]:
     """`exact_clipping.integer_sum` of the units that the mask keeps; one unit after the other, on one device."""
     if mask is not None:
         units = record_trees.take(units, np.flatnonzero(mask))
     return integer_sum(
         loss_fn,
-        target.params,
-        target.subspace,
-        target.precision,
+        linearisation.params,
+        linearisation.subspace,
+        linearisation.precision,
         units,
-        l2_clip_norm=float(target.l2_clip_norm),
+        l2_clip_norm=float(linearisation.l2_clip_norm),
         microbatch_size=microbatch_size,
         mode=mode,
     )
@@ -182,7 +182,7 @@ def place(mesh: Mesh | None, units: Record, mask: Any) -> tuple[Record, Any]:
 
 def partial_sums(
     batch_sum: Callable[..., tuple[Any, ClipInfo]],
-    target: Target,
+    linearisation: Linearisation,
     stream: Iterable[Record],
     mesh: Mesh | None,
     partial: Partial,
@@ -191,8 +191,8 @@ def partial_sums(
     """The pass over a stream: after each batch, how many are read, the sum so far and the batch.
 
     Args:
-      batch_sum: `(target, units, mask) -> (sum, info)`: `device_sum` with its static arguments.
-      target: where.
+      batch_sum: `(linearisation, units, mask) -> (sum, info)`: `device_sum` with its static arguments.
+      linearisation: where.
       stream: re-iterable of batches.
       mesh: a local mesh.
       partial: `empty`, or what `skip` batches have given.
@@ -200,7 +200,7 @@ def partial_sums(
     """
     for i, (units, mask) in enumerate(streams.batches(stream, num_shares(mesh)), start=1):
         if i > skip:
-            ahead = add(partial, *batch_sum(target, *place(mesh, units, mask)))
+            ahead = add(partial, *batch_sum(linearisation, *place(mesh, units, mask)))
             # One batch computes while the next is read: without this wait all of them would queue on the device.
             jax.block_until_ready(partial)
             partial = ahead

@@ -1,6 +1,6 @@
-"""The public side of a release: metric, clip norm, length and number of rounds, from a survey of public records.
+"""The public side of a release: metric, clip norm, length and number of rounds, from public records.
 
-With the surveyed curvature H, N units and noise multiplier z:
+With the measured curvature H, N units and noise multiplier z:
 
     metric       M = (H + lambda I)^{1/2}, scaled to a largest eigenvalue of 1; lambda a hundredth of H's largest. The
                  exponent lies between clipping in the parameters' norm (0), which noise in steep directions ruins, and
@@ -10,7 +10,7 @@ With the surveyed curvature H, N units and noise multiplier z:
     length       what the steps of all rounds may add up to: the length at which the noise of all of them raises the
                  *public* loss by a tenth of its root mean square; within it, what the releases deserve (`step_size`)
     rounds       T = 12
-    geometry     a round tunes all parameters or, with an infinite M elsewhere, the leading directions alone: they hold
+    what moves   a round tunes all parameters or, with an infinite M elsewhere, the leading directions alone: they hold
                  about half of a gradient's energy and little of its noise. The one of less expected excess, given the
                  releases before it (`choose`).
 
@@ -40,24 +40,24 @@ from qexp_jax.quadratic.accuracy import noise_cost
 from qexp_jax.quadratic.directions import Directions
 from qexp_jax.quadratic.precision import Precision
 from qexp_jax.quadratic.rule import RULE
-from qexp_jax.quadratic.step_size import Belief, Spectrum
+from qexp_jax.quadratic.step_size import CurvatureEstimate, Posterior
 
 _SMALLEST_CLIP_NORM = 1e-18  # C, C z and sums of C stay within float32
 _SMALLEST_NOISE, _LARGEST_NOISE = 1e-15, 1e11  # of the mean gradient: products of four are within float32
 
 
-class Geometry(NamedTuple):
+class Preconditioner(NamedTuple):
     """How a round clips, draws and moves; public. A plan holds several, with a leading axis.
 
     Attributes:
-      eigenvalues: (r + 1,) of M, in the spectrum's directions and in all others.
+      eigenvalues: (r + 1,) of M, in the estimate's directions and in all others.
       tuned: (r + 1,) one, or zero where M is infinite, which holds the parameters fixed.
       l2_clip_norm: C, in the norm whitened by M.
       longest: most that the steps of all rounds may add up to, unless the shift is heavy.
       bias: (r,) what clipping at C adds to the public mean gradient along the leading directions; a round takes it off
-        the mean it released. Of a round's geometry 0 under a heavy shift.
-      share: of a round's geometry, what its C is a share of C: less than one under a heavy shift. Sums are divided by
-        it, so that gradients that are clipped either way count the same.
+        the mean it released. Of a round's preconditioner 0 under a heavy shift.
+      share: of a round's preconditioner, what its C is a share of C: less than one under a heavy shift. Sums are
+        divided by it, so that gradients that are clipped either way count the same.
     """
 
     eigenvalues: jax.Array
@@ -76,8 +76,8 @@ class Plan(NamedTuple):
       damping: lambda, in units of curvature.
       rounds: T.
       most_rounds: what T becomes under a heavy shift.
-      spectrum: curvature and moments in coordinates whitened by the first geometry, for `step_size`.
-      geometries: among which a round chooses: first all parameters, then the leading directions.
+      estimate: curvature and moments in coordinates whitened by the first preconditioner, for `step_size`.
+      preconditioners: among which a round chooses: first all parameters, then the leading directions.
       expected_cost: loss per record that the noise of one round is expected to cost, where the private gradient is as
         far from the public one as is common.
       evidence: the public numbers that decided, for the certificate.
@@ -87,8 +87,8 @@ class Plan(NamedTuple):
     damping: float
     rounds: int
     most_rounds: int
-    spectrum: Spectrum
-    geometries: Geometry
+    estimate: CurvatureEstimate
+    preconditioners: Preconditioner
     expected_cost: float
     evidence: dict[str, Any]
 
@@ -140,38 +140,38 @@ def make_plan(
         gradients vanish; no private record has been read then.
     """
     *keys, trial_key = _keys(key)
-    surveyed = public_curvature.survey(
+    measured = public_curvature.measure(
         keys, loss_fn, params, public, clip_loss_fn, public_units,
         precision_rank=precision_rank, layout=layout, subspace=subspace, subspace_dim=subspace_dim,
         weights=weights, unit_weights=unit_weights,
     )  # fmt: skip
-    damping = RULE.damping * float(surveyed.curvature.max()) if damping is None else damping
-    curvature, dims, space = surveyed.curvature, surveyed.dims, surveyed.subspace
+    damping = RULE.damping * float(measured.curvature.max()) if damping is None else damping
+    curvature, dims, space = measured.curvature, measured.dims, measured.subspace
     eigenvalues = np.sqrt((curvature + damping) / (curvature.max() + damping))
-    leading, squares = surveyed.leading / np.sqrt(eigenvalues[:-1]), surveyed.squares / eigenvalues
-    as_arrays = functools.partial(_on_device, dtype=surveyed.directions.dtype)
+    leading, squares = measured.leading / np.sqrt(eigenvalues[:-1]), measured.squares / eigenvalues
+    as_arrays = functools.partial(_on_device, dtype=measured.directions.dtype)
     root = as_arrays(eigenvalues)
-    precision = precisions.spectral(root[-1], surveyed.directions, root[:-1])
+    precision = precisions.spectral(root[-1], measured.directions, root[:-1])
     tolerance, cost = public_curvature.tolerated_noise(
-        trial_key, loss_fn, params, space, precision, surveyed.tried, RULE.noise_cost
+        trial_key, loss_fn, params, space, precision, measured.tried, RULE.noise_cost
     )  # fmt: skip
     curvature = _whitened_curvature(curvature / eigenvalues, dims, 2 * cost / tolerance**2)
     prior = step_size.shift_prior(num_records(public_units))
-    spectrum = Spectrum(surveyed.directions, *as_arrays((curvature, dims, dims, *prior)))
+    estimate = CurvatureEstimate(measured.directions, *as_arrays((curvature, dims, dims, *prior)))
     per_unit = float(noise_multiplier) / num_units
     tolerances = tolerance, np.sqrt(2 * cost / np.sum(curvature[:-1]))
-    found = _geometries(leading, squares, dims, eigenvalues, curvature, tolerances, per_unit, l2_clip_norm)
+    found = _preconditioners(leading, squares, dims, eigenvalues, curvature, tolerances, per_unit, l2_clip_norm)
     _, _, clip_norm, longest, bias = found[0]
     _check_noise(clip_norm * per_unit)
     longest = float(np.float32(longest))
     stacked = [np.stack(x) for x in zip(*found, strict=True)]
-    geometries = Geometry(*as_arrays([*stacked, np.ones(len(found))]))
+    preconditioners = Preconditioner(*as_arrays([*stacked, np.ones(len(found))]))
     kept = _kept(squares @ dims, clip_norm)
     moments = np.mean(squares * kept[:, None] ** 2, axis=0)
     moments = np.maximum(moments, 1e-9 * moments.max())
-    spectrum = spectrum._replace(moments=as_arrays(moments))
+    estimate = estimate._replace(moments=as_arrays(moments))
     rounds, most_rounds = (RULE.rounds, RULE.heavy_rounds) if rounds is None else (rounds, rounds)
-    first, expected_cost = _first_round(spectrum, geometries, noise_multiplier, num_units, rounds)
+    first, expected_cost = _first_round(estimate, preconditioners, noise_multiplier, num_units, rounds)
     evidence = {
         "largest_curvature": float(curvature.max()),
         "leading_share_of_energy": float(np.sum(moments[:-1]) / np.sum(dims * moments)),
@@ -181,7 +181,7 @@ def make_plan(
         "public_fraction_clipped": float(np.mean(kept < 1)),
         "clipping_bias_in_clip_norms": float(np.linalg.norm(bias)) / clip_norm,
     }
-    made = Plan(space, damping, rounds, most_rounds, spectrum, geometries, expected_cost, evidence)
+    made = Plan(space, damping, rounds, most_rounds, estimate, preconditioners, expected_cost, evidence)
     _check_finite(made)
     return made
 
@@ -189,7 +189,7 @@ def make_plan(
 def _check_finite(plan):
     """Whatever a release rests on is finite before anything is paid for it; held parameters have an infinite M."""
     numbers = plan.evidence | {"damping": plan.damping, "expected_cost": plan.expected_cost}
-    arrays = plan.spectrum._replace(directions=None)._asdict() | plan.geometries._asdict()
+    arrays = plan.estimate._replace(directions=None)._asdict() | plan.preconditioners._asdict()
     numbers |= {name: x for name, x in arrays.items() if x is not None and name != "eigenvalues"}
     wrong = sorted(name for name, x in numbers.items() if not np.all(np.isfinite(np.asarray(x, np.float64))))
     if wrong:
@@ -201,15 +201,15 @@ def terms(plan: Plan, roundings: list[float]) -> dict[str, Any]:
 
     Args:
       plan: public.
-      roundings: of each geometry, the share of the clip norm that is kept for what rounding adds (`clipping.rounding`).
+      roundings: of each preconditioner, the share of the clip norm kept for what rounding adds (`clipping.rounding`).
     """
     return {
         "rounds": arguments.count("rounds", plan.rounds),
         "most_rounds": arguments.count("most_rounds", plan.most_rounds),
         "geometries": _certified(plan, roundings),
         "subspace": certified_name(plan.subspace),
-        "subspace_dim": round(float(np.sum(plan.spectrum.dims))),
-        "precision_rank": len(plan.spectrum.directions),
+        "subspace_dim": round(float(np.sum(plan.estimate.dims))),
+        "precision_rank": len(plan.estimate.directions),
         "damping": arguments.real("damping", plan.damping),
         "expected_excess_loss_per_round": arguments.real("expected_cost", plan.expected_cost),
         "public_evidence": {name: _plain(name, value) for name, value in plan.evidence.items()},
@@ -219,8 +219,8 @@ def terms(plan: Plan, roundings: list[float]) -> dict[str, Any]:
 
 def _certified(plan, roundings):
     """How many dimensions each tunes, C, and the share of C that holds what rounding adds to a unit's part."""
-    tuned = np.asarray(plan.geometries.tuned, np.float64) @ np.asarray(plan.spectrum.dims, np.float64)
-    norms = np.asarray(plan.geometries.l2_clip_norm)
+    tuned = np.asarray(plan.preconditioners.tuned, np.float64) @ np.asarray(plan.estimate.dims, np.float64)
+    norms = np.asarray(plan.preconditioners.l2_clip_norm)
     return [
         {"tuned_dim": round(t), "l2_clip_norm": float(c), "rounding": float(r)}
         for t, c, r in zip(tuned, norms, roundings, strict=True)
@@ -248,68 +248,70 @@ def _on_device(tree, dtype):
     return jax.device_put(jax.tree.map(lambda x: np.asarray(x, dtype), tree))
 
 
-def precision_of(directions: Directions | jax.Array, geometry: Geometry) -> Precision:
-    """M of a geometry; which form it has, all processes read off the same releases."""
-    leading, rest = geometry.eigenvalues[:-1], geometry.eigenvalues[-1]
-    if float(geometry.tuned[-1]) > 0:
+def precision_of(directions: Directions | jax.Array, preconditioner: Preconditioner) -> Precision:
+    """M of a preconditioner; which form it has, all processes read off the same releases."""
+    leading, rest = preconditioner.eigenvalues[:-1], preconditioner.eigenvalues[-1]
+    if float(preconditioner.tuned[-1]) > 0:
         return precisions.spectral(rest, directions, leading)
     return precisions.leading(directions, leading)
 
 
 @jax.jit
 def choose(
-    belief: Belief,
-    spectrum: Spectrum,
-    geometries: Geometry,
+    posterior: Posterior,
+    estimate: CurvatureEstimate,
+    preconditioners: Preconditioner,
     noise_multiplier: jax.Array | float,
     num_units: int,
     rounds: jax.Array | float,
-) -> tuple[Geometry, jax.Array]:
-    """The geometry of least expected excess given all releases, and its length: post-processing (T5).
+) -> tuple[Preconditioner, jax.Array]:
+    """The preconditioner of least expected excess given all releases, and its length: post-processing (T5).
 
     Under a heavy shift the first, of all parameters, where its best step is expected to lower the loss or none of the
     last nine rounds tuned all; else the last. Units are then clipped at a share of C.
 
     Args:
-      belief: what the releases say.
-      spectrum: public.
-      geometries: of the plan.
+      posterior: what the releases say.
+      estimate: public.
+      preconditioners: of the plan.
       noise_multiplier: z of all rounds together, that of one round over sqrt(T).
       num_units: N.
       rounds: how many such as the next one would spend the whole budget.
     """
-    signals = step_size.pooled_signal(belief, spectrum, num_units)
-    heavy = is_heavy(belief, spectrum, num_units)
-    noise_vars = (geometries.l2_clip_norm * noise_multiplier / num_units) ** 2
-    share = jnp.where(heavy, RULE.heavy_clip, geometries.share)
+    signals = step_size.pooled_signal(posterior, estimate, num_units)
+    heavy = is_heavy(posterior, estimate, num_units)
+    noise_vars = (preconditioners.l2_clip_norm * noise_multiplier / num_units) ** 2
+    share = jnp.where(heavy, RULE.heavy_clip, preconditioners.share)
     longer = jnp.where(heavy, RULE.heavy_longer, 1)
-    geometries = geometries._replace(
-        l2_clip_norm=share * geometries.l2_clip_norm, share=share, longest=longer * geometries.longest,
-        bias=jnp.where(heavy, 0, geometries.bias),
+    preconditioners = preconditioners._replace(
+        l2_clip_norm=share * preconditioners.l2_clip_norm, share=share, longest=longer * preconditioners.longest,
+        bias=jnp.where(heavy, 0, preconditioners.bias),
     )  # fmt: skip
 
-    def best(geometry, noise_var):
-        return step_size.best_length(signals, spectrum, noise_var, num_units, geometry.longest, geometry.tuned)
+    def best(preconditioner, noise_var):
+        return step_size.best_length(
+            signals, estimate, noise_var, num_units, preconditioner.longest, preconditioner.tuned
+        )
 
-    lengths, costs = jax.vmap(best)(geometries, noise_vars)
-    of_all = jax.tree.map(lambda x: x[0], geometries)
+    lengths, costs = jax.vmap(best)(preconditioners, noise_vars)
+    of_all = jax.tree.map(lambda x: x[0], preconditioners)
     _, change = step_size.best_step(
-        belief, spectrum, rounds * noise_vars[0], num_units, of_all.longest / rounds, of_all.tuned
+        posterior, estimate, rounds * noise_vars[0], num_units, of_all.longest / rounds, of_all.tuned
     )  # fmt: skip
-    must_look = belief.idle[-1] >= RULE.heavy_hold
+    must_look = posterior.idle[-1] >= RULE.heavy_hold
     far_from_anchor = jnp.where(must_look | (change < 0), 0, len(costs) - 1)
     chosen = jnp.where(heavy, far_from_anchor, jnp.argmin(costs))
-    return jax.tree.map(lambda x: x[chosen], geometries), lengths[chosen]
+    return jax.tree.map(lambda x: x[chosen], preconditioners), lengths[chosen]
 
 
 @jax.jit
-def is_heavy(belief: Belief, spectrum: Spectrum, num_units: int) -> jax.Array:
+def is_heavy(posterior: Posterior, estimate: CurvatureEstimate, num_units: int) -> jax.Array:
     """Whether the releases show a shift that asks for more rounds and longer ones: post-processing (T5)."""
-    return step_size.pooled_shift(belief, spectrum, num_units) > RULE.heavy_shift
+    return step_size.pooled_shift(posterior, estimate, num_units) > RULE.heavy_shift
 
 
-def _geometries(leading, squares, dims, eigenvalues, curvature, tolerances, per_unit, given):
-    """Each `Geometry` but for its share: of all parameters, and of the leading directions where there are others."""
+def _preconditioners(leading, squares, dims, eigenvalues, curvature, tolerances, per_unit, given):
+    """Each but for its share: of all parameters, and of the leading directions where there are others."""
     whole = np.ones_like(dims)
     found = []
     for tuned, tolerance in zip((whole, np.append(whole[:-1], 0)), tolerances, strict=True):
@@ -339,20 +341,20 @@ def _clipping_bias(leading, kept, curvature):
     return max(0, 1 - np.sum(error / curvature) / cost) * mean if cost > 0 else mean
 
 
-def _first_round(spectrum, geometries, noise_multiplier, num_units, rounds):
-    """The geometry before any release, and what the noise of a round is expected to cost in it."""
-    geometry, multiples = _first_step(spectrum, geometries, noise_multiplier, num_units, rounds)
-    noise_std = float(geometry.l2_clip_norm) * noise_multiplier * rounds**0.5
-    cost, _ = noise_cost(spectrum.curvature, multiples, spectrum.dims, noise_std=noise_std, num_units=num_units)
-    return geometry, cost
+def _first_round(estimate, preconditioners, noise_multiplier, num_units, rounds):
+    """The preconditioner before any release, and what the noise of a round is expected to cost in it."""
+    preconditioner, multiples = _first_step(estimate, preconditioners, noise_multiplier, num_units, rounds)
+    noise_std = float(preconditioner.l2_clip_norm) * noise_multiplier * rounds**0.5
+    cost, _ = noise_cost(estimate.curvature, multiples, estimate.dims, noise_std=noise_std, num_units=num_units)
+    return preconditioner, cost
 
 
 @jax.jit
-def _first_step(spectrum, geometries, noise_multiplier, num_units, rounds):
-    belief = step_size.before_release(spectrum)
-    geometry, length = choose(belief, spectrum, geometries, noise_multiplier, num_units, rounds)
-    multiples, _ = step_size.advance(belief, spectrum, length / rounds, num_units, geometry.tuned)
-    return geometry, multiples
+def _first_step(estimate, preconditioners, noise_multiplier, num_units, rounds):
+    posterior = step_size.before_release(estimate)
+    preconditioner, length = choose(posterior, estimate, preconditioners, noise_multiplier, num_units, rounds)
+    multiples, _ = step_size.advance(posterior, estimate, length / rounds, num_units, preconditioner.tuned)
+    return preconditioner, multiples
 
 
 def _clip_norm(squared_norms, given):

@@ -1,6 +1,6 @@
 """What public records say of the loss around the anchor: leading directions, curvature, how large gradients are.
 
-Everything here is public, and a survey is deterministic given its keys. The curvature is diagonal in directions where
+Everything here is public, and it is deterministic given its keys. The curvature is diagonal in directions where
 public gradients are large (`directions`), with their second moments on *other* public records, and equal in all other
 directions; a few Hessian-vector products give its scale.
 """
@@ -33,7 +33,7 @@ _GRADIENT_BYTES = 2**30
 _SKETCH_DIM = 4096
 
 
-class Survey(NamedTuple):
+class Measurement(NamedTuple):
     """The public second-order picture of a space: r leading directions, then the block of all others.
 
     Attributes:
@@ -55,7 +55,7 @@ class Survey(NamedTuple):
     tried: Record
 
 
-def survey(
+def measure(
     keys: Any,
     loss_fn: LossFn,
     params: Params,
@@ -69,7 +69,7 @@ def survey(
     subspace_dim: int | None = None,
     weights: np.ndarray | None = None,
     unit_weights: np.ndarray | None = None,
-) -> Survey:
+) -> Measurement:
     """Measures the space that a plan may tune in.
 
     Args:
@@ -110,7 +110,7 @@ def survey(
         leading, totals, _ = _gradients(clip_loss_fn, params, space, directions, units)
         squares = _squares(leading, totals, others)
     dims = np.append(np.ones(rank), others)
-    return Survey(space, directions, curvature, leading, squares, dims, take(held_out, slice(0, _TRIED)))
+    return Measurement(space, directions, curvature, leading, squares, dims, take(held_out, slice(0, _TRIED)))
 
 
 def num_curved(num_public: int) -> int:
@@ -119,7 +119,7 @@ def num_curved(num_public: int) -> int:
 
 
 def looked_at(key: jax.Array, records: Record) -> Record:
-    """What a survey reads of public records: the samples that the key draws of them."""
+    """What is read of public records: the samples that the key draws of them."""
     return take(records, _order(key, num_records(records)))
 
 

@@ -24,7 +24,7 @@ class Rule:
       sampling: variance of a private mean gradient over that of as many public ones: private records vary more.
       common_shift: up to this tau the prior is uniform in log tau, and falls as tau^-4 beyond.
       others_shift: tau outside of the leading directions, in their tau.
-      steepness: private over public curvature along a released gradient, before any release: mean and standard
+      curvature_ratio: private over public curvature along a released gradient, before any release: mean and standard
         deviation.
       heavy_shift: expected tau above which a shift is heavy.
       heavy_rounds: T under a heavy shift.
@@ -45,7 +45,7 @@ class Rule:
     sampling: float = 1.5
     common_shift: float = 5e-3
     others_shift: float = 0.5
-    steepness: float = 2.0
+    curvature_ratio: float = 2.0
     heavy_shift: float = 0.02
     heavy_rounds: int = 80
     heavy_longer: float = 2.0

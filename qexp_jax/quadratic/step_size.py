@@ -18,21 +18,21 @@ large for its moments, unless the releases say otherwise. A round may leave the 
 has nothing of their noise, and nothing is learnt of them. Noise meets their mean curvature, but a signal lies where the
 curvature is high; J takes that of the last leading direction for it.
 
-*Steepness.* A new population moves the gradient and the curvature in the same directions, so that steps that suit K
-overshoot. Two rounds in sequence measure the private curvature along the private gradient (`steepness`), and a round
-follows its draw for
+*Curvature ratio.* A new population moves the gradient and the curvature in the same directions, so that steps that
+suit K overshoot. Two rounds in sequence measure the private curvature along the private gradient (`curvature_ratio`), and a
+round follows its draw for
 
     (1 - exp(-l c K_j)) / (c K_j)
 
-with c the steepness and l the length of the round: gradient flow on a quadratic c times as steep as the public one,
-which never passes its minimum, however long. The leading directions have one c, all others another. The steepest part
-of a signal is also the first to be consumed; the anchor's gradient is therefore remembered with weights exp(-L c K_j),
+with c that ratio and l the length of the round: gradient flow on a quadratic c times as steep as the public one, which
+never passes its minimum, however long. The leading directions have one c, all others another. The steepest part of a
+signal is also the first to be consumed; the anchor's gradient is therefore remembered with weights exp(-L c K_j),
 those of least variance if c K_j is its decay.
 
 *Far from the anchor* no quadratic tells how much there is to gain, and J is of no use. Under a heavy shift a round asks
-instead how much signal the latest releases show (`signal_left`) and takes the step that lowers the loss most by itself
-(`best_step`): its gain to first order, less what curvature and noise cost, as a Wiener filter's. It shortens as the
-signal is consumed.
+instead how much signal the latest releases show (`debiased_energy`) and takes the step that lowers the loss most by
+itself (`best_step`): its gain to first order, less what curvature and noise cost, as a Wiener filter's. It shortens as
+the signal is consumed.
 
 The derivation and the priors are ours. Empirical Bayes: Efron and Morris, J. Am. Stat. Assoc. 68 (1973). A step from
 two gradients: Barzilai and Borwein, IMA J. Numer. Anal. 8 (1988).
@@ -56,7 +56,7 @@ _LONGEST_ROUND = 4.0
 _STEEPEST = 1000.0
 
 
-class Spectrum(NamedTuple):
+class CurvatureEstimate(NamedTuple):
     """The public second-order picture in whitened coordinates: r leading ones, then the block of all others.
 
     Attributes:
@@ -76,7 +76,7 @@ class Spectrum(NamedTuple):
     log_prior: jax.Array
 
 
-class Belief(NamedTuple):
+class Posterior(NamedTuple):
     """What the releases so far say of the private gradient at the anchor and of the curvature along it.
 
     Attributes:
@@ -86,8 +86,8 @@ class Belief(NamedTuple):
       last: (k,) the latest released mean gradient.
       last_var: variance of its noise in each coordinate.
       followed: (r + 1,) multiples of it that were followed.
-      slopes: (2, 2) sums over rounds of the regression of measured on public curvature, see `steepness`.
-      steepest: (2,) the largest steepness that a passed minimum has shown; 0 where none was passed.
+      slopes: (2, 2) sums over rounds of the regression of measured on public curvature, see `curvature_ratio`.
+      largest_ratio: (2,) the largest ratio that a passed minimum has shown; 0 where none was passed.
       times: (r + 1,) in how many rounds it was tuned.
       idle: (r + 1,) how many rounds have held it since; infinite where never tuned.
       recent: (k,) mean of the released mean gradients, the t-th of them with weight t.
@@ -101,7 +101,7 @@ class Belief(NamedTuple):
     last_var: jax.Array
     followed: jax.Array
     slopes: jax.Array
-    steepest: jax.Array
+    largest_ratio: jax.Array
     times: jax.Array
     idle: jax.Array
     recent: jax.Array
@@ -123,60 +123,70 @@ def shift_prior(num_public: int) -> tuple[np.ndarray, np.ndarray]:
     return tau, log_weights
 
 
-def before_release(spectrum: Spectrum) -> Belief:
+def before_release(estimate: CurvatureEstimate) -> Posterior:
     """Nothing is known but the prior."""
-    zeros = jnp.zeros_like(spectrum.curvature)
-    gradients, slopes = jnp.zeros(spectrum.directions.shape[1], zeros.dtype), jnp.zeros((2, 2), zeros.dtype)
+    zeros = jnp.zeros_like(estimate.curvature)
+    gradients, slopes = jnp.zeros(estimate.directions.shape[1], zeros.dtype), jnp.zeros((2, 2), zeros.dtype)
     left, idle = zeros + 1, zeros + jnp.inf
-    return Belief(gradients, zeros, left, gradients, zeros[0], zeros, slopes, slopes[0], zeros, idle, gradients, zeros)
+    return Posterior(
+        gradients, zeros, left, gradients, zeros[0], zeros, slopes, slopes[0], zeros, idle, gradients, zeros
+    )
 
 
 def observe(
-    belief: Belief, spectrum: Spectrum, seen: jax.Array, noise_var: jax.Array | float, tuned: jax.Array | float = 1.0
-) -> Belief:
+    posterior: Posterior,
+    estimate: CurvatureEstimate,
+    seen: jax.Array,
+    noise_var: jax.Array | float,
+    tuned: jax.Array | float = 1.0,
+) -> Posterior:
     """Takes in the released mean gradient `seen` (k,) of a round.
 
     Args:
-      belief: after the rounds before.
-      spectrum: public.
+      posterior: after the rounds before.
+      estimate: public.
       seen: whitened; of directions that the round did not tune it is not looked at.
       noise_var: variance of its noise in each coordinate.
       tuned: (r + 1,) one, or zero where the round holds the parameters fixed.
     """
-    left = tuned * belief.left
-    slopes, steepest = _measured(belief, spectrum, seen, noise_var, tuned)
-    times = belief.times + tuned
+    left = tuned * posterior.left
+    slopes, largest_ratio = _measured(posterior, estimate, seen, noise_var, tuned)
+    times = posterior.times + tuned
     newest = tuned * 2 / (times + 1)
-    return belief._replace(
-        gradients=belief.gradients + scale(spectrum.directions, left / noise_var, seen),
-        weights=belief.weights + left**2 / noise_var,
+    return posterior._replace(
+        gradients=posterior.gradients + scale(estimate.directions, left / noise_var, seen),
+        weights=posterior.weights + left**2 / noise_var,
         last=seen,
         last_var=jnp.asarray(noise_var, seen.dtype),
-        slopes=belief.slopes + slopes,
-        steepest=jnp.maximum(belief.steepest, steepest),
+        slopes=posterior.slopes + slopes,
+        largest_ratio=jnp.maximum(posterior.largest_ratio, largest_ratio),
         times=times,
-        idle=jnp.where(tuned > 0, 0, belief.idle + 1),
-        recent=belief.recent + scale(spectrum.directions, newest, seen - belief.recent),
-        recent_var=(1 - newest) ** 2 * belief.recent_var + newest**2 * noise_var,
+        idle=jnp.where(tuned > 0, 0, posterior.idle + 1),
+        recent=posterior.recent + scale(estimate.directions, newest, seen - posterior.recent),
+        recent_var=(1 - newest) ** 2 * posterior.recent_var + newest**2 * noise_var,
     )
 
 
 def advance(
-    belief: Belief, spectrum: Spectrum, length: jax.Array | float, num_units: int, tuned: jax.Array | float = 1.0
-) -> tuple[jax.Array, Belief]:
-    """The multiples (r + 1,) of the latest mean gradient that a flow of `length` subtracts, and the belief after it.
+    posterior: Posterior,
+    estimate: CurvatureEstimate,
+    length: jax.Array | float,
+    num_units: int,
+    tuned: jax.Array | float = 1.0,
+) -> tuple[jax.Array, Posterior]:
+    """The multiples (r + 1,) of the latest mean gradient that a flow of `length` subtracts, and the posterior after it.
 
     Where nothing is tuned, nothing is subtracted.
 
     A single flow is no longer than four over the largest curvature, on which nothing of a gradient is left.
     """
-    length = jnp.minimum(length, _LONGEST_ROUND / spectrum.curvature.max())
-    rates = _rates(belief, spectrum, num_units)
+    length = jnp.minimum(length, _LONGEST_ROUND / estimate.curvature.max())
+    rates = _rates(posterior, estimate, num_units)
     multiples, left = _multiples(length, rates, tuned), jnp.exp(-tuned * length * rates)
-    return multiples, belief._replace(left=belief.left * left, followed=multiples)
+    return multiples, posterior._replace(left=posterior.left * left, followed=multiples)
 
 
-def steepness(belief: Belief, spectrum: Spectrum, num_units: int) -> jax.Array:
+def curvature_ratio(posterior: Posterior, estimate: CurvatureEstimate, num_units: int) -> jax.Array:
     """c (r + 1,), posterior mean of the private curvature along the released gradients, in units of K, from 1 to 1000.
 
     With y = g + xi seen in one round, F y followed and y' seen in the next,
@@ -193,37 +203,37 @@ def steepness(belief: Belief, spectrum: Spectrum, num_units: int) -> jax.Array:
     the mean soon says the same; a loss that is nearly linear on both sides of a narrow valley, as logistic ones far
     from their minimum, is jumped over and over by steps that suit the mean of its curvatures.
     """
-    large = 1 + jnp.sum(pooled_signal(belief, spectrum, num_units)[:-1] / spectrum.moments[:-1])
-    prior = jnp.stack([jnp.maximum(RULE.steepness, large), jnp.full_like(large, RULE.steepness)])
-    mean = (belief.slopes[0] + 1 / prior) / (belief.slopes[1] + 1 / prior**2)
-    pair = jnp.clip(jnp.maximum(mean, belief.steepest), 1.0, _STEEPEST)
-    return _of_two(pair, len(spectrum.curvature))
+    large = 1 + jnp.sum(pooled_signal(posterior, estimate, num_units)[:-1] / estimate.moments[:-1])
+    prior = jnp.stack([jnp.maximum(RULE.curvature_ratio, large), jnp.full_like(large, RULE.curvature_ratio)])
+    mean = (posterior.slopes[0] + 1 / prior) / (posterior.slopes[1] + 1 / prior**2)
+    pair = jnp.clip(jnp.maximum(mean, posterior.largest_ratio), 1.0, _STEEPEST)
+    return _of_two(pair, len(estimate.curvature))
 
 
-def secant(belief: Belief, spectrum: Spectrum, seen: jax.Array) -> jax.Array:
-    """A and B of `steepness`, each of the leading coordinates and of all others (2, 2), for a `seen` gradient (k,)."""
-    followed, noise = belief.followed, belief.last_var * spectrum.dims
-    energy, product = (_products(spectrum.directions, belief.last, x) for x in (belief.last, seen))
-    measured = followed * (energy - product) - noise * (followed + spectrum.curvature * followed**2)
-    public = signal_curvature(spectrum) * followed**2 * (energy - noise)
+def secant(posterior: Posterior, estimate: CurvatureEstimate, seen: jax.Array) -> jax.Array:
+    """A and B of `curvature_ratio`, of the leading coordinates and of all others (2, 2), for a `seen` gradient (k,)."""
+    followed, noise = posterior.followed, posterior.last_var * estimate.dims
+    energy, product = (_products(estimate.directions, posterior.last, x) for x in (posterior.last, seen))
+    measured = followed * (energy - product) - noise * (followed + estimate.curvature * followed**2)
+    public = signal_curvature(estimate) * followed**2 * (energy - noise)
     return jnp.stack([_in_two(measured), _in_two(public)])
 
 
-def _measured(belief, spectrum, seen, noise_var, tuned):
+def _measured(posterior, estimate, seen, noise_var, tuned):
     """What a round tells of c: A W / V and B W / V (2, 2), and c where the last step passed a minimum (2,).
 
     V is the error's variance. W is how far B exceeds two standard deviations of its noise, at least 0: what looks like
     noise has no say. All are zero for the first round, which follows nothing.
     """
-    squares, dims, last_var = belief.followed**2, spectrum.dims, belief.last_var
-    pair = secant(belief, spectrum, seen)
-    spread = last_var * jnp.sqrt(2 * _in_two(dims * (signal_curvature(spectrum) * squares) ** 2))
+    squares, dims, last_var = posterior.followed**2, estimate.dims, posterior.last_var
+    pair = secant(posterior, estimate, seen)
+    spread = last_var * jnp.sqrt(2 * _in_two(dims * (signal_curvature(estimate) * squares) ** 2))
     sure = jnp.maximum(pair[1] - 2 * spread, 0)
-    energy, product = (_products(spectrum.directions, belief.last, x) for x in (belief.last, seen))
+    energy, product = (_products(estimate.directions, posterior.last, x) for x in (posterior.last, seen))
     variance = _in_two((last_var + noise_var) * squares * energy + last_var * noise_var * squares * dims)
     is_seen = _in_two(tuned * jnp.ones_like(dims)) > 0
     slopes = jnp.where(is_seen, pair * sure / jnp.where(variance > 0, variance, jnp.inf), 0)
-    error, back = 2 * jnp.sqrt(variance), -_in_two(belief.followed * product)
+    error, back = 2 * jnp.sqrt(variance), -_in_two(posterior.followed * product)
     passed = is_seen & (back > error) & (pair[1] > 0)
     return slopes, jnp.where(passed, (pair[0] - error) / jnp.where(passed, pair[1] + 2 * spread, 1), 0)
 
@@ -244,15 +254,15 @@ def _of_two(pair, size):
     return jnp.append(jnp.full(size - 1, pair[0]), pair[1])
 
 
-def signal_curvature(spectrum: Spectrum) -> jax.Array:
+def signal_curvature(estimate: CurvatureEstimate) -> jax.Array:
     """(r + 1,): K, but for the block of all others the least leading one, where its signal lies."""
-    return spectrum.curvature.at[-1].set(spectrum.curvature[:-1].min())
+    return estimate.curvature.at[-1].set(estimate.curvature[:-1].min())
 
 
-def energies(spectrum: Spectrum, x: jax.Array) -> jax.Array:
+def energies(estimate: CurvatureEstimate, x: jax.Array) -> jax.Array:
     """x_j^2 of the leading coordinates, and the mean square of the others, (k,) -> (r + 1,)."""
-    squares = _products(spectrum.directions, x, x)
-    return squares.at[-1].set(jnp.maximum(squares[-1], 0) / jnp.maximum(1, spectrum.dims[-1]))
+    squares = _products(estimate.directions, x, x)
+    return squares.at[-1].set(jnp.maximum(squares[-1], 0) / jnp.maximum(1, estimate.dims[-1]))
 
 
 def scale(directions: Directions | jax.Array, factors: jax.Array, x: jax.Array) -> jax.Array:
@@ -261,87 +271,87 @@ def scale(directions: Directions | jax.Array, factors: jax.Array, x: jax.Array) 
     return combine(directions, along(directions, x) * (factors[:-1] - rest)) + rest * x
 
 
-def pooled_signal(belief: Belief, spectrum: Spectrum, num_units: int) -> jax.Array:
+def pooled_signal(posterior: Posterior, estimate: CurvatureEstimate, num_units: int) -> jax.Array:
     """E[g_j^2] (r + 1,) at the anchor, given all releases."""
-    energy, noise_var = _pooled(belief, spectrum)
-    return signal(energy, spectrum, noise_var, num_units)
+    energy, noise_var = _pooled(posterior, estimate)
+    return signal(energy, estimate, noise_var, num_units)
 
 
-def pooled_shift(belief: Belief, spectrum: Spectrum, num_units: int) -> jax.Array:
+def pooled_shift(posterior: Posterior, estimate: CurvatureEstimate, num_units: int) -> jax.Array:
     """E[tau], given all releases."""
-    energy, noise_var = _pooled(belief, spectrum)
-    weights, _, _ = _posterior(energy, spectrum, noise_var, num_units)
-    return jnp.matmul(weights, spectrum.shifts, precision=_HIGHEST)
+    energy, noise_var = _pooled(posterior, estimate)
+    weights, _, _ = _posterior(energy, estimate, noise_var, num_units)
+    return jnp.matmul(weights, estimate.shifts, precision=_HIGHEST)
 
 
-def _pooled(belief, spectrum):
+def _pooled(posterior, estimate):
     """Energy of the anchor's gradient as all releases together give it, and the variance of its noise."""
-    noise_var = 1 / belief.weights  # infinite where nothing was seen, which leaves the prior
-    factors = jnp.where(belief.weights > 0, noise_var, 0)
+    noise_var = 1 / posterior.weights  # infinite where nothing was seen, which leaves the prior
+    factors = jnp.where(posterior.weights > 0, noise_var, 0)
     largest = factors.max()  # before squaring: small units stay within float32
     shares = factors / jnp.where(largest > 0, largest, 1)
-    return shares**2 * energies(spectrum, largest * belief.gradients), noise_var
+    return shares**2 * energies(estimate, largest * posterior.gradients), noise_var
 
 
-def signal_left(belief: Belief, spectrum: Spectrum, num_units: int) -> jax.Array:
+def debiased_energy(posterior: Posterior, estimate: CurvatureEstimate, num_units: int) -> jax.Array:
     """How much of E[g_j^2] (r + 1,) is left: what the recent releases show, and at most what the anchor had.
 
     Of the energy of their mean the noise's is taken off, but for one standard deviation of it, in the leading ones
-    together and in all others: without any noise allowed for, walks stand still in their first rounds for nothing that
+    together and in all others: without any noise allowed for, states stand still in their first rounds for nothing that
     a later one would not have seen. May be negative in single directions, so that sums over directions have no further
     bias; for the same reason the leading ones together are held to what they had together. Held one by one, what noise
-    adds to some would be cut off and what it takes from others kept, and walks stand still wherever noise is loud.
+    adds to some would be cut off and what it takes from others kept, and states stand still wherever noise is loud.
     """
-    dims = spectrum.dims.at[:-1].set(len(spectrum.directions))
-    noise = belief.recent_var * (1 - jnp.sqrt(2 / jnp.maximum(dims, 1)))
-    left, had = energies(spectrum, belief.recent) - noise, pooled_signal(belief, spectrum, num_units)
-    left = jnp.where(belief.times > 0, left, had)
+    dims = estimate.dims.at[:-1].set(len(estimate.directions))
+    noise = posterior.recent_var * (1 - jnp.sqrt(2 / jnp.maximum(dims, 1)))
+    left, had = energies(estimate, posterior.recent) - noise, pooled_signal(posterior, estimate, num_units)
+    left = jnp.where(posterior.times > 0, left, had)
     return jnp.where(_of_two(_in_two(left) < _in_two(had), len(left)), left, had)
 
 
-def signal(energy: jax.Array, spectrum: Spectrum, noise_var: jax.Array | float, num_units: int) -> jax.Array:
+def signal(energy: jax.Array, estimate: CurvatureEstimate, noise_var: jax.Array | float, num_units: int) -> jax.Array:
     """Posterior means E[g_j^2] (r + 1,), averaged over the posterior of the shift tau.
 
     Args:
       energy: (r + 1,) `energies` of a released mean gradient.
-      spectrum: public.
+      estimate: public.
       noise_var: variance of its noise in each coordinate, or (r + 1,); infinite where nothing was released.
       num_units: N, for the sampling error, 1.5 v_j / N: private records vary more than public ones.
     """
-    weights, prior, shrunk = _posterior(energy, spectrum, noise_var, num_units)
+    weights, prior, shrunk = _posterior(energy, estimate, noise_var, num_units)
     return jnp.matmul(weights, shrunk**2 * energy + prior * (1 - shrunk), precision=_HIGHEST)
 
 
-def _posterior(energy, spectrum, noise_var, num_units):
+def _posterior(energy, estimate, noise_var, num_units):
     """Weights (m,) of the shifts; the variance (m, r + 1) of g_j in each, and its share in what is seen."""
-    prior = spectrum.shifts[:, None] * spectrum.moments.at[-1].multiply(RULE.others_shift)
-    error = RULE.sampling * spectrum.moments / num_units + noise_var
+    prior = estimate.shifts[:, None] * estimate.moments.at[-1].multiply(RULE.others_shift)
+    error = RULE.sampling * estimate.moments / num_units + noise_var
     # Against tau = 0, so that large blocks do not cancel in float32.
     ratio = prior / error
     shrunk = ratio / (1 + ratio)
-    found = jnp.matmul(energy / error * shrunk - jnp.log1p(ratio), spectrum.dims, precision=_HIGHEST)
-    return jax.nn.softmax(spectrum.log_prior + found / 2), prior, shrunk
+    found = jnp.matmul(energy / error * shrunk - jnp.log1p(ratio), estimate.dims, precision=_HIGHEST)
+    return jax.nn.softmax(estimate.log_prior + found / 2), prior, shrunk
 
 
 def excess(
     length: jax.Array | float,
     signals: jax.Array,
-    spectrum: Spectrum,
+    estimate: CurvatureEstimate,
     noise_var: jax.Array | float,
     num_units: int,
     tuned: jax.Array | float = 1.0,
 ) -> jax.Array:
     """J(L), the expected excess of a flow of one `length`; `signals` (r + 1,) are E[g_j^2]."""
-    curvature, noise_curvature, length = signal_curvature(spectrum), spectrum.curvature, tuned * length
-    left, sampling = jnp.exp(-length * curvature), RULE.sampling * spectrum.moments / num_units
+    curvature, noise_curvature, length = signal_curvature(estimate), estimate.curvature, tuned * length
+    left, sampling = jnp.exp(-length * curvature), RULE.sampling * estimate.moments / num_units
     cost = (signals * left**2 + sampling * (1 - left) ** 2) / (2 * curvature)
     cost += noise_var * jnp.expm1(-length * noise_curvature) ** 2 / (2 * noise_curvature)
-    return jnp.sum(spectrum.dims * cost)
+    return jnp.sum(estimate.dims * cost)
 
 
 def best_length(
     signals: jax.Array,
-    spectrum: Spectrum,
+    estimate: CurvatureEstimate,
     noise_var: jax.Array | float,
     num_units: int,
     longest: jax.Array | float,
@@ -351,14 +361,14 @@ def best_length(
 
     Args:
       signals: (r + 1,) E[g_j^2].
-      spectrum: public.
+      estimate: public.
       noise_var: variance in each coordinate of the mean gradient's noise, of all rounds together.
       num_units: N.
       longest: public bound.
       tuned: (r + 1,) one, or zero where the parameters are held fixed.
     """
     lengths = lengths_up_to(longest)
-    costs = jax.vmap(lambda length: excess(length, signals, spectrum, noise_var, num_units, tuned))(lengths)
+    costs = jax.vmap(lambda length: excess(length, signals, estimate, noise_var, num_units, tuned))(lengths)
     best = jnp.argmin(costs)
     return lengths[best], costs[best]
 
@@ -369,8 +379,8 @@ def lengths_up_to(longest: jax.Array | float) -> jax.Array:
 
 
 def best_step(
-    belief: Belief,
-    spectrum: Spectrum,
+    posterior: Posterior,
+    estimate: CurvatureEstimate,
     noise_var: jax.Array | float,
     num_units: int,
     longest: jax.Array | float,
@@ -382,18 +392,18 @@ def best_step(
     half of g^T F c K F g, and noise, which meets K, costs half of s^2 tr(F K F).
 
     Args:
-      belief: after the round's release, or before it.
-      spectrum: public.
+      posterior: after the round's release, or before it.
+      estimate: public.
       noise_var: s^2, variance in each coordinate of this release's noise.
       num_units: N.
       longest: bound of a single round.
       tuned: (r + 1,) one, or zero where the round holds the parameters fixed.
     """
-    signals, rates = signal_left(belief, spectrum, num_units), _rates(belief, spectrum, num_units)
+    signals, rates = debiased_energy(posterior, estimate, num_units), _rates(posterior, estimate, num_units)
     lengths = lengths_up_to(longest)
     multiples = _multiples(lengths[:, None], rates, tuned)
-    change = signals * (rates * multiples / 2 - 1) + spectrum.curvature * noise_var * multiples / 2
-    changes = jnp.matmul(multiples * change, spectrum.dims, precision=_HIGHEST)
+    change = signals * (rates * multiples / 2 - 1) + estimate.curvature * noise_var * multiples / 2
+    changes = jnp.matmul(multiples * change, estimate.dims, precision=_HIGHEST)
     best = jnp.argmin(changes)
     return lengths[best], changes[best]
 
@@ -403,6 +413,6 @@ def _multiples(length, rates, tuned):
     return -tuned * jnp.expm1(-length * rates) / rates
 
 
-def _rates(belief, spectrum, num_units):
+def _rates(posterior, estimate, num_units):
     """c K (r + 1,), the private curvature along the signal."""
-    return steepness(belief, spectrum, num_units) * signal_curvature(spectrum)
+    return curvature_ratio(posterior, estimate, num_units) * signal_curvature(estimate)
