@@ -10,7 +10,7 @@ ONE_TASK := --sizes 1000 --epsilons 0.5 1 8 --seeds 3
 LARGEST_CNN := --models cnn --sizes 10000 --search-from 4000
 # Two processes; fails if either does.
 BOTH_PARTS = $(ARENA) --part 0/2 $(1) & other=$$!; $(ARENA) --part 1/2 $(1); ended=$$?; wait $$other && exit $$ended
-FEW_RIVALS := --methods qexp zero_shot non_private dp_gd dp_sgd_all dp_adam_last objective_perturbation
+FEW_BASELINES := --methods qexp zero_shot non_private dp_gd dp_sgd_all dp_adam_last objective_perturbation
 MIMIC_TASKS ?= mimic_mortality_by_care_unit mimic_long_stay_by_care_unit
 SMALL_TASKS ?= $(foreach kind,moved flipped inverted,physionet_$(kind)) \
   $(foreach kind,noisy turned transposed,digits_$(kind)) $(foreach kind,changed inverted,table_$(kind)) \
@@ -37,7 +37,7 @@ demo: .venv/ready ## one private release and what it gains; packaged MNIST (a mi
 # A representative part of the arena: at most a quarter of an hour on two cores.
 compare: .venv/ready ## a part of the benchmark (10 minutes)
 	$(ARENA) --tasks physionet_icu mnist_trained --models linear mlp --sizes 1000 --epsilons 1 8 --seeds 3 \
-	  $(FEW_RIVALS) --out $(OUT)/compare $(ARGS)
+	  $(FEW_BASELINES) --out $(OUT)/compare $(ARGS)
 	$(REPORT) --results $(OUT)/compare
 
 # The whole grid, by two processes, overnight; started again, it goes on where it stopped. The CNN at 10,000 records
@@ -48,17 +48,17 @@ compare-full: .venv/ready ## the whole benchmark, resumable (days)
 	$(REPORT)
 
 mnist: .venv/ready ## MNIST by writers, three models, n = 1000 (an hour)
-	$(ARENA) --tasks mnist_trained $(ONE_TASK) $(FEW_RIVALS) --out $(OUT)/mnist $(ARGS)
+	$(ARENA) --tasks mnist_trained $(ONE_TASK) $(FEW_BASELINES) --out $(OUT)/mnist $(ARGS)
 	$(REPORT) --results $(OUT)/mnist
 
 # DATA=<directory of MIMIC-III or MIMIC-IV> for users with credentials; MIMIC_TASKS="mimic_mortality_by_era ...".
 mimic: .venv/ready ## MIMIC-III or IV, DATA=dir; else PhysioNet 2012 (10 minutes)
 ifdef DATA
 	$(BIN)/python -m experiments.data.mimic_report --data-dir $(DATA) --out $(OUT)/mimic
-	$(ARENA) --tasks $(MIMIC_TASKS) --data-dir $(DATA) $(ONE_TASK) $(FEW_RIVALS) --out $(OUT)/mimic $(ARGS)
+	$(ARENA) --tasks $(MIMIC_TASKS) --data-dir $(DATA) $(ONE_TASK) $(FEW_BASELINES) --out $(OUT)/mimic $(ARGS)
 else
 	@echo "No DATA=<directory of MIMIC-III or MIMIC-IV>: running the open stand-in, PhysioNet 2012 (stays of MIMIC-II)."
-	$(ARENA) --tasks physionet_icu $(ONE_TASK) $(FEW_RIVALS) --out $(OUT)/mimic $(ARGS)
+	$(ARENA) --tasks physionet_icu $(ONE_TASK) $(FEW_BASELINES) --out $(OUT)/mimic $(ARGS)
 endif
 	$(REPORT) --results $(OUT)/mimic
 
@@ -81,7 +81,7 @@ small: .venv/ready ## ten small tasks, no shift to hopeless ones (half an hour)
 	$(ARENA) $(ON_SMALL_TASKS) --out $(OUT)/small $(ARGS)
 	$(REPORT) --results $(OUT)/small
 
-# The same with rivals chosen by their test loss in place of accuracy or AUROC.
+# The same with baselines chosen by their test loss in place of accuracy or AUROC.
 loss: .venv/ready ## the same, baselines chosen by test loss (half an hour)
 	$(ARENA) $(ON_SMALL_TASKS) --metric negative_loss --out $(OUT)/loss $(ARGS)
 	$(REPORT) --results $(OUT)/loss

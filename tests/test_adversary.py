@@ -19,9 +19,11 @@ from problems import fine_tune
 
 import qexp_jax
 from qexp_jax import clipping, hardened, plan, precision, records, subspace
-from qexp_jax.fine_tuning import rounds
+from qexp_jax.fine_tuning import one_pass, rounds, stages
+from qexp_jax.model.factored_gradients import squares
 from qexp_jax.numerics import integers
 from qexp_jax.private_pass import exact_clipping
+from qexp_jax.quadratic.directions import along_each
 
 WIDTH, N, SLOT = 70, 45, 17
 # Columns of the records; both of a pair are the same in all public records, and the unseen are zero there.
@@ -174,8 +176,8 @@ class Played:
 
     def __init__(self, patch):
         self.sums, self.at, self.recording = [], 0, True
-        gaussian, discrete = rounds._noisy_sum, hardened.noisy_sum
-        patch.setattr(rounds, "_noisy_sum", lambda *args: self.play(lambda: gaussian(*args)))
+        gaussian, discrete = one_pass._noisy_sum, hardened.noisy_sum
+        patch.setattr(one_pass, "_noisy_sum", lambda *args: self.play(lambda: gaussian(*args)))
         patch.setattr(hardened, "noisy_sum", lambda *args: self.discrete(*discrete(*args)))
 
     def discrete(self, total, noisy):
@@ -245,8 +247,8 @@ def held_by_weight(directions, preconditioner):
 
     def coordinates(arrays, rows, scale):
         rest, vectors, eigenvalues = arrays
-        inside = precision.along_each(vectors, rows) ** 2
-        return rows, scale * jnp.sqrt(precision.squares(rows, 1.0) / rest + jnp.sum(inside / eigenvalues, axis=1))
+        inside = along_each(vectors, rows) ** 2
+        return rows, scale * jnp.sqrt(squares(rows, 1.0) / rest + jnp.sum(inside / eigenvalues, axis=1))
 
     root = found.root._replace(coordinates=coordinates, spread=spread_of_one)
     return dataclasses.replace(found, root=root)
@@ -365,4 +367,4 @@ def test_a_unit_less_moves_all_others_and_their_sum_by_no_more():
     assert moved(exact=True) == 0
     assert moved(exact=False) > 0  # the twin: every group of 32 is rounded anew
     made = plan.Plan(*[None] * 8)
-    assert rounds.needs_exact(made, ADD_OR_REMOVE)
+    assert stages.needs_exact(made, ADD_OR_REMOVE)

@@ -121,7 +121,7 @@ def test_a_table_is_run_again_with_the_settings_that_it_holds_and_no_search(tmp_
         run(tmp_path / "none", "--settings-from", str(tmp_path / "absent"))
 
 
-def test_rivals_may_be_chosen_by_their_loss(tmp_path):
+def test_baselines_may_be_chosen_by_their_loss(tmp_path):
     rows = run(tmp_path, "--methods", "zero_shot", "dp_gd", "--metric", "negative_loss")
     assert {row["metric_name"] for row in rows} == {"negative_loss"}
     assert all(float(row["metric"]) == -float(row["loss"]) < 0 for row in rows)
@@ -130,7 +130,7 @@ def test_rivals_may_be_chosen_by_their_loss(tmp_path):
     assert models.negative_loss(np.array([[2.0]]), np.array([0])) == pytest.approx(-math.log1p(math.exp(2)))
 
 
-def test_of_the_rivals_the_best_and_the_best_relative_of_dp_sgd_are_run_again():
+def test_of_the_baselines_the_best_and_the_best_relative_of_dp_sgd_are_run_again():
     cell = dict.fromkeys(grid.COLUMNS, "") | {"task": "t", "model": "linear", "n": 10}
     metrics = {"qexp": (0.1, 0.1), "dp_gd": (0.6, 0.9), "dp_sgd_all": (0.7, 0.2), "adassp": (0.9, 0.8)}
     rows = [
@@ -139,13 +139,13 @@ def test_of_the_rivals_the_best_and_the_best_relative_of_dp_sgd_are_run_again():
         for i, e in ((0, 1.0), (1, 8.0))
     ]
     rows += [cell | {"method": "zero_shot", "epsilon": math.inf, "metric": 1.0}]
-    chosen = {(epsilon, name) for *_, epsilon, name in grid.to_run_again(rows, best_rivals=True)}
+    chosen = {(epsilon, name) for *_, epsilon, name in grid.to_run_again(rows, best_baselines=True)}
     best = {(1.0, "adassp"), (1.0, "dp_sgd_all"), (8.0, "dp_gd")}
     assert chosen == best | {(1.0, "qexp"), (8.0, "qexp"), (math.inf, "zero_shot")}
-    assert len(grid.to_run_again(rows, best_rivals=False)) == 9
+    assert len(grid.to_run_again(rows, best_baselines=False)) == 9
 
 
-@pytest.mark.parametrize("options", ["--part 2/2", "--part -1/2", "--part 1", "--part a/b", "--best-rivals"])
+@pytest.mark.parametrize("options", ["--part 2/2", "--part -1/2", "--part 1", "--part a/b", "--best-baselines"])
 def test_a_part_that_is_none_and_a_choice_without_a_table_are_refused(options, capsys):
     with pytest.raises(SystemExit):
         grid.parse_args(options.split())
@@ -181,7 +181,7 @@ def test_processes_that_start_together_write_one_header(tmp_path):
     assert sorted(row["seed"] for row in grid.read_rows(path)) == sorted(row["seed"] for row in rows)
 
 
-def test_every_network_rival_runs(tmp_path):
+def test_every_network_baseline_runs(tmp_path):
     out = ["--methods", "dp_adam_all", "dp_sgd_bias", "--models", "mlp", "--epsilons", "8"]
     rows = run(tmp_path, *out)
     assert {(r["method"], r["noisy_steps"]) for r in rows} == {("dp_adam_all", "5"), ("dp_sgd_bias", "5")}

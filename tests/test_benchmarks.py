@@ -70,7 +70,7 @@ def test_the_command_writes_table_and_provenance(tmp_path, monkeypatch):
     assert run["versions"]["jax_privacy"] and run["machine"]["cpu"]
 
 
-def test_the_rival_of_a_cell_is_its_best_in_the_arena(tmp_path):
+def test_the_baseline_of_a_cell_is_its_best_in_the_arena(tmp_path):
     cell = dict.fromkeys(grid.COLUMNS, "") | {"task": "t", "model": "m", "n": 10, "epsilon": 1.0}
     rows = [
         cell | {"method": name, "metric": metric, "settings": json.dumps({"steps": steps})}
@@ -82,8 +82,8 @@ def test_the_rival_of_a_cell_is_its_best_in_the_arena(tmp_path):
         ]
     ]
     grid.append_rows(tmp_path / "arena.csv", rows)
-    assert whole.best_rival(tmp_path / "arena.csv", "t", "m", 10, 1.0) == ("dp_sgd_all", {"steps": 2})
-    assert whole.best_rival(tmp_path / "arena.csv", "t", "m", 11, 1.0) is None
+    assert whole.best_baseline(tmp_path / "arena.csv", "t", "m", 10, 1.0) == ("dp_sgd_all", {"steps": 2})
+    assert whole.best_baseline(tmp_path / "arena.csv", "t", "m", 11, 1.0) is None
 
 
 @pytest.mark.parametrize("name", ["cnn", "transformer"])

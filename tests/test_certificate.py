@@ -48,11 +48,12 @@ def issued(relation=NeighboringRelation.REPLACE_SPECIAL, epsilon=1.0, delta=1e-5
     if discrete:
         noise = hardened.discrete_noise(z, 3)
         z = noise.multiplier
+    terms = qexp_jax.plan.terms(plan, [0.0] * len(plan.preconditioners.l2_clip_norm))
     arguments = {
         "epsilon": epsilon, "delta": delta, "relation": relation, "num_units": 50, "num_units_from": "public_count",
-        "unit": "one record", "noise_multiplier": z, "plan": plan, "discrete_noise": noise, "prng_impl": "threefry2x32",
+        "unit": "one record", "noise_multiplier": z, "plan": terms, "discrete_noise": noise,
+        "prng_impl": "threefry2x32",
         "provenance": certificates.make_provenance(PARAMS, PUBLIC, None),
-        "roundings": [0.0] * len(PLAN.preconditioners.l2_clip_norm),
     }  # fmt: skip
     return certificates.make_certificate(**arguments | changes)
 

@@ -7,6 +7,7 @@ import pytest
 from problems import network, network_loss, subspaces
 
 from qexp_jax import curvature, subspace
+from qexp_jax.quadratic import eigenspace
 
 KEY = jax.random.key(4)
 PARAMS, RECORDS = network(KEY)
@@ -92,7 +93,7 @@ def test_top_eigenspace_is_that_of_the_dense_second_moment():
     full = subspace.full(PARAMS)
     moment = curvature.projected_fisher(network_loss, PARAMS, full, RECORDS)
     expected, vectors = jnp.linalg.eigh(moment)
-    space, values = curvature.top_eigenspace(network_loss, PARAMS, RECORDS, 5, microbatch_size=8)
+    space, values = eigenspace.top_eigenspace(network_loss, PARAMS, RECORDS, 5, microbatch_size=8)
     np.testing.assert_allclose(values, expected[:-6:-1], rtol=1e-3)
     overlap = vectors[:, :-6:-1].T @ dense_columns(space)
     np.testing.assert_allclose(jnp.linalg.svd(overlap, compute_uv=False), 1, atol=1e-3)
@@ -104,7 +105,7 @@ def test_top_eigenspace_is_the_same_from_more_records_than_dimensions():
     head = subspace.full(PARAMS, where="head")
     assert head.dim < len(RECORDS["x"])
     expected, vectors = jnp.linalg.eigh(curvature.projected_fisher(network_loss, PARAMS, head, RECORDS))
-    space, values = curvature.top_eigenspace(network_loss, PARAMS, RECORDS, head.dim, within=head)
+    space, values = eigenspace.top_eigenspace(network_loss, PARAMS, RECORDS, head.dim, within=head)
     np.testing.assert_allclose(values, expected[::-1], rtol=1e-4)
     found = jax.vmap(lambda e: subspace.project(head, subspace.lift(space, e)))(jnp.eye(head.dim))
     np.testing.assert_allclose(jnp.abs(found @ vectors[:, ::-1]), np.eye(head.dim), atol=1e-3)
@@ -121,9 +122,9 @@ def steep_gradients(n, d):
 def test_a_sketched_eigenspace_has_the_energy_of_the_leading_one(monkeypatch, dim, is_sketched):
     gradients = steep_gradients(460, 500)
     sketched = []
-    basis_of = curvature._leading_sketched
-    monkeypatch.setattr(curvature, "_leading_sketched", lambda *x: sketched.append(dim) or basis_of(*x))
-    space, values = curvature.top_eigenspace(lambda params, g: params @ g, jnp.zeros(500), gradients, dim)
+    basis_of = eigenspace._leading_sketched
+    monkeypatch.setattr(eigenspace, "_leading_sketched", lambda *x: sketched.append(dim) or basis_of(*x))
+    space, values = eigenspace.top_eigenspace(lambda params, g: params @ g, jnp.zeros(500), gradients, dim)
     assert (sketched == [dim]) == is_sketched
     expected = jnp.linalg.eigvalsh(gradients.T @ gradients / 460)[: -dim - 1 : -1]
     assert 0.9995 < jnp.sum(values) / jnp.sum(expected) < 1.00001
@@ -155,7 +156,7 @@ def test_columns_are_made_orthonormal_however_dependent(kind):
         "dependent": start.at[:, 11].set(start[:, 0]),
         "with a zero": start.at[:, 11].set(0),
     }[kind]
-    found = curvature._orthonormal(columns)
+    found = eigenspace._orthonormal(columns)
     np.testing.assert_allclose(found.T @ found, np.eye(12), atol=3e-6)
     np.testing.assert_allclose(found @ (found.T @ columns), columns, atol=1e-6)
     if kind != "nearly orthonormal":  # what QR is kept for
@@ -165,7 +166,7 @@ def test_columns_are_made_orthonormal_however_dependent(kind):
 
 def test_fewer_gradients_than_directions_of_their_own_are_completed():
     gradients = jax.random.normal(KEY, (20, 3)) @ jax.random.normal(jax.random.key(5), (3, 40))
-    space, values = curvature.top_eigenspace(lambda params, g: params @ g, jnp.zeros(40), gradients, 6)
+    space, values = eigenspace.top_eigenspace(lambda params, g: params @ g, jnp.zeros(40), gradients, 6)
     rows = jax.vmap(lambda e: subspace.lift(space, e))(jnp.eye(6))
     np.testing.assert_allclose(rows @ rows.T, np.eye(6), atol=1e-5)
     np.testing.assert_allclose(values[3:], 0, atol=1e-4)

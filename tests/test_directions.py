@@ -11,7 +11,7 @@ from qexp_jax.model import factored_gradients
 from qexp_jax.model.factored_gradients import Outer
 from qexp_jax.private_pass import exact_clipping
 from qexp_jax.quadratic import directions, public_curvature
-from qexp_jax.quadratic.curvature import leading_basis
+from qexp_jax.quadratic.eigenspace import leading_basis
 
 KEY = jax.random.key(32)
 R = 9
@@ -112,7 +112,8 @@ def test_a_round_in_factors_has_the_sum_of_whole_gradients(monkeypatch):
 
     found = round_of(wide_layer_loss)
     assert found.plan.estimate.directions.shape == (8, 367) and found.clip_info.num_clipped > 10
-    monkeypatch.setattr("qexp_jax.clipping.gradient_rows", lambda *a, **k: [gradients.projected_gradients(*a, **k)])
+    whole = lambda *a, **k: [gradients.projected_gradients(*a, **k)]
+    monkeypatch.setattr("qexp_jax.private_pass.clipping.gradient_rows", whole)
     expected = round_of(lambda params, record: wide_layer_loss(params, record))  # compiled anew
     whole, sums = expected.quadratic.whitened_sum, found.quadratic.whitened_sum
     np.testing.assert_allclose(sums, whole, atol=1e-6 * jnp.linalg.norm(whole))

@@ -12,8 +12,8 @@ from test_finetune import regression, tune
 
 import qexp_jax
 from qexp_jax import ledger, preflight, records, subspace
-from qexp_jax.data import stream
-from qexp_jax.fine_tuning import finetune
+from qexp_jax.data import stream, validation
+from qexp_jax.fine_tuning import inputs
 
 DATA = jax.tree.map(np.asarray, regression())
 PRIVATE, PUBLIC = DATA["private"], DATA["public"]
@@ -433,7 +433,7 @@ def test_a_cap_is_the_width():
 
 def test_memory_is_known_before_grouping(monkeypatch):
     """The refusal is the same whatever the ids are, and nothing is grouped for it."""
-    monkeypatch.setattr(finetune, "group_by_unit", None)
+    monkeypatch.setattr(inputs, "group_by_unit", None)
     many, few = np.arange(400), np.where(np.arange(400) < 300, 0, np.arange(400))
     arguments = ONE | {"memory_budget": 1000, "public_count": 400}
     texts = {refusal(lambda ids=ids: tune(unit_ids=ids, **arguments), "max_records_per_unit") for ids in (many, few)}
@@ -490,7 +490,7 @@ def test_parts_of_one_table_are_apart():
             public, private = ({"x": table[i, :3], "y": table[i, 3]} for i in (first, second))
             assert tune(public=public, private=private, **ONE).certificate["num_units"] == 200
     shared = np.ones(3, np.float32)
-    finetune.validation.check_apart(*(np.broadcast_to(shared, (n, 3)) for n in (4, 5)))
+    validation.check_apart(*(np.broadcast_to(shared, (n, 3)) for n in (4, 5)))
 
 
 def test_devices_are_the_same(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from qexp_jax import features, subspace
 from qexp_jax.fine_tuning import tilting
 from qexp_jax.model import isolation
+from qexp_jax.quadratic import default_features
 
 KEY, N = jax.random.key(3), 300
 _RNG = np.random.default_rng(0)
@@ -169,7 +170,7 @@ def test_values_beyond_the_public_ones_are_finite():
     raw = fitted.raw(fitted.arrays, (), record)
     assert np.all(np.isfinite(raw)) and int(np.sum(np.isclose(raw, 0.5))) == 1
     many = {"x": jnp.asarray(X), "y": jnp.asarray(_RNG.integers(0, 10**6, N))}
-    assert features.fit(KEY, many, ()).center.shape == (features._MOST_VALUES * 6,)
+    assert features.fit(KEY, many, ()).center.shape == (default_features._MOST_VALUES * 6,)
 
 
 def test_a_million_columns_are_folded():
@@ -182,7 +183,7 @@ def test_a_million_columns_are_folded():
     expected = (label @ label.T) * (columns @ columns.T + 0.25)
     raw = raw_of(fitted, records)
     np.testing.assert_allclose(raw @ raw.T, expected, atol=0.02)
-    folded = features._folded(jnp.asarray(amount * signs) / 1000, jnp.ones(1_000_000))
+    folded = default_features._folded(jnp.asarray(amount * signs) / 1000, jnp.ones(1_000_000))
     assert np.linalg.norm(folded) < 0.1 * np.linalg.norm(amount)
 
 

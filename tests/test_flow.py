@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qexp_jax.quadratic import step_size
+from qexp_jax.quadratic import empirical_bayes, secants, step_size
+from qexp_jax.quadratic.posterior import CurvatureEstimate, before_release, energies, scale, signal_curvature
 
 KEY = jax.random.key(29)
 HOLD_OTHERS = jnp.array([1.0, 1.0, 1.0, 0.0])
@@ -14,7 +15,7 @@ HOLD_OTHERS = jnp.array([1.0, 1.0, 1.0, 0.0])
 def example(rest=7, shifts=(1e-3, 1e-2, 1e-1)):
     """Three leading directions in R^10, and the block of the other seven."""
     directions = jnp.linalg.qr(jax.random.normal(KEY, (3 + rest, 3)))[0].T
-    return step_size.CurvatureEstimate(
+    return CurvatureEstimate(
         directions, jnp.array([2.0, 1.0, 0.5, 0.1]), jnp.array([4.0, 2.0, 1.0, 0.25]),
         jnp.array([1.0, 1.0, 1.0, rest]), jnp.array(shifts), jnp.zeros(len(shifts)),
     )  # fmt: skip
@@ -28,10 +29,10 @@ def dense_curvature(estimate):
 
 def test_energies_and_scale_agree_with_the_dense_matrices():
     estimate, x = example(), jax.random.normal(KEY, (10,))
-    energy = step_size.energies(estimate, x)
+    energy = energies(estimate, x)
     np.testing.assert_allclose(jnp.vdot(estimate.dims, energy), jnp.vdot(x, x), rtol=1e-5)
     np.testing.assert_allclose(energy[:3], (estimate.directions @ x) ** 2, rtol=1e-5)
-    scaled = step_size.scale(estimate.directions, estimate.curvature, x)
+    scaled = scale(estimate.directions, estimate.curvature, x)
     np.testing.assert_allclose(scaled, dense_curvature(estimate) @ x, rtol=1e-4, atol=1e-5)
 
 
@@ -80,19 +81,19 @@ def rounds_of(estimate, private_curvature, noise_std, rounds, length, key=KEY):
         seen = gradient + noise_std * jax.random.normal(noise_key, (10,))
         posterior = step_size.observe(posterior, estimate, seen, noise_std**2)
         multiples, posterior = step_size.advance(posterior, estimate, length, 10**6)
-        return (posterior, gradient - private_curvature @ step_size.scale(estimate.directions, multiples, seen)), None
+        return (posterior, gradient - private_curvature @ scale(estimate.directions, multiples, seen)), None
 
-    carried = step_size.before_release(estimate), start
+    carried = before_release(estimate), start
     return jax.lax.scan(one, carried, jax.random.split(key, rounds))[0][0], start
 
 
 @pytest.mark.parametrize(("times", "others"), [(1.5, 1.5), (4.0, 30.0), (9.0, 3.0)])
 def test_the_steepness_of_the_private_curvature_is_found_in_the_leading_directions_and_in_the_others(times, others):
     estimate = example()._replace(directions=jnp.eye(10)[:3])
-    public = step_size.signal_curvature(estimate)
+    public = signal_curvature(estimate)
     private = jnp.diag(jnp.append(times * public[:3], jnp.full(7, others * public[-1])))
     found, _ = rounds_of(estimate, private, 1e-3, 4, 0.1)
-    np.testing.assert_allclose(step_size.curvature_ratio(found, estimate, 10**6), [times] * 3 + [others], rtol=0.02)
+    np.testing.assert_allclose(secants.curvature_ratio(found, estimate, 10**6), [times] * 3 + [others], rtol=0.02)
 
 
 def test_the_prior_of_the_steepness_is_kept_under_noise():
@@ -100,36 +101,36 @@ def test_the_prior_of_the_steepness_is_kept_under_noise():
 
     def hidden(key):
         found, _ = rounds_of(estimate, 4 * dense_curvature(estimate), 1e3, 4, 0.1, key)
-        return step_size.curvature_ratio(found, estimate, 10**6)
+        return secants.curvature_ratio(found, estimate, 10**6)
 
     np.testing.assert_allclose(jnp.median(jax.jit(jax.vmap(hidden))(jax.random.split(KEY, 100)), axis=0), 2.0, rtol=0.1)
-    np.testing.assert_allclose(step_size.curvature_ratio(step_size.before_release(estimate), estimate, 10**6), 2.0)
+    np.testing.assert_allclose(secants.curvature_ratio(before_release(estimate), estimate, 10**6), 2.0)
 
 
 def test_a_gradient_that_is_large_for_its_moments_is_expected_to_be_as_steep_as_its_own_square():
     """The largest generalised eigenvalue of V + g g^T against V, in the leading directions."""
     estimate = example()._replace(directions=jnp.eye(10)[:3])
     g = jnp.append(3 * jnp.sqrt(estimate.moments[:3]), jnp.zeros(7))
-    posterior = step_size.observe(step_size.before_release(estimate), estimate, g, 1e-9)
+    posterior = step_size.observe(before_release(estimate), estimate, g, 1e-9)
     moments = jnp.diag(estimate.moments[:3])
     largest_ratio = jnp.linalg.eigvals(jnp.linalg.solve(moments, moments + jnp.outer(g[:3], g[:3]))).real.max()
-    curvature_ratio = step_size.curvature_ratio(posterior, estimate, 10**6)
+    curvature_ratio = secants.curvature_ratio(posterior, estimate, 10**6)
     np.testing.assert_allclose(curvature_ratio, [largest_ratio] * 3 + [2.0], rtol=0.02)
 
 
 def test_the_measured_and_the_public_curvature_have_no_bias_under_noise():
     estimate = example()._replace(directions=jnp.eye(10)[:3])
     g, followed = jnp.append(jnp.array([2.0, -1.0, 1.5]), jnp.full(7, 0.8)), jnp.array([0.4, 0.3, 0.2, 0.5])
-    curvature, steps = step_size.signal_curvature(estimate), jnp.append(followed[:3], jnp.full(7, followed[3]))
+    curvature, steps = signal_curvature(estimate), jnp.append(followed[:3], jnp.full(7, followed[3]))
     private = jnp.append(curvature[:3], jnp.full(7, estimate.curvature[3]))  # the others as noise meets them
 
     def one(key):
         first, second = jax.random.split(key)
         y = g + jax.random.normal(first, (10,))
         later = g - private * steps * y + jax.random.normal(second, (10,))
-        posterior = step_size.before_release(estimate)._replace(last=y, last_var=jnp.array(1.0), followed=followed)
+        posterior = before_release(estimate)._replace(last=y, last_var=jnp.array(1.0), followed=followed)
         naive = jnp.vdot(steps[:3] * y[:3], (y - later)[:3])
-        return step_size.secant(posterior, estimate, later), naive
+        return secants.secant(posterior, estimate, later), naive
 
     pairs, naive = jax.jit(jax.vmap(one))(jax.random.split(KEY, 200_000))
     moved = (steps * g) ** 2
@@ -145,9 +146,9 @@ def final_excess(times, length_of, dim=60, rank=40, rounds=80):
     For each of `times` as steep as the public one.
     """
     curvature = jnp.append(jnp.geomspace(2.0, 0.02, rank), 0.02)
-    shifts = (jnp.asarray(x, jnp.float32) for x in step_size.shift_prior(2000))
+    shifts = (jnp.asarray(x, jnp.float32) for x in empirical_bayes.shift_prior(2000))
     dims = jnp.append(jnp.ones(rank), dim - rank)
-    estimate = step_size.CurvatureEstimate(jnp.eye(dim)[:rank], curvature, curvature, dims, *shifts)
+    estimate = CurvatureEstimate(jnp.eye(dim)[:rank], curvature, curvature, dims, *shifts)
     public = jnp.append(curvature[:-1], jnp.full(dim - rank, 0.02))
     g = jnp.sqrt(0.1 * public) * jax.random.normal(jax.random.key(1), (dim,))
     along = jnp.vdot(g, public * g) / jnp.vdot(g, g) ** 2 * jnp.outer(g, g)
@@ -159,11 +160,11 @@ def final_excess(times, length_of, dim=60, rank=40, rounds=80):
         posterior = step_size.observe(posterior, estimate, seen, noise_var)
         length = length_of(posterior, estimate, noise_var, rounds)
         multiples, posterior = step_size.advance(posterior, estimate, length, 10**6)
-        return (posterior, x - step_size.scale(estimate.directions, multiples, seen)), None
+        return (posterior, x - scale(estimate.directions, multiples, seen)), None
 
     def run(curvature_ratio, key):
         private = jnp.diag(public) + curvature_ratio * along
-        start = step_size.before_release(estimate), jnp.zeros(dim)
+        start = before_release(estimate), jnp.zeros(dim)
         (_, x), _ = jax.lax.scan(functools.partial(one, private), start, jax.random.split(key, rounds))
         error = x + jnp.linalg.solve(private, g)
         return error @ private @ error / 2
@@ -174,7 +175,7 @@ def final_excess(times, length_of, dim=60, rank=40, rounds=80):
 
 def planned(posterior, estimate, noise_var, rounds):
     """The rounds' shares of the length of least J."""
-    signal = step_size.pooled_signal(posterior, estimate, 10**6)
+    signal = empirical_bayes.pooled_signal(posterior, estimate, 10**6)
     return step_size.best_length(signal, estimate, noise_var / rounds, 10**6, 20.0)[0] / rounds
 
 
@@ -188,7 +189,7 @@ def test_a_gradient_that_one_step_consumes_is_not_followed_by_rounds_of_noise():
 
 
 def test_the_recent_mean_has_the_latest_releases_with_the_most_weight_and_the_stated_variance():
-    estimate, posterior = example(), step_size.before_release(example())
+    estimate, posterior = example(), before_release(example())
     seen, noise_vars = jax.random.normal(KEY, (4, 10)), jnp.array([1.0, 3.0, 0.5, 2.0])
     for y, noise_var, tuned in zip(seen, noise_vars, (1.0, HOLD_OTHERS, 1.0, 1.0), strict=True):
         posterior = step_size.observe(posterior, estimate, y, noise_var, tuned)
@@ -204,7 +205,7 @@ def test_the_recent_mean_has_the_latest_releases_with_the_most_weight_and_the_st
 
 
 def test_rounds_that_hold_a_block_count_since_it_was_tuned():
-    posterior, found = step_size.before_release(example()), []
+    posterior, found = before_release(example()), []
     for tuned in (HOLD_OTHERS, 1.0, HOLD_OTHERS, HOLD_OTHERS):
         posterior = step_size.observe(posterior, example(), jnp.ones(10), 1.0, tuned)
         found.append([float(posterior.idle[0]), float(posterior.idle[-1])])
@@ -218,12 +219,12 @@ def test_the_signal_left_is_what_the_latest_releases_show_but_for_one_standard_d
     noise_std = 3.0
 
     def found(key):
-        posterior = step_size.observe(step_size.before_release(estimate), estimate, 10 * g, 1e-6)
+        posterior = step_size.observe(before_release(estimate), estimate, 10 * g, 1e-6)
         for k in jax.random.split(key, 8):
             posterior = step_size.observe(
                 posterior, estimate, g + noise_std * jax.random.normal(k, (1000,)), noise_std**2
             )
-        left = step_size.debiased_energy(posterior, estimate, 10**9)
+        left = empirical_bayes.debiased_energy(posterior, estimate, 10**9)
         return jnp.stack([jnp.sum(left[:3]), 997 * left[-1]])
 
     weights = np.arange(1, 10) / 45
@@ -237,19 +238,19 @@ def test_the_signal_left_is_what_the_latest_releases_show_but_for_one_standard_d
 
 def test_no_more_is_left_than_the_anchor_had_and_what_was_never_tuned_keeps_it_all():
     estimate, seen = example(), jax.random.normal(KEY, (10,))
-    before = step_size.before_release(estimate)
+    before = before_release(estimate)
     np.testing.assert_array_equal(
-        step_size.debiased_energy(before, estimate, 100), step_size.pooled_signal(before, estimate, 100)
+        empirical_bayes.debiased_energy(before, estimate, 100), empirical_bayes.pooled_signal(before, estimate, 100)
     )  # fmt: skip
     posterior = step_size.observe(before, estimate, seen, 0.5, HOLD_OTHERS)
-    left, had = (f(posterior, estimate, 100) for f in (step_size.debiased_energy, step_size.pooled_signal))
+    left, had = (f(posterior, estimate, 100) for f in (empirical_bayes.debiased_energy, empirical_bayes.pooled_signal))
     assert left[-1] == had[-1]
     np.testing.assert_array_equal(left, had)  # together they show more than that
     quieter = posterior._replace(recent=posterior.recent / 100)
-    assert jnp.sum(step_size.debiased_energy(quieter, estimate, 100)[:-1]) < jnp.sum(had[:-1])
+    assert jnp.sum(empirical_bayes.debiased_energy(quieter, estimate, 100)[:-1]) < jnp.sum(had[:-1])
     louder = posterior._replace(recent=100 * posterior.recent)
     np.testing.assert_array_equal(
-        step_size.debiased_energy(louder, estimate, 100), step_size.pooled_signal(louder, estimate, 100)
+        empirical_bayes.debiased_energy(louder, estimate, 100), empirical_bayes.pooled_signal(louder, estimate, 100)
     )
 
 
@@ -265,10 +266,10 @@ def test_loud_noise_does_not_hide_what_many_leading_directions_have_left_togethe
     g = jax.random.normal(jax.random.key(1), (80,))
 
     def found(key):
-        posterior = step_size.observe(step_size.before_release(estimate), estimate, g, 1e-6)
+        posterior = step_size.observe(before_release(estimate), estimate, g, 1e-6)
         for k in jax.random.split(key, 5):
             posterior = step_size.observe(posterior, estimate, g + 4 * jax.random.normal(k, (80,)), 16.0)
-        return jnp.sum(step_size.debiased_energy(posterior, estimate, 10**9)[:64])
+        return jnp.sum(empirical_bayes.debiased_energy(posterior, estimate, 10**9)[:64])
 
     left, had = jax.jit(jax.vmap(found))(jax.random.split(KEY, 500)), jnp.sum(g[:64] ** 2)
     assert jnp.mean(left > 0) > 0.9 and jnp.median(left) > 0.5 * had
@@ -280,10 +281,10 @@ def test_the_best_step_lowers_the_loss_most_by_itself(times, noise_std):
     """The private curvature is `times` the public one along the signal; noise meets the public one."""
     estimate = example(rest=40, shifts=(100.0,))._replace(directions=jnp.eye(43)[:3])
     g, xi = jax.random.normal(jax.random.key(1), (43,)), noise_std * jax.random.normal(KEY, (4000, 43))
-    posterior = step_size.observe(step_size.before_release(estimate), estimate, g, 1e-6)
+    posterior = step_size.observe(before_release(estimate), estimate, g, 1e-6)
     posterior = posterior._replace(slopes=1e9 * jnp.array([[times, times], [1.0, 1.0]]))  # measured for good
     along, public = (
-        jnp.append(x[:3], jnp.full(40, x[3])) for x in (step_size.signal_curvature(estimate), estimate.curvature)
+        jnp.append(x[:3], jnp.full(40, x[3])) for x in (signal_curvature(estimate), estimate.curvature)
     )  # fmt: skip
 
     def change(length):
@@ -301,10 +302,10 @@ def test_the_best_step_lowers_the_loss_most_by_itself(times, noise_std):
 
 def test_where_no_signal_is_left_the_best_step_is_the_shortest():
     estimate = example()
-    posterior = step_size.observe(step_size.before_release(estimate), estimate, jnp.full(10, 1e-6), 1.0)
+    posterior = step_size.observe(before_release(estimate), estimate, jnp.full(10, 1e-6), 1.0)
     length, change = step_size.best_step(posterior, estimate, 1.0, 10**6, 5.0)
     assert length == pytest.approx(5 / 64) and change > 0
-    held = step_size.observe(step_size.before_release(estimate), estimate, jnp.ones(10), 0.01, HOLD_OTHERS)
+    held = step_size.observe(before_release(estimate), estimate, jnp.ones(10), 0.01, HOLD_OTHERS)
     alone = estimate._replace(dims=HOLD_OTHERS)  # of directions held fixed neither signal nor noise counts
     lengths = [step_size.best_step(held, s, 0.01, 10**6, 5.0, HOLD_OTHERS) for s in (estimate, alone)]
     np.testing.assert_array_equal(*lengths)
@@ -314,7 +315,7 @@ def test_no_flow_passes_the_minimum_of_a_quadratic_as_steep_as_measured():
     estimate = example()
     posterior, _ = rounds_of(estimate, 6 * dense_curvature(estimate), 1e-3, 4, 0.2)
     multiples, _ = step_size.advance(posterior, estimate, 1e6, 10**6)
-    rates = step_size.curvature_ratio(posterior, estimate, 10**6) * step_size.signal_curvature(estimate)
+    rates = secants.curvature_ratio(posterior, estimate, 10**6) * signal_curvature(estimate)
     np.testing.assert_allclose(multiples * rates, -np.expm1(-4 * rates / estimate.curvature.max()), rtol=1e-5)
     assert 0.98 < jnp.max(multiples * rates) <= 1
     short, _ = step_size.advance(posterior, estimate, 1e-6, 10**6)
@@ -333,7 +334,7 @@ def valley(width, remember, rounds=40):
         multiples, posterior = step_size.advance(posterior, estimate, 1.0, 10**6)
         return (posterior, x - multiples[0] * seen[0]), x
 
-    return jax.lax.scan(one, (step_size.before_release(estimate), 1.0), length=rounds)[1]
+    return jax.lax.scan(one, (before_release(estimate), 1.0), length=rounds)[1]
 
 
 @pytest.mark.parametrize("width", [0.01, 0.001])
@@ -360,14 +361,14 @@ def test_a_passed_minimum_shows_no_more_steepness_than_there_is_however_little_o
     """
     estimate = example(rest=997)._replace(directions=jnp.eye(1000)[:3])
     followed, jumped = jnp.array([0.1, 0.1, 0.1, 1.0]), 2.2  # private curvature times step
-    truth = jumped / (followed[-1] * step_size.signal_curvature(estimate)[-1])
+    truth = jumped / (followed[-1] * signal_curvature(estimate)[-1])
 
     def largest_ratio(key):
         first, second = jax.random.split(key)
         g = jnp.zeros(1000).at[500].set(10.0)
         y = g + jax.random.normal(first, g.shape)
         later = g.at[500].add(-jumped * y[500]) + jax.random.normal(second, g.shape)
-        posterior = step_size.before_release(estimate)._replace(last=y, last_var=jnp.array(1.0), followed=followed)
+        posterior = before_release(estimate)._replace(last=y, last_var=jnp.array(1.0), followed=followed)
         return step_size.observe(posterior, estimate, later, 1.0).largest_ratio[1]
 
     found = jax.jit(lambda keys: jax.lax.map(largest_ratio, keys, batch_size=500))(jax.random.split(KEY, 20_000))
@@ -378,13 +379,13 @@ def test_the_anchors_gradient_is_remembered_through_the_flow_with_the_stated_var
     estimate = example()._replace(curvature=jnp.array([2.0, 1.0, 0.1, 0.1]))
     private = 2.0 * dense_curvature(estimate)  # the curvature_ratio expected
     posterior, gradient = rounds_of(estimate, private, 1e-4, 8, 0.3)
-    remembered = step_size.scale(estimate.directions, 1 / posterior.weights, posterior.gradients)
+    remembered = scale(estimate.directions, 1 / posterior.weights, posterior.gradients)
     np.testing.assert_allclose(remembered, gradient, atol=5e-3)
     assert jnp.linalg.norm(posterior.gradients / 8 - gradient) > 0.3 * jnp.linalg.norm(gradient)
 
     def energy(key):
         found, _ = rounds_of(estimate, 0 * private, 1.0, 4, 1e-9, key)
-        return jnp.sum((step_size.scale(estimate.directions, 1 / found.weights, found.gradients) - gradient) ** 2)
+        return jnp.sum((scale(estimate.directions, 1 / found.weights, found.gradients) - gradient) ** 2)
 
     mean = jnp.mean(jax.jit(jax.vmap(energy))(jax.random.split(KEY, 2000)))
     np.testing.assert_allclose(mean, 10 / 4, rtol=0.05)
@@ -412,7 +413,7 @@ def test_the_signal_is_the_posterior_mean_of_a_grid_computed_in_full():
     estimate, noise_var, num_units = example(), 0.02, 50
     estimate = estimate._replace(log_prior=-2 * jnp.log(estimate.shifts))
     x = np.asarray(0.3 * jax.random.normal(jax.random.key(3), (10,)), float)
-    energy = step_size.energies(estimate, jnp.asarray(x, jnp.float32))
+    energy = energies(estimate, jnp.asarray(x, jnp.float32))
     moments, dims = np.asarray(estimate.moments, float), np.asarray(estimate.dims, float)
     expected = moments * [1, 1, 1, 0.5]  # of the others half
     error, log_evidence, means = 1.5 * moments / num_units + noise_var, [], []
@@ -423,7 +424,7 @@ def test_the_signal_is_the_posterior_mean_of_a_grid_computed_in_full():
         means.append(share**2 * np.asarray(energy, float) + tau * expected * (1 - share))
     weight = np.exp(log_evidence - np.max(log_evidence))
     expected = weight @ np.array(means) / weight.sum()
-    np.testing.assert_allclose(step_size.signal(energy, estimate, noise_var, num_units), expected, rtol=1e-4)
+    np.testing.assert_allclose(empirical_bayes.signal(energy, estimate, noise_var, num_units), expected, rtol=1e-4)
 
 
 def test_the_shift_is_found_where_there_is_signal_and_the_prior_kept_where_there_is_not():
@@ -431,40 +432,40 @@ def test_the_shift_is_found_where_there_is_signal_and_the_prior_kept_where_there
     scale = jnp.sqrt(jnp.append(estimate.moments[:3], jnp.full(5000, estimate.moments[3])))
     g = 0.1 * scale * jax.random.normal(KEY, (5003,))  # tau = .01; axes serve as directions
     estimate = estimate._replace(directions=jnp.eye(5003)[:3])
-    found = step_size.signal(step_size.energies(estimate, g), estimate, 1e-6, 10**6)
+    found = empirical_bayes.signal(energies(estimate, g), estimate, 1e-6, 10**6)
     assert 0.5 < jnp.vdot(estimate.dims, found) / jnp.vdot(g, g) < 1.5
-    hidden = step_size.signal(step_size.energies(estimate, g), estimate, 1e4, 10**6)
+    hidden = empirical_bayes.signal(energies(estimate, g), estimate, 1e4, 10**6)
     prior = jnp.mean(estimate.shifts) * estimate.moments * jnp.array([1.0, 1.0, 1.0, 0.5])
     np.testing.assert_allclose(hidden, prior, rtol=0.05)
 
 
 def test_a_spectrum_without_a_rest_is_a_spectrum():
     estimate = example(rest=0)._replace(directions=jnp.eye(3), dims=jnp.array([1.0, 1.0, 1.0, 0.0]))
-    energy = step_size.energies(estimate, jnp.array([0.1, 0.2, 0.3]))
-    assert jnp.all(jnp.isfinite(step_size.signal(energy, estimate, 0.1, 100)))
+    energy = energies(estimate, jnp.array([0.1, 0.2, 0.3]))
+    assert jnp.all(jnp.isfinite(empirical_bayes.signal(energy, estimate, 0.1, 100)))
     assert jnp.all(jnp.isfinite(jnp.stack(step_size.best_length(energy, estimate, 0.1, 100, 5.0))))
 
 
 def test_a_round_that_holds_the_others_moves_and_learns_nothing_there():
     estimate, seen = example(), jax.random.normal(KEY, (10,))
-    posterior = step_size.observe(step_size.before_release(estimate), estimate, seen, 0.5, HOLD_OTHERS)
+    posterior = step_size.observe(before_release(estimate), estimate, seen, 0.5, HOLD_OTHERS)
     multiples, posterior = step_size.advance(posterior, estimate, 0.3, 10**6, HOLD_OTHERS)
     assert multiples[-1] == 0 and posterior.left[-1] == 1 and posterior.weights[-1] == 0 and jnp.all(multiples[:3] > 0)
     outside = posterior.gradients - estimate.directions.T @ (estimate.directions @ posterior.gradients)
     np.testing.assert_allclose(outside, 0, atol=1e-5)
-    whole = step_size.observe(step_size.before_release(estimate), estimate, seen, 0.5)
+    whole = step_size.observe(before_release(estimate), estimate, seen, 0.5)
     assert whole.weights[-1] > 0 and jnp.all(posterior.weights[:3] == whole.weights[:3])
 
 
 def test_what_was_never_tuned_keeps_the_prior_at_the_shift_that_the_others_show():
     estimate = example(shifts=tuple(np.geomspace(1e-3, 1, 13)))._replace(directions=jnp.eye(10)[:3])
-    before = step_size.pooled_signal(step_size.before_release(estimate), estimate, 10**6)
+    before = empirical_bayes.pooled_signal(before_release(estimate), estimate, 10**6)
     np.testing.assert_allclose(before, jnp.mean(estimate.shifts) * estimate.moments * (1 - 0.5 * (1 - HOLD_OTHERS)))
 
     def others_after(size):
         g = size * jnp.append(jnp.sqrt(estimate.moments[:3]), jnp.full(7, 1e3))
-        posterior = step_size.observe(step_size.before_release(estimate), estimate, g, 1e-6, HOLD_OTHERS)
-        return step_size.pooled_signal(posterior, estimate, 10**6)[-1]
+        posterior = step_size.observe(before_release(estimate), estimate, g, 1e-6, HOLD_OTHERS)
+        return empirical_bayes.pooled_signal(posterior, estimate, 10**6)[-1]
 
     assert 3 * others_after(0.05) < before[-1] < others_after(1.0) / 3
 
@@ -475,8 +476,8 @@ def test_the_pooled_shift_is_the_one_that_the_gradients_have(shift):
     estimate = estimate._replace(directions=jnp.eye(503)[:3])
     scales = jnp.sqrt(shift * estimate.moments * jnp.array([1.0, 1.0, 1.0, 0.5]))  # of the others half
     g = jnp.append(scales[:3], jnp.full(500, scales[3])) * jax.random.normal(KEY, (503,))
-    posterior = step_size.observe(step_size.before_release(estimate), estimate, g, 1e-9)
-    np.testing.assert_allclose(step_size.pooled_shift(posterior, estimate, 10**7), shift, rtol=0.3)
+    posterior = step_size.observe(before_release(estimate), estimate, g, 1e-9)
+    np.testing.assert_allclose(empirical_bayes.pooled_shift(posterior, estimate, 10**7), shift, rtol=0.3)
 
 
 def test_releases_of_unequal_noise_are_weighed_by_it():
@@ -484,10 +485,10 @@ def test_releases_of_unequal_noise_are_weighed_by_it():
     estimate, g = example(), jax.random.normal(jax.random.key(1), (10,))
 
     def error(key):
-        posterior = step_size.before_release(estimate)
+        posterior = before_release(estimate)
         for k, std in zip(jax.random.split(key), (1.0, 2.0), strict=True):
             posterior = step_size.observe(posterior, estimate, g + std * jax.random.normal(k, (10,)), std**2)
-        found = step_size.scale(estimate.directions, 1 / posterior.weights, posterior.gradients)
+        found = scale(estimate.directions, 1 / posterior.weights, posterior.gradients)
         return jnp.append(jnp.mean((found - g) ** 2), 1 / posterior.weights[0])
 
     mean, stated = jnp.mean(jax.jit(jax.vmap(error))(jax.random.split(KEY, 4000)), axis=0)

@@ -23,7 +23,7 @@ def folder_of(path):
 
 def imported(path):
     """The modules of the package that a file imports, as `folder.module` or `folder`."""
-    for node in ast.state(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("qexp_jax"):
             inside = node.module.partition(".")[2]
             for alias in node.names:

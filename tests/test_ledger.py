@@ -19,6 +19,9 @@ from problems import fine_tune
 import qexp_jax
 from qexp_jax import ledger as ledgers
 from qexp_jax import privacy
+from qexp_jax.data import stream
+from qexp_jax.fine_tuning import checkpoint as checkpoints
+from qexp_jax.privacy import ledger_file
 
 RELATION = NeighboringRelation.REPLACE_SPECIAL
 TERMS = {"neighboring_relation": RELATION, "privacy_unit": "one record"}
@@ -150,9 +153,9 @@ def die(*args, **kwargs):
 
 def break_ledger(folder, name):
     """Each process is its own, and need not be repaired."""
-    replace, compose, beside = os.replace, ledgers._compose, ledgers._beside
+    replace, compose, beside = os.replace, ledgers._compose, ledger_file._beside
     if folder.name == "locked":
-        ledgers._read = die
+        ledger_file.read = die
     elif folder.name == "half written":
         os.fsync = die
     elif folder.name == "written":
@@ -162,8 +165,8 @@ def break_ledger(folder, name):
     else:
         ledgers._compose = lambda body: (time.sleep(1.0), compose(body))[1]  # a wide gap between reading and writing
     if folder.name == "race unlocked":
-        ledgers._locked = lambda ledger: contextlib.nullcontext()
-        ledgers._beside = lambda ledger, suffix: beside(ledger, suffix + (name if suffix == ".tmp" else ""))
+        ledger_file.locked = lambda path: contextlib.nullcontext()
+        ledger_file._beside = lambda path, suffix: beside(path, suffix + (name if suffix == ".tmp" else ""))
 
 
 def child(name, mu, *folders):
@@ -181,7 +184,7 @@ def child(name, mu, *folders):
 
 
 def start(name, mu, *folders):
-    process = PROCESSES.Process(linearisation=child, args=(name, mu, *folders))
+    process = PROCESSES.Process(target=child, args=(name, mu, *folders))
     process.start()
     return process
 
@@ -242,7 +245,7 @@ def test_threads_wait_for_each_other(tmp_path):
         except qexp_jax.BudgetExceeded:
             outcomes.append("refused")
 
-    threads = [threading.Thread(linearisation=spend, args=(seed,)) for seed in range(4)]
+    threads = [threading.Thread(target=spend, args=(seed,)) for seed in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -270,7 +273,7 @@ def test_a_release_is_entered_before_the_private_pass_and_refused_before_it(tmp_
     def read(*args, **arguments):
         raise RuntimeError("private data was read")
 
-    monkeypatch.setattr(qexp_jax.passes, "device_sum", read)
+    monkeypatch.setattr(qexp_jax.private_pass.passes, "device_sum", read)
     with pytest.raises(qexp_jax.BudgetExceeded):
         tune(1, ledger=ledger, epsilon=0.9)
     with pytest.raises(ValueError, match="key was used"):
@@ -364,7 +367,7 @@ def test_one_of_many_draws_is_entered(tmp_path):
         except ValueError:
             outcomes.append("refused")
 
-    threads = [threading.Thread(linearisation=draw, args=(i,)) for i in range(6)]
+    threads = [threading.Thread(target=draw, args=(i,)) for i in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -379,7 +382,7 @@ def test_an_older_ledger_still_counts(tmp_path):
     body = json.loads(ledger.path.read_text())["body"]
     body["schema"] = "qexp_jax/ledger/1"
     del body["entries"][0]["draws"]
-    mac = ledgers._mac(ledgers._secret(ledger), b"ledger", ledgers._canonical(body))
+    mac = ledger_file.mac(ledger_file.secret_of(ledger.path), b"ledger", ledger_file.canonical(body))
     ledger.path.write_text(json.dumps({"body": body, "mac": mac}))
     assert ledgers.spent(ledgers.open(ledger.path)).mu == pytest.approx(0.6 * MU)
     assert not ledgers.holds(ledger, jax.random.key(0), mu=0.6 * MU, hardened=False)
@@ -519,7 +522,7 @@ def test_a_draw_that_was_not_saved_is_not_drawn_anew(tmp_path, monkeypatch, hard
         pytest.importorskip("opendp")
     ledger, arguments = interrupted(tmp_path, hardened=hardened)
     with monkeypatch.context() as patch:
-        patch.setattr(qexp_jax.checkpoint, "save", fail)
+        patch.setattr(checkpoints, "save", fail)
         with pytest.raises(OSError, match="no space"):
             tune(0, **arguments)
     if hardened:
@@ -531,13 +534,13 @@ def test_a_draw_that_was_not_saved_is_not_drawn_anew(tmp_path, monkeypatch, hard
 
 
 def test_a_new_release_is_entered_before_its_digest(tmp_path, monkeypatch):
-    ledger, entered, digest = new(tmp_path), [], qexp_jax.stream.digest
+    ledger, entered, digest = new(tmp_path), [], stream.digest
 
     def watched(*args):
         entered.append(ledgers.spent(ledger).releases)
         return digest(*args)
 
-    monkeypatch.setattr(qexp_jax.stream, "digest", watched)
+    monkeypatch.setattr(stream, "digest", watched)
     tune(0, ledger=ledger, checkpoint=qexp_jax.Checkpoint(directory=tmp_path / "run"))
     assert entered == [1]
 
@@ -545,21 +548,21 @@ def test_a_new_release_is_entered_before_its_digest(tmp_path, monkeypatch):
 def test_digests_hold_any_leaf(tmp_path):
     """Typed keys, float64, bfloat16, booleans and no record at all."""
     checkpoint = qexp_jax.Checkpoint(directory=tmp_path)
-    store = qexp_jax.checkpoint.open_store(checkpoint, {})
+    store = checkpoints.open_store(checkpoint, {})
     units = {
         "key": jax.random.split(jax.random.key(0), 4), "wide": np.arange(4.0), "half": jnp.ones(4, jnp.bfloat16),
         "mask": np.array([True, False, True, True]),
     }  # fmt: skip
-    qexp_jax.checkpoint.bind_units(store, units)
-    qexp_jax.checkpoint.check_units(store, units)
+    checkpoints.bind_units(store, units)
+    checkpoints.check_units(store, units)
     for name, value in (
         ("key", jax.random.split(jax.random.key(1), 4)), ("wide", np.nextafter(np.arange(4.0), 9)),
         ("half", jnp.zeros(4, jnp.bfloat16)), ("mask", np.ones(4, bool)),
     ):  # fmt: skip
         with pytest.raises(ValueError, match="private data are not those"):
-            qexp_jax.checkpoint.check_units(store, units | {name: value})
+            checkpoints.check_units(store, units | {name: value})
     with pytest.raises(ValueError, match="private data are not those"):
-        qexp_jax.checkpoint.check_units(store, jax.tree.map(lambda x: x[:0], units))
+        checkpoints.check_units(store, jax.tree.map(lambda x: x[:0], units))
 
 
 def test_the_home_folder_is_found(tmp_path, monkeypatch):
@@ -605,7 +608,7 @@ def test_wrong_types_are_refused_before_the_debit(tmp_path, changes, message):
 
 
 def test_integers_of_numpy_are_integers(tmp_path):
-    assert qexp_jax.checkpoint.check(qexp_jax.Checkpoint(directory=tmp_path, every=np.int64(3))) == (tmp_path, 3)
+    assert checkpoints.check(qexp_jax.Checkpoint(directory=tmp_path, every=np.int64(3))) == (tmp_path, 3)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,8 @@ data = {"x": x, "y": x @ jnp.array([1.0, 2.0, 3.0])}
 public, private = jax.tree.map(lambda a: a[:50], data), jax.tree.map(lambda a: a[50:], data)
 release = qexp_jax.fine_tune(
     qexp_jax.fresh_key(), lambda w, record: (record["x"] @ w - record["y"]) ** 2 / 2, jnp.ones(3),
-    public=public, private=private, epsilon=1.0, delta=1e-5, rounds=1, tilt=False,
+    public=public, private=private, epsilon=1.0, delta=1e-5,
+    plan=qexp_jax.PlanOptions(rounds=1, tilt=False),
 )
 qexp_jax.verify(json.loads(json.dumps(release.certificate)))
 assert release.params.shape == (3,) and bool(jnp.isfinite(release.params).all())
@@ -90,7 +91,7 @@ def test_source_holds_the_package(dist):
 def test_installed_package_runs(dist, tmp_path):
     """From another folder, with the wheel before this checkout on the path."""
     (wheel,) = dist.glob("*.whl")
-    linearisation = tmp_path / "linearisation"
-    run("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--linearisation", linearisation, wheel)
-    found = run("-c", QUICK_START, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(linearisation)})
-    assert pathlib.Path(found.strip()) == linearisation / "qexp_jax"
+    target = tmp_path / "target"
+    run("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", target, wheel)
+    found = run("-c", QUICK_START, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(target)})
+    assert pathlib.Path(found.strip()) == target / "qexp_jax"

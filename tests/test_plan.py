@@ -5,6 +5,7 @@ import pytest
 
 from qexp_jax import clipping, plan, subspace
 from qexp_jax.quadratic import public_curvature, step_size
+from qexp_jax.quadratic.posterior import before_release
 
 KEY = jax.random.key(23)
 D = 60
@@ -141,7 +142,7 @@ def test_the_releases_choose_the_leading_directions_for_a_small_shift_and_all_fo
     assert made.evidence["tuned_at_first"] == 8
     noise_var = (made.preconditioners.l2_clip_norm[1] * noise_multiplier / num_units) ** 2
     g = leading_gradient(estimate, shift)
-    posterior = step_size.observe(step_size.before_release(estimate), estimate, g, noise_var, seen)
+    posterior = step_size.observe(before_release(estimate), estimate, g, noise_var, seen)
     preconditioner, _ = plan.choose(posterior, estimate, made.preconditioners, noise_multiplier, num_units, 80.0)
     assert jnp.vdot(preconditioner.tuned, estimate.dims) == tuned
     heavy = tuned == D
@@ -169,9 +170,7 @@ def test_under_a_heavy_shift_all_are_tuned_where_it_pays_and_in_one_round_of_ten
     leading = leading_gradient(estimate, 0.5)
     others = jax.random.normal(jax.random.key(5), (D,))
     others = others - estimate.directions.T @ (estimate.directions @ others)
-    posterior = step_size.observe(
-        step_size.before_release(estimate), estimate, leading, 1e-4, made.preconditioners.tuned[1]
-    )
+    posterior = step_size.observe(before_release(estimate), estimate, leading, 1e-4, made.preconditioners.tuned[1])
     recent_var = 0.5 * jnp.vdot(leading, leading) / (D - 8)
     recent = 0.5 * leading + jnp.sqrt(seen_in_others * recent_var) * others
     times, idle = jnp.full(9, 80.0).at[-1].set(looked), jnp.zeros(9).at[-1].set(held)

@@ -5,6 +5,7 @@ import pytest
 from problems import spd
 
 from qexp_jax import precision
+from qexp_jax.quadratic import dense_root
 
 KEY = jax.random.key(6)
 
@@ -79,7 +80,7 @@ def test_many_draws_are_independent_and_have_the_law_of_one(form):
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
 def test_a_matrix_of_several_blocks_has_the_root_of_the_oracle(backend, monkeypatch):
-    matrix = spd(KEY, 2 * precision._ON_CPU + 37, condition=1e3)
+    matrix = spd(KEY, 2 * dense_root._ON_CPU + 37, condition=1e3)
     monkeypatch.setattr(precision.jax, "default_backend", lambda: backend)
     operator = precision.dense.__wrapped__(matrix)  # no trace of the other backend is used again
     assert len(operator.arrays.inverses) == {"cpu": 3, "gpu": 1}[backend]

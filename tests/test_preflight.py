@@ -21,7 +21,8 @@ MEASURE = """
 import json, sys
 import jax, jax.numpy as jnp, numpy as np
 from experiments.benchmark.measure import live_bytes, peak, reset_peak, resident
-from qexp_jax import passes, precision, preflight, subspace
+from qexp_jax import precision, preflight, subspace
+from qexp_jax.private_pass import passes
 
 width, k, rank, microbatch, n, tokens = json.loads(sys.argv[1])
 def loss(params, record):
@@ -118,7 +119,7 @@ def test_a_microbatch_and_a_stream_bound_what_is_held():
 
 
 def test_what_cannot_fit_is_refused_with_its_parts_and_nothing_is_read(monkeypatch):
-    monkeypatch.setattr("qexp_jax.passes.partial_sums", None)
+    monkeypatch.setattr("qexp_jax.private_pass.passes.partial_sums", None)
     with pytest.raises(ValueError, match=r"fit in 1,000 bytes a device, found .*k = 3, d = 3 .*data_bytes"):
         tune(memory_budget=1000)
     tune(memory_budget=10**9)

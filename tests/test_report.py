@@ -27,7 +27,7 @@ def table(*groups):
 
 
 def grid():
-    """Two models, two n, two epsilons, with losses, a cell without ours, one without rivals, one with one seed."""
+    """Two models, two n, two epsilons, with losses, a cell without ours, one without baselines, one with one seed."""
     cells = [(model, n, epsilon) for model in ("linear", "mlp") for n in (250, 1000) for epsilon in (0.5, 8.0)]
     groups = []
     for i, (model, n, epsilon) in enumerate(cells):
@@ -67,9 +67,9 @@ def test_seeds_are_paired_by_number_and_not_by_order():
     assert cell["difference_se"] == pytest.approx(0, abs=1e-12) and cell["verdict"] == "ahead"
 
 
-def test_the_best_rival_is_the_one_with_the_highest_mean():
+def test_the_best_baseline_is_the_one_with_the_highest_mean():
     cell = report.cells(table(runs("qexp", QEXP), runs("dp_gd", FIRST), runs("adassp", SECOND))).iloc[0]
-    assert cell["rival"] == "dp_gd" and cell["best"] == pytest.approx(np.mean(FIRST))
+    assert cell["baseline"] == "dp_gd" and cell["best"] == pytest.approx(np.mean(FIRST))
 
 
 def test_a_single_seed_has_no_standard_error_and_decides_nothing():
@@ -99,7 +99,7 @@ def test_a_drop_below_zero_shot_within_its_noise_is_not_flagged():
     ("losses", "verdict"),
     [([0.3, 0.31, 0.32], "lower"), ([0.5, 0.52, 0.54], "higher"), ([0.3, 0.43, 0.5], "within 2 SE")],
 )
-def test_losses_are_compared_with_those_of_the_rival_of_best_metric(losses, verdict):
+def test_losses_are_compared_with_those_of_the_baseline_of_best_metric(losses, verdict):
     df = table(
         runs("qexp", QEXP, losses=losses),
         runs("dp_gd", FIRST, losses=[0.4, 0.42, 0.44]),
@@ -107,7 +107,7 @@ def test_losses_are_compared_with_those_of_the_rival_of_best_metric(losses, verd
         runs("zero_shot", [0.7] * 3, epsilon=math.inf, losses=[0.6] * 3),
     )
     cell = report.cells(df).iloc[0]
-    assert cell["rival"] == "dp_gd" and cell["loss_verdict"] == verdict
+    assert cell["baseline"] == "dp_gd" and cell["loss_verdict"] == verdict
     assert cell["ours_loss"] == pytest.approx(np.mean(losses)) and cell["best_loss"] == pytest.approx(0.42)
     (line,) = [line for line in page_of(df).splitlines() if "dp_gd 0.8" in line]
     assert [text.strip() for text in line.split("|")][-3:-1] == [f"0.6000 / {np.mean(losses):.4f} / 0.4200", verdict]
@@ -123,11 +123,11 @@ def test_missing_cells_are_listed():
     page = page_of(grid())
     missing = page.partition("## Missing")[2]
     assert "- toy, linear, n = 1000, epsilon = 0.5: no qexp\n" in missing
-    assert "- toy, mlp, n = 250, epsilon = 8: no rivals\n" in missing
+    assert "- toy, mlp, n = 250, epsilon = 8: no baselines\n" in missing
     assert "6 of 8 cells compared, 2 missing" in page
 
 
-def test_a_cell_that_lacks_one_rival_says_so():
+def test_a_cell_that_lacks_one_baseline_says_so():
     df = table(runs("qexp", QEXP), runs("dp_gd", FIRST), runs("adassp", SECOND, epsilon=8.0))
     missing = page_of(df).partition("## Missing")[2]
     assert "epsilon = 1: without adassp" in missing and "epsilon = 8: no qexp" in missing
@@ -149,7 +149,7 @@ def test_main_writes_the_page_and_three_pictures(tmp_path):
 
 def test_a_model_of_which_only_zero_shot_has_run_is_reported_as_missing(tmp_path):
     df = table(runs("qexp", QEXP), runs("dp_gd", FIRST), runs("zero_shot", [0.7], epsilon=math.inf, model="cnn"))
-    assert "- toy, cnn, n = 250, epsilon = 1: no qexp, no rivals" in render(df, tmp_path)
+    assert "- toy, cnn, n = 250, epsilon = 1: no qexp, no baselines" in render(df, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from scipy import stats
 import qexp_jax
 from qexp_jax import clipping, features, hardened, privacy, records, tilt, weighting
 from qexp_jax import ledger as ledgers
-from qexp_jax.fine_tuning import rounds, tilting
+from qexp_jax.fine_tuning import inputs, one_pass, rounds, tilting
 from qexp_jax.numerics import integers
 
 KEY, BUDGET = jax.random.key(23), {"epsilon": 4.0, "delta": 1e-5}
@@ -176,7 +176,7 @@ def test_bad_input_is_refused_before_private_data_is_read(name, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("private data was read")
 
-    monkeypatch.setattr(qexp_jax.passes, "device_sum", never)
+    monkeypatch.setattr(qexp_jax.private_pass.passes, "device_sum", never)
     with pytest.raises(ValueError, match=message):
         weighted(**options)
 
@@ -190,14 +190,17 @@ def engine_of(prepared=PREPARED, loss_fn=None, **options):
         "microbatch_size": None, "mode": "reverse", "mesh": None, "hardened": False, "exact": False,
         "diagnostics": True, "store": None, "progress": None,
     }  # fmt: skip
-    return rounds.PassOptions(loss_fn=loss_fn, **settings | options)
+    return one_pass.PassOptions(loss_fn=loss_fn, **settings | options)
 
 
 def exact_sum(private, options=None, prepared=PREPARED):
     """Of the pass before noise, in units of the clip norm, as the integers say it."""
     options, linearisation = engine_of(prepared) if options is None else options, tilting.linearisation(prepared)
-    blank = rounds._beginning(0, None, qexp_jax.passes.empty(linearisation.subspace.dim, options.hardened))
-    total, _, _ = rounds._pass(options, linearisation, rounds._placed(options, None, private), blank, None)
+    blank = one_pass.beginning(
+        0, None, qexp_jax.private_pass.passes.empty(linearisation.subspace.dim, options.hardened)
+    )
+    units = one_pass.place(options, None, private)
+    total, _, _ = one_pass.exact_sum(options, linearisation, units, blank, None)
     if options.hardened:
         return np.asarray(total, np.float64) / hardened.INTEGER_CLIP_NORM
     return integers.to_int64(total) / clipping.STEPS
@@ -225,7 +228,7 @@ def test_the_pass_sums_clipped_features():
 def test_units_are_means_of_their_records():
     """Each of which is clipped; of as many records as the cap allows."""
     ids = np.arange(N) // 4
-    loss_fn, units = qexp_jax.door.grouped(tilting.loss(PREPARED.features), PRIVATE, ids, None)
+    loss_fn, units = inputs.grouped(tilting.loss(PREPARED.features), PRIVATE, ids, None)
     rows, c = raw_rows(PRIVATE), PREPARED.l2_clip_norm
     found = exact_sum(units, engine_of(loss_fn=loss_fn)) * c
     np.testing.assert_allclose(found, weighting.clipped(rows, c).sum(axis=0) / 4, atol=2e-3)
@@ -304,13 +307,13 @@ def test_noise_has_its_scale(discrete, monkeypatch):
     """
     if discrete:
         pytest.importorskip("opendp")
-    real, seen = rounds._pass, []
+    real, seen = one_pass.exact_sum, []
 
     def once(*args):  # what is drawn many times is read once
         seen[:] = seen or [real(*args)]
         return seen[0]
 
-    monkeypatch.setattr(rounds, "_pass", once)
+    monkeypatch.setattr(one_pass, "exact_sum", once)
     number, norm = 800 if discrete else 120, PREPARED.l2_clip_norm
     found = draws(number, hardened=discrete)
     exact = exact_sum(PRIVATE, engine_of(hardened=discrete)) * norm
@@ -461,13 +464,13 @@ def test_a_hardened_release_has_a_hardened_tilt(monkeypatch):
 
 def test_the_tilts_noise_is_not_a_rounds(monkeypatch):
     """Each draw of a release has a key of its own."""
-    keys, noisy_sum = [], rounds._noisy_sum
+    keys, noisy_sum = [], one_pass._noisy_sum
 
     def watched(key, *args):
         keys.append(tuple(np.asarray(jax.random.key_data(key))))
         return noisy_sum(key, *args)
 
-    monkeypatch.setattr(rounds, "_noisy_sum", watched)
+    monkeypatch.setattr(one_pass, "_noisy_sum", watched)
     tune()
     assert len(keys) == 3 == len(set(keys))
     assert tuple(np.asarray(jax.random.key_data(KEY))) not in keys

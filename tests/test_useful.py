@@ -229,7 +229,7 @@ def test_promotion_may_be_forbidden(setting, options):
         options = {"subspace": subspace.count_sketch(KEY, LINEAR, 20)}
     forbid = {"rank": jax.numpy_rank_promotion("raise"), "dtype": jax.numpy_dtype_promotion("strict")}[setting]
     run = functools.partial(
-        qexp_jax.fine_tune, KEY, linear, LINEAR, public=data(200, 1), private=data(90, 2), rounds=1, **BUDGET, **options
+        fine_tune, KEY, linear, LINEAR, public=data(200, 1), private=data(90, 2), rounds=1, **BUDGET, **options
     )
     with forbid:
         found = run()

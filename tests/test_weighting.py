@@ -7,6 +7,7 @@ import pytest
 from scipy import optimize
 
 from qexp_jax import features, subspace, weighting
+from qexp_jax.quadratic import tilted_training
 
 KEY = jax.random.key(5)
 
@@ -184,7 +185,7 @@ def problem(curved=1.0):
 
 def trained(params, public, weights, space=None, steps=200, key=KEY, **options):
     space = subspace.full(params, where="^w$") if space is None else space
-    return weighting.train(key, squared, params, space, public, weights, steps, **options)
+    return tilted_training.train(key, squared, params, space, public, weights, steps, **options)
 
 
 def weighted_loss(params, public, weights):
@@ -242,7 +243,7 @@ def test_training_that_does_not_help_is_undone(monkeypatch):
     """Steps that lead away raise the weighted loss: the anchor is returned."""
     params, public, weights = problem()
     assert np.any(trained(params, public, weights, steps=60)["w"] != params["w"])
-    monkeypatch.setattr(weighting, "train_steps", lambda loss, steps, carry, *_: (carry[0] + 100, carry[1]))
+    monkeypatch.setattr(tilted_training, "train_steps", lambda loss, steps, carry, *_: (carry[0] + 100, carry[1]))
     np.testing.assert_array_equal(trained(params, public, weights, steps=60)["w"], params["w"])
 
 
@@ -253,11 +254,11 @@ def test_the_slope_is_that_of_all_records():
     at = params | {"w": params["w"] + 0.2}
     expected = jax.grad(lambda w: weighted_loss(at | {"w": w}, public, 1.0))(at["w"])
     found = sum(
-        count / N * weighting.public_slope(squared, at, space, part, count)
+        count / N * tilted_training.public_slope(squared, at, space, part, count)
         for part, count in features.chunks(public, 300)
     )
     np.testing.assert_allclose(found, expected, atol=1e-4)
-    np.testing.assert_allclose(weighting.public_slope(squared, params, space, public, N), 0, atol=1e-4)
+    np.testing.assert_allclose(tilted_training.public_slope(squared, params, space, public, N), 0, atol=1e-4)
 
 
 def test_training_repeats_and_says_how_far_it_is():
@@ -271,7 +272,7 @@ def test_training_repeats_and_says_how_far_it_is():
 def steps_for(num_public, width=4):
     params = {"w": jax.ShapeDtypeStruct((width, width), jnp.float32)}
     record = {"x": jax.ShapeDtypeStruct((width,), jnp.float32)}
-    return weighting.num_steps(lambda p, r: jnp.sum((p["w"] @ r["x"]) ** 2), params, record, num_public)
+    return tilted_training.num_steps(lambda p, r: jnp.sum((p["w"] @ r["x"]) ** 2), params, record, num_public)
 
 
 def test_steps_are_bounded():
@@ -283,6 +284,6 @@ def test_steps_are_bounded():
 
 
 def test_gradients_are_counted():
-    assert weighting.num_gradients(0, 5000) == 0
-    assert weighting.num_gradients(100, 5000) == 5000 + 100 * 128
-    assert weighting.num_gradients(10, 50) == 50 + 10 * 50
+    assert tilted_training.num_gradients(0, 5000) == 0
+    assert tilted_training.num_gradients(100, 5000) == 5000 + 100 * 128
+    assert tilted_training.num_gradients(10, 50) == 50 + 10 * 50

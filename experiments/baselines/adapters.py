@@ -1,4 +1,4 @@
-"""Which parameters a rival trains: all, the last layer, the biases (BiTFiT), or low-rank factors (LoRA).
+"""Which parameters a baseline trains: all, the last layer, the biases (BiTFiT), or low-rank factors (LoRA).
 
 An adapter is a pair of pure functions: `split(key, params) -> (trainable, frozen)` and `merge(trainable, frozen) ->
 params`, where merging what was just split gives the parameters back. Biases: Ben Zaken et al., arXiv:2106.10199, under

@@ -1,4 +1,4 @@
-"""The rivals that take many noisy steps: DP-SGD, DP-Adam and full-batch DP-GD, with jax_privacy.
+"""The baselines that take many noisy steps: DP-SGD, DP-Adam and full-batch DP-GD, with jax_privacy.
 
 Poisson sampling, per-record clipping and noise are jax_privacy's, calibrated by dp_accounting's PLD accountant under
 the zero-out relation (REPLACE_SPECIAL), which is also qexp_jax's default. Abadi et al., arXiv:1607.00133.

@@ -1,4 +1,4 @@
-"""Rivals for linear heads: objective perturbation and DP least squares (AdaSSP), both around the pretrained head.
+"""Baselines for linear heads: objective perturbation and DP least squares (AdaSSP), both around the pretrained head.
 
 Rows are `x~ = (x, 1)` scaled to norm at most R. The head's logits are `x~ (theta0 + w)`, and w is what is learnt. Both
 guarantees are for zero-out (REPLACE_SPECIAL) or add/remove one record.

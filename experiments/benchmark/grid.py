@@ -3,15 +3,15 @@
     python -m experiments.benchmark.grid                       # the whole grid; resumes after an interruption
     python -m experiments.benchmark.grid --part 0/2            # one of two processes that share the grid
     python -m experiments.benchmark.grid --models cnn --sizes 10000 --search-from 4000
-    python -m experiments.benchmark.grid --settings-from DIR --best-rivals --out NEW   # a table anew, without searches
+    python -m experiments.benchmark.grid --settings-from DIR --best-baselines --out NEW   # anew, no search
     python -m experiments.benchmark.grid --tasks mnist_trained --sizes 1000 --epsilons 1 --seeds 3 --out DIR
 
 A cell is task x model x n x epsilon. A seed is a private subsample of size n, the order of the public records (of which
-a plan takes samples) and the noise; all methods share the subsamples. A rival's hyperparameters are those with the best
-mean test metric over the first two seeds: chosen on the test set, an advantage that ours does not get. A search starts
-where that at the epsilon before ended and, with --search-from, where that at another n did. --settings-from searches
-nothing: what DIR/arena.csv has is run again with the settings that it holds. Of the rivals, with --best-rivals, the
-best in each cell and the best relative of DP-SGD are.
+a plan takes samples) and the noise; all methods share the subsamples. A baseline's hyperparameters are those with the
+best mean test metric over the first two seeds: chosen on the test set, an advantage that ours does not get. A search
+starts where that at the epsilon before ended and, with --search-from, where that at another n did. --settings-from
+searches nothing: what DIR/arena.csv has is run again with the settings that it holds. Of the baselines, with
+--best-baselines, the best in each cell and the best relative of DP-SGD are.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from experiments.benchmark import models, tasks
 from experiments.benchmark.measure import measured
-from experiments.benchmark.methods import DESCENT, METHODS, RIVALS, Cell, Method
+from experiments.benchmark.methods import BASELINES, DESCENT, METHODS, Cell, Method
 from experiments.benchmark.search import Point, climb
 from experiments.data.splits import run_cli, select
 
@@ -71,15 +71,17 @@ def parse_args(argv=None):
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--first-seed", type=int, default=0, help="searches see seeds 0 and 1, wherever the rows begin")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--metric", choices=list(models.METRICS), help="what rivals are chosen by; default: the task's")
+    parser.add_argument(
+        "--metric", choices=list(models.METRICS), help="what baselines are chosen by; default: the task's"
+    )
     parser.add_argument("--search-from", type=int, metavar="N", help="start searches where those at N records ended")
     parser.add_argument("--settings-from", type=pathlib.Path, metavar="DIR", help="run DIR/arena.csv again, no search")
-    parser.add_argument("--best-rivals", action="store_true", help="of the rivals there, the best in each cell")
+    parser.add_argument("--best-baselines", action="store_true", help="of the baselines there, the best in each cell")
     parser.add_argument("--part", type=_part, default="0/1", help="i/m: the i-th, from 0, of m processes")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder of arena.csv")
     args = parser.parse_args(argv)
-    if args.best_rivals and args.settings_from is None:
-        parser.error("--best-rivals chooses among the rivals of --settings-from")
+    if args.best_baselines and args.settings_from is None:
+        parser.error("--best-baselines chooses among the baselines of --settings-from")
     return args
 
 
@@ -297,16 +299,16 @@ def best_methods(rows: list[dict[str, str]], names: Sequence[str]) -> dict[tuple
     return {cell: max(sorted(found), key=lambda name: np.mean(found[name])) for cell, found in metrics.items()}
 
 
-def to_run_again(rows: list[dict[str, str]], best_rivals: bool) -> dict[tuple, dict[str, str]]:
-    """A row of each group; of the rivals' perhaps only the best in their cell, and the best relative of DP-SGD."""
+def to_run_again(rows: list[dict[str, str]], best_baselines: bool) -> dict[tuple, dict[str, str]]:
+    """A row of each group; of the baselines' perhaps only the best in their cell, and the best relative of DP-SGD."""
     groups = {group_of(row): row for row in rows}
-    if not best_rivals:
+    if not best_baselines:
         return groups
-    bests = [best_methods(rows, names) for names in (RIVALS, DESCENT)]
+    bests = [best_methods(rows, names) for names in (BASELINES, DESCENT)]
     return {
         (*cell, name): row
         for (*cell, name), row in groups.items()
-        if name not in RIVALS or name in [best.get(tuple(cell)) for best in bests]
+        if name not in BASELINES or name in [best.get(tuple(cell)) for best in bests]
     }
 
 
@@ -316,7 +318,7 @@ def run(args) -> None:
     done = {group_of(row): row for row in read_rows(path)}
     again = None
     if args.settings_from is not None:
-        again = to_run_again(read_rows(args.settings_from / "arena.csv"), args.best_rivals)
+        again = to_run_again(read_rows(args.settings_from / "arena.csv"), args.best_baselines)
         if not again:
             raise ValueError(f"{args.settings_from}: found no rows of an arena.csv to run again.")
     work = columns_of_work(args, again)

@@ -1,8 +1,8 @@
-"""The methods of the arena, under one signature: ours, the floor, the ceiling, and every rival.
+"""The methods of the arena, under one signature: ours, the floor, the ceiling, and every baseline.
 
 A method takes a `Cell` (anchor, private records, budget), a seed and a point of its lattice of hyperparameters, and
-returns parameters and what it spent. Ours has no lattice. A rival's lattice is logarithmic and has no edges but those
-that `allowed` states: cost (at most 64 passes over the private records) and what its guarantee requires.
+returns parameters and what it spent. Ours has no lattice. A baseline's lattice is logarithmic and has no edges but
+those that `allowed` states: cost (at most 64 passes over the private records) and what its guarantee requires.
 """
 
 import functools
@@ -82,6 +82,21 @@ def _qexp(cell, seed, settings):
     )
     passes = len(infos) + (release.certificate["tilt"] is not None)
     return Outcome(jax.block_until_ready(release.params), passes * cell.num_private, passes)
+
+
+def _one_draw(cell, seed, settings):
+    """The mechanism of arXiv:2605.20521 alone: one draw with A = M = H + lambda I."""
+    release = qexp_jax.fine_tune(
+        jax.random.key(seed),
+        cell.anchor.model.loss_fn,
+        cell.anchor.params,
+        public=cell.anchor.split.public,
+        private=cell.private,
+        epsilon=cell.epsilon,
+        delta=cell.delta,
+        plan=qexp_jax.PlanOptions(one_draw=True),
+    )
+    return Outcome(jax.block_until_ready(release.params), cell.num_private, 1)
 
 
 def _zero_shot(cell, seed, settings):
@@ -183,6 +198,7 @@ def _perturbation_starts(num_private):
 
 METHODS = {
     "qexp": Method(_qexp),
+    "one_draw": Method(_one_draw),
     "zero_shot": Method(_zero_shot, private=False),
     "non_private": Method(
         _non_private,
@@ -215,5 +231,6 @@ METHODS = {
         starts=lambda num_private: [(1, 1)],
     ),
 }
-RIVALS = [name for name, method in METHODS.items() if method.private and name != "qexp"]
-DESCENT = [name for name in RIVALS if name.startswith("dp_")]  # DP-SGD and its relatives
+OURS = "qexp", "one_draw"
+BASELINES = [name for name, method in METHODS.items() if method.private and name not in OURS]
+DESCENT = [name for name in BASELINES if name.startswith("dp_")]  # DP-SGD and its relatives

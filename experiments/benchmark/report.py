@@ -26,7 +26,7 @@ COLUMNS = [
     "compile_seconds", "private_gradients", "noisy_steps", "peak_bytes",
 ]  # fmt: skip
 GROUP, CELL = ["task", "model"], ["task", "model", "n", "epsilon"]
-OURS, ZERO_SHOT, NON_PRIVATE = "qexp", "zero_shot", "non_private"
+OURS, ONE_DRAW, ZERO_SHOT, NON_PRIVATE = "qexp", "one_draw", "zero_shot", "non_private"
 DESCENT = "dp_"  # DP-SGD and its relatives
 VERDICTS = ("ahead", "within 2 SE", "behind", "undecided")
 LOSS_VERDICTS = ("lower", "higher")
@@ -83,26 +83,26 @@ def read(path: pathlib.Path) -> pd.DataFrame:
 def cells(df: pd.DataFrame) -> pd.DataFrame:
     """One row for each cell: every n of a (task, model) at every epsilon of the file, run or not.
 
-    Columns beside the cell: `metric_name`; mean and standard error of ours (`ours`, `ours_se`) and of the rival with
-    the highest mean (`rival`, `best`, `best_se`); mean of ours minus best over their common seeds and its standard
+    Columns beside the cell: `metric_name`; mean and standard error of ours (`ours`, `ours_se`) and of the baseline with
+    the highest mean (`baseline`, `best`, `best_se`); mean of ours minus best over their common seeds and its standard
     error (`difference`, `difference_se`, `seeds`); `zero_shot` and `non_private` means; `below_zero_shot`; `verdict`,
-    one of `VERDICTS` or what is missing; `absent`, the rivals run with this model elsewhere but not here; mean test
-    losses (`ours_loss`, `best_loss`, `zero_shot_loss`), and `loss_verdict` on ours and that rival's: "lower", "higher",
+    one of `VERDICTS` or what is missing; `absent`, the baselines run with this model elsewhere but not here; mean test
+    losses (`ours_loss`, `best_loss`, `zero_shot_loss`), and `loss_verdict` on ours and its: "lower", "higher",
     "within 2 SE" or nothing. NaN stands for what is missing and for the standard error of a single seed.
     """
     scores = {key: group.set_index("seed")[["metric", "loss"]] for key, group in df.groupby([*CELL, "method"])}
     epsilons = sorted(value for value in df["epsilon"].unique() if math.isfinite(value))
     sizes = df[[*GROUP, "n", "metric_name"]].drop_duplicates().sort_values([*GROUP, "n"])
     return pd.DataFrame(
-        {"metric_name": metric_name} | _compare(scores, (task, model, n, epsilon), rivals_of(df, model))
+        {"metric_name": metric_name} | _compare(scores, (task, model, n, epsilon), baselines_of(df, model))
         for task, model, n, metric_name in sizes.itertuples(index=False, name=None)
         for epsilon in epsilons
     )
 
 
-def rivals_of(df: pd.DataFrame, model: str) -> list[str]:
+def baselines_of(df: pd.DataFrame, model: str) -> list[str]:
     """The private methods other than ours that the file has for `model`, on any task."""
-    return sorted(set(df.loc[df["model"] == model, "method"]) - {OURS, ZERO_SHOT, NON_PRIVATE})
+    return sorted(set(df.loc[df["model"] == model, "method"]) - {OURS, ONE_DRAW, ZERO_SHOT, NON_PRIVATE})
 
 
 def _compare(scores, cell, expected):
@@ -110,13 +110,13 @@ def _compare(scores, cell, expected):
         return scores.get((*cell[:3], epsilon, method), pd.DataFrame({"metric": [], "loss": []}, dtype=float))
 
     found = {name: of(name, cell[3]) for name in expected if len(of(name, cell[3]))}
-    rival = max(found, key=lambda name: found[name]["metric"].mean(), default="")
-    runs = of(OURS, cell[3]), found.get(rival, of("", math.nan)), of(ZERO_SHOT, math.inf), of(NON_PRIVATE, math.inf)
+    baseline = max(found, key=lambda name: found[name]["metric"].mean(), default="")
+    runs = of(OURS, cell[3]), found.get(baseline, of("", math.nan)), of(ZERO_SHOT, math.inf), of(NON_PRIVATE, math.inf)
     ours, best, zero, ceiling = (run["metric"] for run in runs)
     difference, drop = (ours - best).dropna(), (zero - ours).dropna()
     return dict(zip(CELL, cell, strict=True)) | {
         "ours": ours.mean(), "ours_se": ours.sem(),
-        "rival": rival, "best": best.mean(), "best_se": best.sem(),
+        "baseline": baseline, "best": best.mean(), "best_se": best.sem(),
         "difference": difference.mean(), "difference_se": difference.sem(), "seeds": len(difference),
         "zero_shot": zero.mean(), "non_private": ceiling.mean(),
         # fmax: with a single seed the smallest drop alone decides.
@@ -137,7 +137,7 @@ def _losses(ours, best, zero):
 
 
 def _lack(ours, best, difference):
-    lacking = [text for text, part in (("no qexp", ours), ("no rivals", best)) if part.empty]
+    lacking = [text for text, part in (("no qexp", ours), ("no baselines", best)) if part.empty]
     return ", ".join(lacking) or ("no common seeds" if difference.empty else "")
 
 
@@ -160,7 +160,7 @@ def nearest(epsilons) -> float:
 
 def page(df: pd.DataFrame, compared: pd.DataFrame) -> str:
     """The text of `arena.md`."""
-    lines = [*_summary(df, compared), "", "## Ours against the best rival", ""]
+    lines = [*_summary(df, compared), "", "## Ours against the best baseline", ""]
     for (task, model), group in compared.groupby(GROUP):
         lines += [_title(task, model, group), "", *_table(_comparison_row(cell) for cell in group.itertuples()), ""]
     lines += ["## Costs", "", *_COST_NOTES, ""]
@@ -174,7 +174,7 @@ def page(df: pd.DataFrame, compared: pd.DataFrame) -> str:
 
 _COST_NOTES = [
     "Ours and the DP-SGD relative of highest mean. Seconds: wall time of a run without compilation, median over seeds;",
-    "a rival's search is not counted. Compilation: seconds, the most of any seed; zero where a search had compiled it.",
+    "a baseline's search is not counted. Compilation: seconds, the most of any seed; zero after a search.",
     "Gradients: evaluations of a private record's gradient. Memory: the process's peak, data and runtime included.",
 ]
 
@@ -189,14 +189,14 @@ def _summary(df, compared):
         "# The arena: qexp (ours) against private fine-tuning", "",
         *_table(_split_row(name, compared[chosen]) for name, chosen in splits.items()), "",
         f"- {done.sum()} of {len(compared)} cells compared, {(~done).sum()} missing; "
-        f"{(compared['absent'] != '').sum()} still lack a rival (see Missing, at the end).",
-        "- **Each rival's hyperparameters were chosen on the test set; ours were not.**",
-        "- Best rival: the rival with the highest mean in that cell. Higher is better.",
+        f"{(compared['absent'] != '').sum()} still lack a baseline (see Missing, at the end).",
+        "- **Each baseline's hyperparameters were chosen on the test set; ours were not.**",
+        "- Best baseline: the baseline with the highest mean in that cell. Higher is better.",
         "- Ahead, behind: by more than 2 standard errors (SE) of the paired difference over common seeds, which share "
         "the private records. SEs cover subsample, order of the public records and noise, not test set or pretraining.",
         f"- Below zero-shot: ours is, by more than max(3 SE, {SMALLEST_DROP:g}).",
-        "- Loss: mean cross-entropy on the test set, in nats; ours is lower or higher than that of the same rival by "
-        "more than 2 SE. **The rival's settings are those of its best metric; others may have a lower loss.**",
+        "- Loss: mean cross-entropy on the test set, in nats; ours is lower or higher than the same baseline's by "
+        "more than 2 SE. **The baseline's settings are those of its best metric; others may have a lower loss.**",
         "- Metric: " + "; ".join(f"{name} ({tasks})" for name, tasks in metrics.items())
         + f". δ = {', '.join(f'{delta:g}' for delta in sorted(df['delta'].unique()))}."
         + f" Common seeds in a cell: {_span(compared.loc[done, 'seeds'])}.",
@@ -223,11 +223,11 @@ def _comparison_row(cell):
         "epsilon": f"{cell.epsilon:g}",
         "zero-shot": _number(cell.zero_shot),
         "qexp": _with_se(cell.ours, cell.ours_se),
-        "best rival": f"{cell.rival} {_with_se(cell.best, cell.best_se)}".strip(),
+        "best baseline": f"{cell.baseline} {_with_se(cell.best, cell.best_se)}".strip(),
         "difference": _with_se(cell.difference, cell.difference_se, signed=True),
         "verdict": ", ".join(flags),
         "non-private": _number(cell.non_private),
-        "loss: zero-shot / qexp / rival": " / ".join(
+        "loss: zero-shot / qexp / baseline": " / ".join(
             _number(loss) for loss in (cell.zero_shot_loss, cell.ours_loss, cell.best_loss)
         ),
         "ours is": cell.loss_verdict or "–",
@@ -267,7 +267,7 @@ def _mean_rows(group):
 def _missing(compared):
     """Lines, one for each n and fault."""
     faults = compared["verdict"].where(~compared["verdict"].isin(VERDICTS), "")
-    partial = ("without " + compared["absent"]).where((compared["absent"] != "") & (compared["rival"] != ""), "")
+    partial = ("without " + compared["absent"]).where((compared["absent"] != "") & (compared["baseline"] != ""), "")
     lines = []
     for fault in (faults, partial):
         listed = compared.assign(fault=fault)[fault != ""]
@@ -320,8 +320,8 @@ def epsilon_figure(df: pd.DataFrame, compared: pd.DataFrame, path: pathlib.Path)
         row[0].set(ylabel=group["metric_name"].iloc[0], ylim=_limits(group))
     handles = [
         Line2D([], [], color=BLUE, lw=2.5, marker="o", ms=4, label="qexp (ours) ± 2 SE"),
-        Line2D([], [], color=VERMILION, lw=1.5, marker="s", ms=3.5, label="best rival in the cell (tuned on test)"),
-        Line2D([], [], color="0.75", lw=0.8, label="each rival"),
+        Line2D([], [], color=VERMILION, lw=1.5, marker="s", ms=3.5, label="best baseline in the cell (tuned on test)"),
+        Line2D([], [], color="0.75", lw=0.8, label="each baseline"),
         Line2D([], [], color=GREEN, lw=1.2, ls="--", label="non-private"),
         Line2D([], [], color="k", lw=1.2, ls=":", label="zero-shot"),
     ]  # fmt: skip
@@ -347,7 +347,7 @@ def _curves(ax, runs, part):
 
 
 def _limits(group):
-    """Of what matters: a rival that fails must not flatten the rest."""
+    """Of what matters: a baseline that fails must not flatten the rest."""
     values = group[["ours", "best", "zero_shot", "non_private"]].to_numpy()
     low, high = np.nanmin(values), np.nanmax(values)
     pad = 0.08 * (high - low) or 0.01
@@ -405,7 +405,7 @@ def family(method: str) -> str:
 
 
 def gain_figure(compared: pd.DataFrame, path: pathlib.Path) -> None:
-    """Ours minus the best rival, in hundredths, over n and epsilon, a panel for each (task, model)."""
+    """Ours minus the best baseline, in hundredths, over n and epsilon, a panel for each (task, model)."""
     groups = list(compared.groupby(GROUP))
     columns = min(4, len(groups))
     fig, axes = _panels(math.ceil(len(groups) / columns), columns, 3.6, 2.4)
@@ -415,7 +415,7 @@ def gain_figure(compared: pd.DataFrame, path: pathlib.Path) -> None:
         image = _heat_map(ax, group, limit)
         ax.set_title(f"{task}, {model} ({group['metric_name'].iloc[0]})", fontsize=9)
     bar = fig.colorbar(image, ax=axes, shrink=0.8, extend="both")
-    bar.set_label("ours − best rival, in hundredths\n(blue: ours ahead)")
+    bar.set_label("ours − best baseline, in hundredths\n(blue: ours ahead)")
     handles = [
         Line2D([], [], color="k", marker="$*$", ls="", label="|difference| > 2 SE"),
         plt.Rectangle((0, 0), 1, 1, fc="0.92", ec="0.6", hatch="///", label="missing"),

@@ -1,4 +1,4 @@
-"""Choosing a rival's hyperparameters: pattern search on an unbounded lattice, with a cache of what was scored."""
+"""Choosing a baseline's hyperparameters: pattern search on an unbounded lattice, with a cache of what was scored."""
 
 from collections.abc import Callable, Iterable
 
@@ -23,8 +23,8 @@ def climb(score: Callable[[Point], float], starts: Iterable[Point], allowed: Cal
 
     best = max((point for point in starts if allowed(point)), key=cached)
     while True:
-        rivals = [point for point in _neighbours(best) if allowed(point)]
-        better = max(rivals, key=cached, default=best)
+        baselines = [point for point in _neighbours(best) if allowed(point)]
+        better = max(baselines, key=cached, default=best)
         if cached(better) <= cached(best):
             return best
         best = better

@@ -49,7 +49,7 @@ def parse_args(argv=None):
     parser.add_argument("--dims", nargs="+", type=int, default=[256, 2048, 8192], help="k of the draws")
     parser.add_argument("--tiny", action="store_true", help="sizes that finish at once, and mean nothing")
     parser.add_argument("--data-dir", type=pathlib.Path, default=tasks.data_dir(), help="default: $QEXP_DATA")
-    parser.add_argument("--arena", type=pathlib.Path, default=RESULTS / "arena.csv", help="rivals' settings")
+    parser.add_argument("--arena", type=pathlib.Path, default=RESULTS / "arena.csv", help="baselines' settings")
     parser.add_argument("--epsilon", type=float, default=1.0, help="of the whole fine-tune")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     return parser.parse_args(argv)

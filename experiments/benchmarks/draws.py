@@ -1,8 +1,8 @@
 """Draws of N(0, H^{-1}) from a precision H that is factored once, against other libraries.
 
-A rival is timed as it is called, from H (numpyro) or from the covariance (the others), which factors again at each
+A baseline is timed as it is called, from H (numpyro) or from the covariance (the others), which factors again at each
 call, and, where its object can keep the factor, with the factor kept. JAX's products on an accelerator have ten bits of
-mantissa unless told otherwise, ours 24: rivals that keep the factor are timed with both.
+mantissa unless told otherwise, ours 24: baselines that keep the factor are timed with both.
 """
 
 import functools

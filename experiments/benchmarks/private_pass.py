@@ -26,7 +26,7 @@ CLIP_NORM = 1.0
 # Of ours, of its parts and of the peers, who are also given all records at once; the fastest counts.
 ON_CPU, ON_ACCELERATOR = (16, 32, 128), (8192,)
 # No goal: Opacus runs in another framework, and jax_privacy's users do not have our convolutions.
-RIVALS = {
+BASELINES = {
     "jax_privacy": ("jax_privacy clipped_grad", 1.0),
     "products": ("jax_privacy clipped_grad, convolutions as our products", ""),
     "hooks": ("Opacus, hooks", ""),
@@ -174,14 +174,14 @@ def linear_algebra_alone(case: Case, setup: Setup) -> Contestants:
 
 
 def rows(case: Case, *, dim: int, rank: int, seconds: float) -> Iterator[Row]:
-    """All setups of one model; of a rival's variants the fastest counts."""
+    """All setups of one model; of a baseline's variants the fastest counts."""
     for setup in setups(case, dim, rank):
         contestants = ours(case, setup) | gradients_alone(case, setup) | linear_algebra_alone(case, setup)
         contestants |= peers.l2_clips(case, setup.subspace, CLIP_NORM, microbatch_sizes())
         times = race(contestants, seconds=seconds)
         passed, plain = fastest(times, "ours"), fastest(times, "vmap(grad) sum")
         label = f"{case.name}, n={num_records(case.records)}, {setup.name}"
-        for name, (peer, goal) in RIVALS.items():
+        for name, (peer, goal) in BASELINES.items():
             if any(key.startswith(name) for key in times):
                 yield row(PATH, label, peer, passed, fastest(times, name), goal)
         whole = plain + times["whitening"] + times.get("projection", 0.0)

@@ -15,14 +15,30 @@ import jax.numpy as jnp
 import numpy as np
 
 from qexp_jax.data import arguments
+from qexp_jax.data.unit_ids import as_unit_ids
+
+__all__ = [
+    "LossFn",
+    "Params",
+    "Record",
+    "absorb",
+    "as_unit_ids",
+    "chunks",
+    "group_by_unit",
+    "held",
+    "is_key",
+    "microbatches",
+    "num_records",
+    "pad",
+    "take",
+    "unit_loss",
+    "vary",
+]
 
 Params: TypeAlias = chex.ArrayTree
 Record: TypeAlias = chex.ArrayTree
 LossFn = Callable[[Any, Any], jax.Array]
 
-
-# How NumPy, pandas and SQL write a missing value where it became a text.
-_MISSING = ("", "nan", "NaN", "NaT", "None", "<NA>", "null", "NULL")
 # Of NumPy's numbers, among which it counts durations.
 _NOT_HELD = (np.longdouble, np.clongdouble, np.timedelta64)
 
@@ -67,9 +83,11 @@ def held(tree: Any, name: str = "records", *, hide_length: bool = True) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, leaf: _held(leaf, name, path, hide_length), tree)
 
 
-def _held(leaf, name, path, hide_length):
+def _held(leaf: Any, name: str, path: tuple[Any, ...], hide_length: bool) -> Any:
     is_array = isinstance(leaf, np.ndarray | np.generic) and not isinstance(leaf, np.ma.MaskedArray)
-    if isinstance(leaf, jax.Array) or (isinstance(leaf, bool | int | float | complex) and not is_array):
+    # NumPy's float64 is a Python float too, and a Python float is held as it is.
+    is_python_number = isinstance(leaf, bool | int | float | complex) and not is_array
+    if isinstance(leaf, jax.Array) or is_python_number:
         return leaf
     if not (is_array and _is_holdable(leaf.dtype)):
         found = _described(leaf, hide_length)
@@ -83,12 +101,12 @@ def _held(leaf, name, path, hide_length):
         return leaf.astype(dtype)
 
 
-def _is_holdable(dtype):
+def _is_holdable(dtype: np.dtype) -> bool:
     is_number = jnp.issubdtype(dtype, jnp.number) and dtype.type not in _NOT_HELD
     return dtype.kind == "b" or is_number
 
 
-def _described(leaf, hide_length):
+def _described(leaf: Any, hide_length: bool) -> str:
     """Not the dtype's own text: that of texts has the length of the longest, that of structures their fields."""
     kind = f"{type(leaf).__module__}.{type(leaf).__qualname__}"
     if not isinstance(leaf, np.ndarray | np.generic):
@@ -96,7 +114,7 @@ def _described(leaf, hide_length):
     return f"{kind} of dtype {leaf.dtype.type.__name__} and shape {_shape_text(leaf.shape, hide_length)}"
 
 
-def _shape(leaf):
+def _shape(leaf: Any) -> tuple[int, ...]:
     """Without converting anything: the error of a conversion has values in it."""
     if hasattr(leaf, "shape"):
         return tuple(leaf.shape)
@@ -105,8 +123,10 @@ def _shape(leaf):
     raise ValueError(f"Expected records of arrays, found a leaf of type {_described(leaf, True)}.")
 
 
-def _shape_text(shape, hide_length):
-    return str(("*", *shape[1:]) if shape and hide_length else shape).replace("'", "")
+def _shape_text(shape: tuple[int, ...], hide_length: bool) -> str:
+    """With a star in place of the length of the leading axis, where that may be private."""
+    shown = ("*", *shape[1:]) if shape and hide_length else shape
+    return str(shown).replace("'", "")
 
 
 def is_key(leaf: Any) -> bool:
@@ -132,7 +152,7 @@ def pad(records: Record, multiple: int, mask: jax.Array | None = None) -> tuple[
     if not extra:
         return records, mask
 
-    def extend(leaf):
+    def extend(leaf: Any) -> jax.Array:
         leaf = jnp.asarray(leaf)
         filler = leaf[:1] if n else jnp.zeros((1, *leaf.shape[1:]), leaf.dtype)
         return jnp.concatenate([leaf, jnp.repeat(filler, extra, axis=0)])
@@ -145,10 +165,18 @@ def microbatches(records: Record, size: int, mask: jax.Array | None = None) -> t
 
     There are as few batches as m <= min(size, n) allows, and m is as small as they allow, rounded up to a multiple of
     8: little is padding, and no product has the odd shapes that take a CPU half as long again.
+
+    Args:
+      records: pytree with leading axis n.
+      size: the most records of a batch.
+      mask: optional bool (n,), True where a record counts.
     """
     n = num_records(records)
-    size = min(size, n) if n else size
-    even = _ceil(n, _ceil(n, size)) if n else size
+    even = size
+    if n:
+        size = min(size, n)
+        num_batches = _ceil(n, size)
+        even = _ceil(n, num_batches)
     m = min(size, 8 * _ceil(even, 8))
     records, mask = pad(records, m, mask)
     return jax.tree.map(lambda x: jnp.reshape(x, (-1, m, *jnp.shape(x)[1:])), (records, mask))
@@ -163,7 +191,8 @@ def chunks(records: Record, size: int) -> Iterator[tuple[Record, int]]:
         yield take(records, index), min(size, n - begin)
 
 
-def _ceil(a, b):
+def _ceil(a: int, b: int) -> int:
+    """a / b, rounded up."""
     return -(-a // b)
 
 
@@ -204,72 +233,6 @@ def group_by_unit(
     return take(records, index), jnp.asarray(is_there)
 
 
-def as_unit_ids(unit_ids: Any, num_records: int, name: str = "unit_ids") -> np.ndarray:
-    """Unit ids as an array without missing ones, so that equal persons have equal ids and no two share one.
-
-    Args:
-      unit_ids: (n,) integers, strings, bytes or NumPy times, all of one kind. Floats are refused: they hold missing
-        ids as NaN, and large integers as their neighbours.
-      num_records: n.
-      name: for the error.
-
-    Raises:
-      ValueError: for another shape or kind, or for missing ids: None, NaN, NaT, pandas' NA, masked entries, the
-        integer that NumPy makes of NaN, and texts that are empty or read as NumPy, pandas and SQL write a missing
-        value. Shows no id and no number.
-
-    >>> as_unit_ids([3, 1, 3], 3)
-    array([3, 1, 3], dtype=object)
-    """
-    ids = _ids_array(unit_ids, name)
-    if ids.shape != (num_records,):
-        raise ValueError(f"Expected {name} along one axis, one for each record, found another shape.")
-    if ids.dtype.kind not in "iuUSOM" and ids.size:
-        raise _bad_ids(name, f"dtype {ids.dtype.type.__name__}")
-    if _has_missing(ids):
-        raise _bad_ids(name, "missing ids or several kinds")
-    return ids
-
-
-def _bad_ids(name, found):
-    return ValueError(
-        f"Expected {name} to be integers or strings, all of one kind and without missing ids, found {found}."
-    )
-
-
-def _ids_array(unit_ids, name):
-    if np.any(np.ma.getmask(unit_ids)):
-        raise _bad_ids(name, "missing ids or several kinds")
-    # NumPy would make one kind of a list of several, and a text of a missing value.
-    is_list = isinstance(unit_ids, list | tuple)
-    try:
-        ids = np.asarray(unit_ids, object if is_list else None)
-        return ids.astype(object) if ids.dtype.kind == "T" else ids
-    except Exception:  # whatever a conversion raises quotes values
-        raise _bad_ids(name, f"{type(unit_ids).__name__}") from None
-
-
-def _has_missing(ids):
-    """Or entries of several kinds, which a missing one is."""
-    if ids.dtype.kind == "M":
-        return bool(np.any(np.isnat(ids)))
-    if ids.dtype.kind == "i" and ids.dtype.itemsize >= 4:
-        return bool(np.any(ids == np.iinfo(ids.dtype).min))  # what NumPy makes of NaN
-    if ids.dtype.kind not in "OUS":
-        return False
-    kinds = set(map(_id_kind, ids.tolist()))
-    return len(kinds) > 1 or "missing" in kinds
-
-
-def _id_kind(value):
-    if isinstance(value, bytes):
-        return "missing" if value.strip().decode(errors="replace") in _MISSING else "bytes"
-    if isinstance(value, str):
-        return "missing" if value.strip() in _MISSING else "str"
-    is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    return "int" if is_integer else "missing"
-
-
 @functools.lru_cache(maxsize=64)
 def unit_loss(loss_fn: LossFn) -> LossFn:
     """The mean loss over one unit `(records, mask)` of `group_by_unit`, as a loss of one record.
@@ -296,7 +259,7 @@ def absorb(digest: Any, tree: Any) -> None:
 def take(records: Record, index: Any) -> Record:
     """The records at `index`, an integer array or a slice; of NumPy arrays they alone go to the device."""
 
-    def rows(x):
+    def rows(x: Any) -> jax.Array:
         on_host = isinstance(x, np.ndarray) and not isinstance(index, jax.core.Tracer)
         return jnp.asarray(held(x[index])) if on_host else jnp.asarray(held(x))[index]
 

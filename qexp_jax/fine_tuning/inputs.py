@@ -14,7 +14,8 @@ from dp_accounting import NeighboringRelation
 
 from qexp_jax.data import arguments, stream, validation
 from qexp_jax.data.dataset import Dataset
-from qexp_jax.data.records import LossFn, Params, Record, as_unit_ids, group_by_unit, held, num_records, take, unit_loss
+from qexp_jax.data.records import LossFn, Params, Record, group_by_unit, held, num_records, take, unit_loss
+from qexp_jax.data.unit_ids import as_unit_ids
 from qexp_jax.fine_tuning import checkpoint as checkpoints
 from qexp_jax.fine_tuning import preflight
 from qexp_jax.numerics.keys import as_threefry
@@ -29,7 +30,7 @@ def with_usual_promotion(function: Callable[..., Any]) -> Callable[..., Any]:
     """The library counts on JAX's defaults; whoever forbids promotion in their own code may call it all the same."""
 
     @functools.wraps(function)
-    def run(*args, **kwargs):
+    def run(*args: Any, **kwargs: Any) -> Any:
         with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
             return function(*args, **kwargs)
 
@@ -143,10 +144,19 @@ def check_data(
     return batches
 
 
-def _check_private(check_loss, public, records, allow_empty, hide_length):
+def _check_private(
+    check_loss: Callable[[Record], None], public: Record, records: Record, allow_empty: bool, hide_length: bool
+) -> Record:
     """Private records as JAX will hold them; none are none of the public ones' shapes.
 
     Structure first, then types, so that nothing is converted that JAX cannot hold.
+
+    Args:
+      check_loss: raises unless a loss keeps records of these shapes apart.
+      public: of `public_records`.
+      records: private.
+      allow_empty: whether there may be none.
+      hide_length: whether their number is private.
     """
     validation.check_same_structure(public, records)
     records = held(records, "private records", hide_length=hide_length)
@@ -157,7 +167,15 @@ def _check_private(check_loss, public, records, allow_empty, hide_length):
 
 
 def check_devices(mesh: Any, params: Params, subspace: Any, public: Record, private: Record) -> None:
-    """Of a mesh, the private records go to its devices, wherever they are."""
+    """Raises where arrays lie on several devices; of a mesh, the private records go to its devices wherever they are.
+
+    Args:
+      mesh: devices, or None.
+      params: the pretrained parameters.
+      subspace: public, or None.
+      public: records in memory.
+      private: records or a stream.
+    """
     arrays = {"params": params, "public": public, "subspace": None if subspace is None else subspace.arrays}
     validation.check_devices(**arrays if mesh is not None else arrays | {"private": private})
 
@@ -181,14 +199,29 @@ def check_ids(name: str, records: Record, unit_ids: Any) -> np.ndarray | None:
 
 
 def grouped(loss_fn: LossFn, records: Record, unit_ids: Any, max_records_per_unit: int | None) -> tuple[LossFn, Record]:
-    """The loss of one unit, and the units."""
+    """The loss of one unit, and the units.
+
+    Args:
+      loss_fn: of one record.
+      records: with a leading axis n, or a stream of whole units.
+      unit_ids: (n,) of `check_ids`, None where each record is a unit.
+      max_records_per_unit: public cap.
+    """
     if unit_ids is None:
         return loss_fn, records
     return unit_loss(loss_fn), group_by_unit(records, unit_ids, max_records_per_unit=max_records_per_unit)
 
 
 def public_num_units(private: Record, unit_ids: Any, public_count: int | None, private_n: bool, mesh: Any) -> int:
-    """N, which enters step and noise and must be public."""
+    """N, which enters step and noise and must be public.
+
+    Args:
+      private: records or a stream.
+      unit_ids: (n,) of `check_ids`.
+      public_count: as given.
+      private_n: whether the number of units is private.
+      mesh: devices, or None.
+    """
     if public_count is None and private_n:
         raise ValueError("ADD_OR_REMOVE_ONE keeps the number of private units private: give a public_count.")
     if public_count is None and passes.spans_processes(mesh):
@@ -215,6 +248,12 @@ def one_unit(private: Record, public: Record, unit_ids: Any, max_records_per_uni
     """The shapes of one unit, from those of a record and the public cap: they are the same whatever the ids are.
 
     Of a stream those of the public records, since the width of its units may follow from the data.
+
+    Args:
+      private: records or a stream.
+      public: records in memory.
+      unit_ids: (n,), None where each record is a unit.
+      max_records_per_unit: public cap.
     """
     records = public if stream.is_stream(private) else private
     record = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x)[1:], jnp.result_type(x)), records)
@@ -236,6 +275,14 @@ def enter(ledger: Any, key: jax.Array, store: Any, units: Record, mesh: Any, **t
 
     A checkpoint of other data is refused before anything is entered. A new release is entered before its data is read,
     and digested after that.
+
+    Args:
+      ledger: of the dataset, if any.
+      key: of the release.
+      store: an open checkpoint, if any.
+      units: in memory or a stream.
+      mesh: devices, or None.
+      **terms: of `ledger.debit`.
     """
     in_memory = store is not None and not stream.is_stream(units)
     if in_memory:
@@ -246,8 +293,17 @@ def enter(ledger: Any, key: jax.Array, store: Any, units: Record, mesh: Any, **t
     return None if store is None else store._replace(ledger=ledger)
 
 
-def _debit(ledger, key, store, *, mu, hardened, **terms):
-    """Debits the release, unless checkpoint and ledger agree that it was debited before it was interrupted."""
+def _debit(ledger: Any, key: jax.Array, store: Any, *, mu: float, hardened: bool, **terms: Any) -> None:
+    """Debits the release, unless checkpoint and ledger agree that it was debited before it was interrupted.
+
+    Args:
+      ledger: as given.
+      key: of the release.
+      store: an open checkpoint, if any.
+      mu: of `ledger.debit`.
+      hardened: of `ledger.debit`.
+      **terms: of `ledger.debit`.
+    """
     paid = None if store is None else checkpoints.paid_tag(store)
     if ledger is None and paid is not None:
         raise ValueError("The checkpoint's release was entered in a ledger, which has to be given for it to go on.")

@@ -23,6 +23,9 @@ class PlanOptions:
       precision_rank: at most how many leading directions of the public gradients have their curvature measured.
       damping: lambda > 0 in units of curvature.
       l2_clip_norm: C > 0 in the norm |M^{-1/2} g|, where M has largest eigenvalue 1.
+      one_draw: the mechanism of arXiv:2605.20521 as its abstract has it: A = M = H + lambda I, one round, no tilt, and
+        the whole draw is taken; in any subspace, and in their leading directions. By default lambda is the largest
+        curvature.
       tilt: before the rounds, spend a tenth of mu^2 on one draw of the private mean of public features, and train the
         pretrained model on public records that are weighted to have this mean (`tilt`, T9); left out where N mu is
         below 200 or training would take minutes, and without effect where the draw shows no shift or weights cannot
@@ -37,6 +40,7 @@ class PlanOptions:
     precision_rank: int = 128
     damping: float | None = None
     l2_clip_norm: float | None = None
+    one_draw: bool = False
     tilt: bool = True
     features: Callable[..., Any] | None = None
 
@@ -84,6 +88,8 @@ def checked_plan(options: PlanOptions) -> PlanOptions:
             "Give a subspace or a subspace_dim, not both: "
             f"found {options.subspace.name!r} and {options.subspace_dim}."
         )  # fmt: skip
+    if options.one_draw and options.rounds not in (None, 1):
+        raise ValueError(f"Expected rounds=1 with one_draw, found {options.rounds}.")
     return dataclasses.replace(
         options,
         rounds=_count("rounds", options.rounds),
@@ -115,6 +121,11 @@ def with_progress(options: RunOptions, rounds: int | None) -> RunOptions:
     if not isinstance(options.progress, bool):
         return options
     return dataclasses.replace(options, progress=bar(rounds) if options.progress else None)
+
+
+def listener(options: RunOptions) -> Callable[[str], None] | None:
+    """Who is told of stages, once `with_progress` has made a function of a truth value."""
+    return None if isinstance(options.progress, bool) else options.progress
 
 
 def _is_a(name: str, value: Any, kind: Any) -> None:

@@ -19,7 +19,9 @@ from qexp_jax.model.subspace import Subspace
 from qexp_jax.private_pass import passes
 from qexp_jax.private_pass.passes import Linearisation
 from qexp_jax.quadratic import precision as precisions
-from qexp_jax.quadratic import public_curvature, weighting
+from qexp_jax.quadratic import public_curvature, tilted_training
+from qexp_jax.quadratic.public_samples import num_curved
+from qexp_jax.quadratic.tuned_space import tuned_space
 
 
 class Estimate(NamedTuple):
@@ -102,8 +104,8 @@ def estimate(
     (1000, 4000, True)
     """
     params, record = _shapes(params), _shapes(record)
-    curved = public_curvature.num_curved(num_public)
-    space = public_curvature.tuned_space(jax.random.key(0), subspaces.layout_of(params), curved, subspace)
+    curved = num_curved(num_public)
+    space = tuned_space(jax.random.key(0), subspaces.layout_of(params), curved, subspace)
     rank = min(precision_rank, space.dim, curved)
     held = -(-min(batch_size or num_units, num_units) // num_devices)
     directions = _directions(loss_fn, params, record, num_public, rank, space)
@@ -111,7 +113,7 @@ def estimate(
     units, mask = _batch(record, held), jax.ShapeDtypeStruct((held,), bool)
     static = {"microbatch_size": microbatch_size, "mode": mode, "exact": exact}
     temporary, result = _held(passes.device_sum.lower(loss_fn, linearisation, units, mask, **static))
-    steps = weighting.num_steps(loss_fn, params, record, num_public) if tilt else 0
+    steps = tilted_training.num_steps(loss_fn, params, record, num_public) if tilt else 0
     parameter_bytes, data_bytes, public_bytes = map(
         _bytes, (params, units, (linearisation.subspace, linearisation.precision))
     )
@@ -126,7 +128,7 @@ def estimate(
         pass_bytes=parameter_bytes + released_bytes + data_bytes + public_bytes + temporary + result,
         plan_bytes=parameter_bytes + _plan_bytes(loss_fn, params, record, num_public, space, directions),
         tilt_bytes=parameter_bytes + _tilt_bytes(loss_fn, params, record, num_public, space, steps) if steps else 0,
-        tilt_gradients=weighting.num_gradients(steps, num_public),
+        tilt_gradients=tilted_training.num_gradients(steps, num_public),
         flops=flops / held * num_units * rounds,
         dim=space.dim,
         num_params=space.layout.num_params,
@@ -175,7 +177,7 @@ def _bytes(tree: Any) -> int:
 
 
 def _directions(loss_fn, params, record, num_public, rank, space):
-    curved = _batch(record, public_curvature.num_curved(num_public))
+    curved = _batch(record, num_curved(num_public))
     return public_curvature.leading_directions.eval_shape(loss_fn, params, curved, rank, _shapes(space))[0]
 
 
@@ -187,10 +189,8 @@ def _low_rank(directions):
 def _plan_bytes(loss_fn, params, record, num_public, space, directions):
     """Of the leading directions, which hold a sample of gradients, or a Hessian-vector product, which holds two."""
     shapes, rank = _shapes(space), len(directions)
-    curved = _batch(record, public_curvature.num_curved(num_public))
-    few = _batch(
-        record, max(1, min(public_curvature.SCALING_RECORDS, num_public - public_curvature.num_curved(num_public)))
-    )
+    curved = _batch(record, num_curved(num_public))
+    few = _batch(record, max(1, min(public_curvature.SCALING_RECORDS, num_public - num_curved(num_public))))
     steps = (
         (curved, public_curvature.leading_directions.lower(loss_fn, params, curved, rank, shapes)),
         (few, public_curvature.curvature_along.lower(loss_fn, params, shapes, directions, 0, few)),
@@ -200,15 +200,15 @@ def _plan_bytes(loss_fn, params, record, num_public, space, directions):
 
 def _tilt_bytes(loss_fn, params, record, num_public, space, steps):
     """Of the public slope, or of the steps of one program."""
-    shapes, part = _shapes(space), _batch(record, min(num_public, weighting.CHUNK))
-    count, size = weighting.batch_shape(steps, num_public)
+    shapes, part = _shapes(space), _batch(record, min(num_public, tilted_training.CHUNK))
+    count, size = tilted_training.batch_shape(steps, num_public)
     batches = _batch(_batch(record, size), count)
-    carry = jax.eval_shape(lambda: weighting.start(space, steps))
+    carry = jax.eval_shape(lambda: tilted_training.start(space, steps))
     slope = jax.ShapeDtypeStruct((space.dim,), space.layout.dtype)
     weights = jax.ShapeDtypeStruct((count, size), jnp.float32)
     programs = (
-        (part, weighting.public_slope.lower(loss_fn, params, shapes, part, 1)),
-        (batches, weighting.train_steps.lower(loss_fn, steps, carry, params, shapes, slope, batches, weights)),
+        (part, tilted_training.public_slope.lower(loss_fn, params, shapes, part, 1)),
+        (batches, tilted_training.train_steps.lower(loss_fn, steps, carry, params, shapes, slope, batches, weights)),
     )
     return max(_bytes(records) + sum(_held(lowered)) for records, lowered in programs)
 

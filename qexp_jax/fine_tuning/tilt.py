@@ -17,8 +17,11 @@ from dp_accounting import NeighboringRelation
 from qexp_jax.data import arguments, validation
 from qexp_jax.data.dataset import Dataset, as_dataset
 from qexp_jax.data.records import Params, Record
-from qexp_jax.fine_tuning import inputs, rounds, tilting
-from qexp_jax.fine_tuning.options import RunOptions, checked_run, with_progress
+from qexp_jax.fine_tuning import inputs, one_pass, tilting
+from qexp_jax.fine_tuning.inputs import Inputs
+from qexp_jax.fine_tuning.one_pass import PassOptions
+from qexp_jax.fine_tuning.options import RunOptions, checked_run, listener, with_progress
+from qexp_jax.fine_tuning.tilting import Preparation
 from qexp_jax.privacy import accounting
 from qexp_jax.privacy import ledger as ledgers
 from qexp_jax.privacy.certificate import make_tilt_certificate
@@ -110,7 +113,7 @@ def weights(
         raise ValueError("Expected private records of the public ones' shapes, found others.")
     ledger = ledgers.open(ledger) if isinstance(ledger, str | os.PathLike) else ledger
     noise_multiplier = accounting.noise_multiplier(mu, neighboring_relation)
-    options, units = _engine(prepared, data, neighboring_relation, run)
+    options, units = _pass_of_units(prepared, data, neighboring_relation, run)
     inputs.enter(
         ledger, data.key, None, units, run.mesh,
         mu=mu, hardened=False, neighboring_relation=neighboring_relation, privacy_unit=data.unit,
@@ -126,26 +129,53 @@ def weights(
     return Weighted(tilted.weights, tilted, prepared.features, certificate)
 
 
-def _prepared(public, private, params, features, run):
-    """Features of the public records, and these in memory."""
+def _prepared(
+    public: Record, private: Dataset, params: Params, features: Callable[..., Any] | None, run: RunOptions
+) -> tuple[Preparation, Record]:
+    """Features of the public records, and these in memory.
+
+    Args:
+      public: records or a stream.
+      private: looked at only to see that it holds other arrays.
+      params: for features of two arguments.
+      features: as given.
+      run: who is told.
+    """
     validation.check_apart(public, private.records)
     public = inputs.public_records(public)
     validation.check_records("public", public)
     validation.check_finite("public records", public)
-    rounds.announce(run.progress, "tilt, public features")
+    one_pass.announce(listener(run), "tilt, public features")
     prepared = tilting.prepare(jax.random.key(_SEED), params, public, features)
     if prepared is None:
         raise ValueError("Expected public records that vary, found none.")
     return prepared, public
 
 
-def _engine(prepared, data, relation, run):
-    """How the pass over the units runs, and the units."""
+def _pass_of_units(
+    prepared: Preparation, data: Inputs, relation: NeighboringRelation, run: RunOptions
+) -> tuple[PassOptions, Record]:
+    """How the pass over the units runs, and the units.
+
+    Args:
+      prepared: the features, which the pass takes for gradients.
+      data: as it was accepted.
+      relation: neighbouring relation.
+      run: memory and devices.
+    """
     private_n = relation is NeighboringRelation.ADD_OR_REMOVE_ONE
     loss_fn, units = inputs.grouped(
         tilting.loss(prepared.features), data.private, data.unit_ids, data.max_records_per_unit
     )  # fmt: skip
-    options = rounds.PassOptions(
-        loss_fn, run.microbatch_size, "reverse", run.mesh, False, private_n, False, None, run.progress
-    )  # fmt: skip
+    options = PassOptions(
+        loss_fn=loss_fn,
+        microbatch_size=run.microbatch_size,
+        mode="reverse",
+        mesh=run.mesh,
+        hardened=False,
+        exact=private_n,
+        diagnostics=False,
+        store=None,
+        progress=listener(run),
+    )
     return options, units

@@ -17,8 +17,8 @@ import numpy as np
 from qexp_jax.data import arguments
 from qexp_jax.data.records import LossFn, Params, Record
 from qexp_jax.fine_tuning import checkpoint as checkpoints
-from qexp_jax.fine_tuning import rounds
-from qexp_jax.fine_tuning.rounds import PassOptions
+from qexp_jax.fine_tuning import one_pass
+from qexp_jax.fine_tuning.one_pass import PassOptions
 from qexp_jax.model import isolation
 from qexp_jax.model import subspace as subspaces
 from qexp_jax.model.subspace import Subspace
@@ -26,7 +26,7 @@ from qexp_jax.private_pass import clipping, passes
 from qexp_jax.private_pass.passes import Linearisation
 from qexp_jax.quadratic import features as feature_maps
 from qexp_jax.quadratic import precision as precisions
-from qexp_jax.quadratic import weighting
+from qexp_jax.quadratic import tilted_training, weighting
 from qexp_jax.quadratic.features import FeatureMap
 from qexp_jax.quadratic.weighting import Tilt
 
@@ -143,18 +143,19 @@ def draw(
     """
     where = linearisation(preparation)
     found = None if options.store is None else checkpoints.restore_draw(options.store)
+    # One process of several may have been killed between entering the draw and saving it.
     found = _of_any_process(options, found, where.subspace.dim)
     if found is None:
-        rounds.announce(options.progress, "tilt, private pass")
-        noisy, std = rounds.draw_of_pass(noise_key, options, where, units, noise_multiplier)
-        rounds.enter_draw(options, key, NUMBER, noisy)
+        one_pass.announce(options.progress, "tilt, private pass")
+        noisy, std = one_pass.draw_of_pass(noise_key, options, where, units, noise_multiplier)
+        one_pass.enter_draw(options, key, NUMBER, noisy)
         found = np.append(np.asarray(noisy, np.float64), float(std))
         if options.store is not None:
             checkpoints.save_draw(options.store, found)
     return found[:-1], float(found[-1])
 
 
-def _of_any_process(options, found, dim):
+def _of_any_process(options: PassOptions, found: np.ndarray | None, dim: int) -> np.ndarray | None:
     """What one process of a mesh has drawn and saved, in all of them."""
     blank = np.zeros(dim + 1) if found is None else found
     number, found = passes.furthest(options.mesh, int(found is not None), blank)
@@ -195,6 +196,6 @@ def move(
     tilted = weighting.fit(preparation.rows, noisy_sum / num_units, noise_std / num_units, num_units)
     if not tilted.accepted:
         return tilted, params
-    rounds.announce(progress, "tilt, training")
-    moved = weighting.train(key, loss_fn, params, space, public, tilted.weights, steps, progress)
+    one_pass.announce(progress, "tilt, training")
+    moved = tilted_training.train(key, loss_fn, params, space, public, tilted.weights, steps, progress)
     return tilted, moved

@@ -17,20 +17,17 @@ Noise that is fresh (`hardened`) never does: what is killed between entering a d
 for nobody can tell who saw it. What is entered is an HMAC under the secret of a noisy sum, which is as public as the
 release.
 
-The file is JSON with an HMAC over all of it, rewritten as a whole under a lock: a temporary file is synced, renamed
-over the old one, and the folder synced. A process that is killed leaves the old file or the new one, and what is
-entered is spent, whether or not its release was made. A changed or shortened file is refused. Putting back an old copy
-is not detected: keep the ledger where its backups are not restored. Locks are POSIX's, on a local file system.
+The file is rewritten as a whole under a lock (`ledger_file`): a process that is killed leaves the old one or the new
+one, and what is entered is spent, whether or not its release was made. A changed or shortened file is refused. Putting
+back an old copy is not detected: keep the ledger where its backups are not restored. Locks are POSIX's, on a local file
+system.
 
 Keys are remembered by an HMAC under a secret file beside the ledger (mode 0600): a plain hash of a 64-bit key is as
 good as the key. The ledger reads no private value, and is itself public but for that secret.
 """
 
-import contextlib
 import dataclasses
-import hashlib
 import hmac
-import json
 import os
 import pathlib
 from typing import Any, NamedTuple
@@ -41,10 +38,9 @@ import numpy as np
 from dp_accounting import NeighboringRelation
 
 from qexp_jax.data import arguments
-from qexp_jax.privacy import accounting
+from qexp_jax.privacy import accounting, ledger_file
+from qexp_jax.privacy.ledger_file import SCHEMA
 
-SCHEMA = "qexp_jax/ledger/2"
-_READABLE = ("qexp_jax/ledger/1", SCHEMA)  # entries of the first know no draws: they count, and cannot go on
 _ROUNDING = 1e-9
 
 
@@ -109,12 +105,11 @@ def create(
         "privacy_unit": _text("privacy_unit", privacy_unit),
         "entries": [],
     }
-    with _locked(ledger):
+    with ledger_file.locked(ledger.path):
         if ledger.path.exists():
             raise ValueError(f"Expected a new file, found the existing {ledger.path}.")
-        if not _beside(ledger, ".secret").exists():
-            _replace(_beside(ledger, ".secret"), os.urandom(32).hex().encode(), ledger)
-        _write(ledger, body)
+        ledger_file.make_secret(ledger.path)
+        ledger_file.write(ledger.path, body)
     return ledger
 
 
@@ -135,7 +130,7 @@ def check(ledger: Any) -> None:
         raise ValueError(f"Expected a ledger of ledger.open or its path, found {arguments.described(ledger)}.")
 
 
-def _at(path):
+def _at(path: Any) -> Ledger:
     if not isinstance(path, str | os.PathLike):
         raise ValueError(f"Expected the path of a ledger, found {arguments.described(path)}.")
     try:
@@ -144,7 +139,7 @@ def _at(path):
         raise ValueError(f"Expected the path of a ledger, found {path!r}.") from None
 
 
-def _text(name, value):
+def _text(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"Expected a text as {name}, found {arguments.described(value)}.")
     return value
@@ -152,8 +147,8 @@ def _text(name, value):
 
 def spent(ledger: Ledger) -> Spent:
     """What all entries compose to."""
-    with _locked(ledger):
-        return _compose(_read(ledger))
+    with ledger_file.locked(ledger.path):
+        return _compose(ledger_file.read(ledger.path))
 
 
 def debit(
@@ -184,9 +179,11 @@ def debit(
     """
     mu = arguments.positive("mu", mu)
     relation = arguments.neighboring_relation(neighboring_relation).name
-    with _locked(ledger):
-        body = _read(ledger)
-        for field, found in (("neighboring_relation", relation), ("privacy_unit", privacy_unit)):
+    terms = {"neighboring_relation": relation, "privacy_unit": privacy_unit}
+    # What is read and what is written are one step: two debits at once might both fit, and not together.
+    with ledger_file.locked(ledger.path):
+        body = ledger_file.read(ledger.path)
+        for field, found in terms.items():
             if found != body[field]:
                 raise ValueError(f"The ledger's {field} is {body[field]!r}, found {found!r}.")
         tag = key_tag(ledger, key)
@@ -199,14 +196,14 @@ def debit(
                 f"The budget is epsilon={body['epsilon']}, delta={body['delta']}; with this release of {mu=} after "
                 f"{total.releases - 1} others, delta would be {total.delta:.3g}."
             )
-        _write(ledger, body)
+        ledger_file.write(ledger.path, body)
     return total
 
 
 def holds(ledger: Ledger, key: jax.Array, *, mu: float, hardened: bool) -> bool:
     """Whether a release with this key and these terms was entered, such that it may go on; see `debit`."""
-    with _locked(ledger):
-        entry = _entry(_read(ledger), key_tag(ledger, key))
+    with ledger_file.locked(ledger.path):
+        entry = _entry(ledger_file.read(ledger.path), key_tag(ledger, key))
     if entry is None or "draws" not in entry:
         return False
     return entry["mu"] == float(mu) and entry["hardened"] == bool(hardened)
@@ -229,8 +226,8 @@ def enter_draw(ledger: Ledger, key: jax.Array, number: int, noisy_sum: Any) -> N
     """
     number = arguments.count("number", number, least=-1)
     tag = key_tag(ledger, key)
-    with _locked(ledger):
-        body = _read(ledger)
+    with ledger_file.locked(ledger.path):
+        body = ledger_file.read(ledger.path)
         entry = _entry(body, tag)
         if entry is None or "draws" not in entry:
             raise ValueError("This release was not entered in the ledger, or by a version that knew no draws.")
@@ -238,7 +235,7 @@ def enter_draw(ledger: Ledger, key: jax.Array, number: int, noisy_sum: Any) -> N
         draw = _draw_tag(ledger, tag, number, np.asarray(noisy_sum))
         if str(number) not in draws:
             draws[str(number)] = draw
-            _write(ledger, body)
+            ledger_file.write(ledger.path, body)
         # Fresh noise may not even try: how often it misses an earlier draw says how likely that was.
         elif entry["hardened"] or not hmac.compare_digest(draws[str(number)], draw):
             raise ValueError(
@@ -247,118 +244,37 @@ def enter_draw(ledger: Ledger, key: jax.Array, number: int, noisy_sum: Any) -> N
             )
 
 
-def _draw_tag(ledger, tag, number, array):
+def _draw_tag(ledger: Ledger, tag: str, number: int, array: np.ndarray) -> str:
+    """The HMAC of a draw, which tells it from any other of its round; bits, not values: -0 is not 0."""
     message = f"{tag} {number} {array.dtype} {array.shape} ".encode() + array.tobytes()
-    return _mac(_secret(ledger), b"draw", message)
+    return ledger_file.mac(ledger_file.secret_of(ledger.path), b"draw", message)
 
 
-def _entry(body, tag):
+def _entry(body: dict[str, Any], tag: str) -> dict[str, Any] | None:
     """The entry of a release, None where there is none."""
     found = [entry for entry in body["entries"] if hmac.compare_digest(entry["key"], tag)]
     return found[0] if found else None
 
 
-def _compose(body):
-    entries, epsilon = body["entries"], body["epsilon"]
+def _compose(body: dict[str, Any]) -> Spent:
+    entries = body["entries"]
+    epsilon = body["epsilon"]
     if not entries:
-        return Spent(0, 0.0, 0.0, 0.0)
+        return Spent(releases=0, mu=0.0, zcdp_rho=0.0, delta=0.0)
     mu = accounting.compose(entry["mu"] for entry in entries)
     rho = accounting.zcdp_rho(mu)
     if any(entry["hardened"] for entry in entries):
-        return Spent(len(entries), None, rho, accounting.delta_from_rho(rho, epsilon))
-    return Spent(len(entries), mu, rho, accounting.delta_from_mu(mu, epsilon))
-
-
-def _beside(ledger, suffix):
-    return ledger.path.with_name(ledger.path.name + suffix)
-
-
-@contextlib.contextmanager
-def _locked(ledger):
-    """Exclusive between processes and threads; the system frees it when its holder dies, however it dies."""
-    import fcntl  # POSIX alone has it, and the rest of the package needs no POSIX
-
-    try:
-        descriptor = os.open(_beside(ledger, ".lock"), os.O_RDWR | os.O_CREAT, 0o600)
-    except FileNotFoundError:
-        raise ValueError(f"Expected a ledger in an existing folder, found {ledger.path}.") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _secret(ledger):
-    path = _beside(ledger, ".secret")
-    try:
-        mode = path.stat().st_mode & 0o777
-    except FileNotFoundError:
-        raise ValueError(f"The ledger's secret {path} is missing; without it the ledger cannot be checked.") from None
-    if mode & 0o077:
-        raise ValueError(f"Expected a secret that only its owner may read (mode 0600), found mode {mode:04o}: {path}.")
-    secret = path.read_bytes()
-    if len(secret) != 64:
-        raise ValueError(f"Expected a secret of 64 hexadecimal digits, found {len(secret)} bytes: {path}.")
-    return secret
-
-
-def _mac(secret, purpose, message):
-    return hmac.new(secret, purpose + b"\0" + message, hashlib.sha256).hexdigest()
+        return Spent(len(entries), mu=None, zcdp_rho=rho, delta=accounting.delta_from_rho(rho, epsilon))
+    return Spent(len(entries), mu=mu, zcdp_rho=rho, delta=accounting.delta_from_mu(mu, epsilon))
 
 
 def key_tag(ledger: Ledger, key: jax.Array) -> str:
     """The HMAC by which a ledger remembers a key; says nothing of the key to whoever lacks the ledger's secret."""
-    return _mac(_secret(ledger), b"key", _key_bytes(key))
+    return ledger_file.mac(ledger_file.secret_of(ledger.path), b"key", _key_bytes(key))
 
 
-def _key_bytes(key):
+def _key_bytes(key: Any) -> bytes:
     is_key = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     if not is_key or key.shape != ():
         raise ValueError(f"Expected one typed key from jax.random.key, found {arguments.described(key)}.")
     return f"{jax.random.key_impl(key)} ".encode() + np.asarray(jax.random.key_data(key)).tobytes()
-
-
-def _canonical(body):
-    return json.dumps(body, sort_keys=True, allow_nan=False).encode()
-
-
-def _read(ledger) -> dict[str, Any]:
-    try:
-        text = ledger.path.read_bytes()
-    except FileNotFoundError:
-        raise ValueError(f"Expected a ledger, found no file {ledger.path}; make one with ledger.create.") from None
-    secret = _secret(ledger)
-    try:
-        document = json.loads(text)
-        body = document["body"]
-        authentic = hmac.compare_digest(document["mac"].encode(), _mac(secret, b"ledger", _canonical(body)).encode())
-        authentic = authentic and set(document) == {"body", "mac"} and body["schema"] in _READABLE
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        authentic = False
-    if not authentic:
-        raise ValueError(f"The ledger {ledger.path} was changed, shortened or damaged, and is refused.")
-    return body
-
-
-def _write(ledger, body):
-    body = body | {"schema": SCHEMA}
-    document = {"body": body, "mac": _mac(_secret(ledger), b"ledger", _canonical(body))}
-    _replace(ledger.path, json.dumps(document, indent=1).encode(), ledger)
-
-
-def _replace(path, data, ledger):
-    """Writes a file as a whole, durably: after a crash at any point there is the old one or the new one."""
-    temporary = _beside(ledger, ".tmp")
-    temporary.unlink(missing_ok=True)  # left by a process that was killed
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -24,7 +24,7 @@ from scipy.stats import chi2
 from qexp_jax.data import arguments
 from qexp_jax.data.records import LossFn, Params, Record
 from qexp_jax.model.subspace import Subspace, displace
-from qexp_jax.quadratic.curvature import mean_loss
+from qexp_jax.quadratic.averages import mean_loss
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 _EVALUATIONS, _CLOSE = 24, 1.1
@@ -124,7 +124,7 @@ def taylor_ratio(
       gradient: (k,) mean gradient of the same records.
       quadratic: (m,) predictions w^T H w / 2, damping included.
       records: public records; best those that the curvature has not seen.
-      **batching: as in `curvature.mean_over_records`.
+      **batching: as in `averages.mean_over_records`.
 
     Returns:
       (m,) ratios: below 1 the damped quadratic is an upper model of the loss, far above 1 it cannot be trusted.

@@ -20,7 +20,7 @@ import numpy as np
 
 from qexp_jax.model.factored_gradients import Outer, Rows, whole
 from qexp_jax.numerics.rounding import of_sum
-from qexp_jax.quadratic.curvature import leading_basis
+from qexp_jax.quadratic.eigenspace import leading_basis
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 _AXES = 64
@@ -80,7 +80,8 @@ def combine(directions: Directions | jax.Array, coefficients: jax.Array) -> jax.
     # From the left: XLA's CPU product with the transpose takes up to ten times as long.
     if not isinstance(directions, Directions):
         return _product(coefficients, directions)
-    others, parts = iter(_split(_product(coefficients, directions.others), _other_sizes(directions))), []
+    others = iter(_split(_product(coefficients, directions.others), _other_sizes(directions)))
+    parts = []
     for axes in directions.factors:
         parts.append(next(others) if axes is None else _sum_of_products(*axes, coefficients).ravel())
     return jnp.concatenate(parts)
@@ -96,7 +97,8 @@ def along_each(directions: Directions | jax.Array, rows: Rows) -> jax.Array:
     pairs = list(zip(rows, directions.factors, directions.shapes, strict=True))
     others = [part for part, axes, _ in pairs if axes is None]
     found = [_along_products(part, axes, shape) for part, axes, shape in pairs if axes is not None]
-    return sum(found, start=_product(directions.others, whole(others).T).T if others else 0)
+    start: Any = _product(directions.others, whole(others).T).T if others else 0
+    return sum(found, start=start)
 
 
 def rounding(directions: Directions | jax.Array, rows: Rows) -> float:
@@ -111,12 +113,12 @@ def rounding(directions: Directions | jax.Array, rows: Rows) -> float:
     return math.hypot(*found)
 
 
-def _rounding(length, rank):
+def _rounding(length: int, rank: int) -> float:
     """Of products with `rank` vectors of length 1, whose absolute values have a norm of at most sqrt(rank) together."""
     return math.sqrt(min(length, rank)) * of_sum(length)
 
 
-def _rounding_along_products(axes, rank, is_outer):
+def _rounding_along_products(axes: tuple[_Axis, _Axis], rank: int, is_outer: bool) -> float:
     """Products of orthonormal axes: the error of one factor is met by the whole of the other."""
     lengths = [0 if axis.basis is None else len(axis.basis) for axis in axes]
     dims = [len(axis.picks) for axis in axes]
@@ -127,7 +129,7 @@ def _rounding_along_products(axes, rank, is_outer):
 
 
 def leading(rows: Rows, rank: int) -> Directions | jax.Array:
-    """Directions of much energy: where gradients are outer products, `Directions`, else `curvature.leading_basis`.
+    """Directions of much energy: where gradients are outer products, `Directions`, else `eigenspace.leading_basis`.
 
     Args:
       rows: of n gradients.
@@ -151,14 +153,14 @@ def leading(rows: Rows, rank: int) -> Directions | jax.Array:
     )
 
 
-def _principal_directions(rows, rank):
+def _principal_directions(rows: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
     """Second moments (c,) in descending order, and the directions (k, c) of which they are, c <= rank."""
     basis = leading_basis(rows, min(rank, *rows.shape))
     energies, rotation = _eigen(_product(rows, basis))
     return energies, _product(basis, rotation)
 
 
-def _principal_products(part, rank):
+def _principal_products(part: Outer, rank: int) -> tuple[jax.Array, tuple[_Axis, ...]]:
     """Those of the products of two principal axes: second moments (c,), and the axes, with a column for each."""
     dim = max(_AXES, -(-rank // min(x.shape[1] for x in part)))  # as many as leave the rank
     axes = _principal_axes(part.left * _norm(part.right), dim), _principal_axes(part.right * _norm(part.left), dim)
@@ -169,18 +171,19 @@ def _principal_products(part, rank):
     return energies, tuple(_Axis(axis.basis, axis.picks[:, i]) for axis, i in zip(axes, pairs, strict=True))
 
 
-def _principal_axes(x, dim):
+def _principal_axes(x: jax.Array, dim: int) -> _Axis:
+    """Of rows x (n, a), in descending order."""
     basis = leading_basis(x, min(dim, *x.shape)) if x.shape[1] > dim else None
     return _Axis(basis, _eigen(_inside(basis, x))[1])
 
 
-def _eigen(x):
+def _eigen(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Eigenvalues and eigenvectors of x^T x, descending."""
     values, vectors = jnp.linalg.eigh(_product(x.T, x))
     return values[::-1], vectors[:, ::-1]
 
 
-def _picked(vectors, at):
+def _picked(vectors: Any, at: jax.Array) -> Any:
     """Columns, zero where `at` (r,) is outside."""
     if isinstance(vectors, tuple):
         return tuple(_Axis(axis.basis, _picked(axis.picks, at)) for axis in vectors)
@@ -192,7 +195,10 @@ def first(directions: Directions | jax.Array, count: int) -> Directions | jax.Ar
     """The first `count` of them, of most energy."""
     if not isinstance(directions, Directions):
         return directions[:count]
-    cut = lambda axes: axes and tuple(_Axis(axis.basis, axis.picks[:, :count]) for axis in axes)
+
+    def cut(axes):
+        return axes and tuple(_Axis(axis.basis, axis.picks[:, :count]) for axis in axes)
+
     return dataclasses.replace(
         directions, others=directions.others[:count], factors=tuple(map(cut, directions.factors))
     )
@@ -201,41 +207,45 @@ def first(directions: Directions | jax.Array, count: int) -> Directions | jax.Ar
 # --- what directions are made of ---
 
 
-def _product(a, b):
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=_HIGHEST)
 
 
-def _norm(x):
+def _norm(x: jax.Array) -> jax.Array:
     return jnp.linalg.norm(x, axis=1, keepdims=True)
 
 
-def _split(x, sizes):
+def _split(x: Any, sizes: list[int]) -> list[Any]:
     return jnp.split(x, np.cumsum(sizes)[:-1], axis=-1)
 
 
-def _other_sizes(directions):
+def _other_sizes(directions: Directions) -> list[int]:
     return [math.prod(s) for s, axes in zip(directions.shapes, directions.factors, strict=True) if axes is None]
 
 
-def _inside(basis, x):
+def _inside(basis: jax.Array | None, x: jax.Array) -> jax.Array:
     """B^T x of each row."""
     return x if basis is None else _product(x, basis)
 
 
-def _along_products(part, axes, shape):
+def _along_products(part: jax.Array | Outer, axes: tuple[_Axis, _Axis], shape: tuple[int, ...]) -> jax.Array:
     """(m, r) of gradients of a wide matrix."""
     left, right = axes
     if isinstance(part, Outer):
         found = [_product(_inside(axis.basis, x), axis.picks) for x, axis in zip(part, axes, strict=True)]
         return found[0] * found[1]
     x = part.reshape(-1, *shape)
-    x = x if left.basis is None else jnp.einsum("mab,ap->mpb", x, left.basis, precision=_HIGHEST)
+    if left.basis is not None:
+        x = jnp.einsum("mab,ap->mpb", x, left.basis, precision=_HIGHEST)
     x = _inside(right.basis, x).reshape(len(part), -1)
     return _product(x, (left.picks[:, None, :] * right.picks[None]).reshape(-1, left.picks.shape[1]))
 
 
-def _sum_of_products(left, right, coefficients):
+def _sum_of_products(left: _Axis, right: _Axis, coefficients: jax.Array) -> jax.Array:
     """sum_j c_j p_j q_j^T (a, b)."""
     inside = _product(left.picks * coefficients, right.picks.T)
-    inside = inside if left.basis is None else _product(left.basis, inside)
-    return inside if right.basis is None else _product(inside, right.basis.T)
+    if left.basis is not None:
+        inside = _product(left.basis, inside)
+    if right.basis is not None:
+        inside = _product(inside, right.basis.T)
+    return inside

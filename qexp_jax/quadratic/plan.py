@@ -5,20 +5,10 @@ With the measured curvature H, N units and noise multiplier z:
     metric       M = (H + lambda I)^{1/2}, scaled to a largest eigenvalue of 1; lambda a hundredth of H's largest. The
                  exponent lies between clipping in the parameters' norm (0), which noise in steep directions ruins, and
                  in the curvature's (1), which noise in flat ones does.
-    clip norm    C, the .95 quantile of the public norms |M^{-1/2} g|. What clipping adds to the public mean gradient
-                 is taken off every release.
+    clip norm    and whether a round tunes all parameters or the leading directions alone: `preconditioner`
     length       what the steps of all rounds may add up to: the length at which the noise of all of them raises the
                  *public* loss by a tenth of its root mean square; within it, what the releases deserve (`step_size`)
-    rounds       T = 12
-    what moves   a round tunes all parameters or, with an infinite M elsewhere, the leading directions alone: they hold
-                 about half of a gradient's energy and little of its noise. The one of less expected excess, given the
-                 releases before it (`choose`).
-
-**A heavy shift** is one whose expected size, given the releases, exceeds .02. Far from the anchor no public
-quadratic says how much there is to gain. What is left of the budget is then split over so many rounds that there are 80
-in all, steps may be twice as long, units are clipped at .7 C, since most are clipped there, and a round takes the step
-that lowers the loss most by itself (`step_size.best_step`). It tunes all parameters, unless no step of all is expected
-to lower the loss; but one round in ten looks at all again, where more may have emerged.
+    rounds       T = 12; 80 under a heavy shift (`preconditioner`)
 
 The rule is ours; its numbers are in `rule`. It reads N and the budget, which are public, and is deterministic given its
 key. What else was tried, and what each choice is worth, is in `experiments/ABLATIONS.md`.
@@ -28,44 +18,30 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from qexp_jax.data import arguments
 from qexp_jax.data.records import LossFn, Params, Record, num_records
 from qexp_jax.model.subspace import Layout, Subspace, certified_name
 from qexp_jax.quadratic import precision as precisions
-from qexp_jax.quadratic import public_curvature, step_size
+from qexp_jax.quadratic import public_curvature, public_samples, step_size
 from qexp_jax.quadratic.accuracy import noise_cost
-from qexp_jax.quadratic.directions import Directions
-from qexp_jax.quadratic.precision import Precision
+from qexp_jax.quadratic.empirical_bayes import shift_prior
+from qexp_jax.quadratic.posterior import CurvatureEstimate, before_release
+from qexp_jax.quadratic.preconditioner import (
+    Preconditioner,
+    candidates,
+    choose,
+    is_heavy,
+    kept_shares,
+    multiples_of,
+    precision_of,
+)
 from qexp_jax.quadratic.rule import RULE
-from qexp_jax.quadratic.step_size import CurvatureEstimate, Posterior
 
-_SMALLEST_CLIP_NORM = 1e-18  # C, C z and sums of C stay within float32
+__all__ = ["Plan", "Preconditioner", "choose", "is_heavy", "looked_at", "make_plan", "precision_of", "terms"]
+
 _SMALLEST_NOISE, _LARGEST_NOISE = 1e-15, 1e11  # of the mean gradient: products of four are within float32
-
-
-class Preconditioner(NamedTuple):
-    """How a round clips, draws and moves; public. A plan holds several, with a leading axis.
-
-    Attributes:
-      eigenvalues: (r + 1,) of M, in the estimate's directions and in all others.
-      tuned: (r + 1,) one, or zero where M is infinite, which holds the parameters fixed.
-      l2_clip_norm: C, in the norm whitened by M.
-      longest: most that the steps of all rounds may add up to, unless the shift is heavy.
-      bias: (r,) what clipping at C adds to the public mean gradient along the leading directions; a round takes it off
-        the mean it released. Of a round's preconditioner 0 under a heavy shift.
-      share: of a round's preconditioner, what its C is a share of C: less than one under a heavy shift. Sums are
-        divided by it, so that gradients that are clipped either way count the same.
-    """
-
-    eigenvalues: jax.Array
-    tuned: jax.Array
-    l2_clip_norm: jax.Array
-    longest: jax.Array
-    bias: jax.Array
-    share: jax.Array
 
 
 class Plan(NamedTuple):
@@ -110,6 +86,7 @@ def make_plan(
     subspace_dim: int | None = None,
     damping: float | None = None,
     l2_clip_norm: float | None = None,
+    one_draw: bool = False,
     weights: np.ndarray | None = None,
     unit_weights: np.ndarray | None = None,
 ) -> Plan:
@@ -132,6 +109,7 @@ def make_plan(
       subspace_dim: tune in the leading public eigenspace of this dimension.
       damping: lambda, in units of curvature.
       l2_clip_norm: C in the norm |M^{-1/2} g|, where M has largest eigenvalue 1.
+      one_draw: A = M = H + lambda I, in one round, followed whole.
       weights: of the public records, as a tilt leaves them.
       unit_weights: of the public units.
 
@@ -145,55 +123,152 @@ def make_plan(
         precision_rank=precision_rank, layout=layout, subspace=subspace, subspace_dim=subspace_dim,
         weights=weights, unit_weights=unit_weights,
     )  # fmt: skip
-    damping = RULE.damping * float(measured.curvature.max()) if damping is None else damping
-    curvature, dims, space = measured.curvature, measured.dims, measured.subspace
-    eigenvalues = np.sqrt((curvature + damping) / (curvature.max() + damping))
-    leading, squares = measured.leading / np.sqrt(eigenvalues[:-1]), measured.squares / eigenvalues
+    largest = float(measured.curvature.max())
+    if damping is None:
+        # A whole draw with less damping may end far from where the quadratic holds.
+        damping = largest if one_draw else RULE.damping * largest
+    dims = measured.dims
+    eigenvalues = _metric(measured.curvature, damping, power=1.0 if one_draw else 0.5)
+    # From here on in coordinates whitened by M.
+    leading = measured.leading / np.sqrt(eigenvalues[:-1])
+    squares = measured.squares / eigenvalues
     as_arrays = functools.partial(_on_device, dtype=measured.directions.dtype)
+
     root = as_arrays(eigenvalues)
     precision = precisions.spectral(root[-1], measured.directions, root[:-1])
     tolerance, cost = public_curvature.tolerated_noise(
-        trial_key, loss_fn, params, space, precision, measured.tried, RULE.noise_cost
-    )  # fmt: skip
-    curvature = _whitened_curvature(curvature / eigenvalues, dims, 2 * cost / tolerance**2)
-    prior = step_size.shift_prior(num_records(public_units))
-    estimate = CurvatureEstimate(measured.directions, *as_arrays((curvature, dims, dims, *prior)))
+        trial_key, loss_fn, params, measured.subspace, precision, measured.tried, RULE.noise_cost
+    )
+    # Noise of scale s costs a quadratic s^2 tr(K) / 2: a cost that was met tells the trace, and a trace the scale.
+    curvature = _whitened_curvature(measured.curvature / eigenvalues, dims, 2 * cost / tolerance**2)
+    tolerance_of_leading = np.sqrt(2 * cost / np.sum(curvature[:-1]))
+
     per_unit = float(noise_multiplier) / num_units
-    tolerances = tolerance, np.sqrt(2 * cost / np.sum(curvature[:-1]))
-    found = _preconditioners(leading, squares, dims, eigenvalues, curvature, tolerances, per_unit, l2_clip_norm)
-    _, _, clip_norm, longest, bias = found[0]
+    found = candidates(
+        leading, squares, dims, eigenvalues, curvature, (tolerance, tolerance_of_leading), per_unit, l2_clip_norm
+    )
+    if one_draw:
+        found = [found[0]._replace(bias=np.zeros_like(found[0].bias))]
+        rounds = 1
+    scale = largest + damping if one_draw else 0.0  # M is scaled to a largest eigenvalue of 1
+    clip_norm = found[0].l2_clip_norm
     _check_noise(clip_norm * per_unit)
-    longest = float(np.float32(longest))
-    stacked = [np.stack(x) for x in zip(*found, strict=True)]
-    preconditioners = Preconditioner(*as_arrays([*stacked, np.ones(len(found))]))
-    kept = _kept(squares @ dims, clip_norm)
-    moments = np.mean(squares * kept[:, None] ** 2, axis=0)
-    moments = np.maximum(moments, 1e-9 * moments.max())
-    estimate = estimate._replace(moments=as_arrays(moments))
-    rounds, most_rounds = (RULE.rounds, RULE.heavy_rounds) if rounds is None else (rounds, rounds)
+    stacked = jax.tree.map(lambda *x: np.stack(x), *found)._asdict()
+    shares, scales = np.ones(len(found)), np.full(len(found), scale)
+    preconditioners = Preconditioner(**as_arrays(stacked | {"share": shares, "scale": scales}))
+
+    kept = kept_shares(squares @ dims, clip_norm)
+    moments = _moments(squares, kept)
+    shifts, log_prior = shift_prior(num_records(public_units))
+    estimate = CurvatureEstimate(measured.directions, *as_arrays((curvature, moments, dims, shifts, log_prior)))
+    if rounds is None:
+        rounds, most_rounds = RULE.rounds, RULE.heavy_rounds
+    else:
+        most_rounds = rounds
     first, expected_cost = _first_round(estimate, preconditioners, noise_multiplier, num_units, rounds)
     evidence = {
         "largest_curvature": float(curvature.max()),
         "leading_share_of_energy": float(np.sum(moments[:-1]) / np.sum(dims * moments)),
         "tolerated_noise": tolerance,
-        "longest_length": longest,
+        "longest_length": float(np.float32(found[0].longest)),
         "tuned_at_first": int(np.sum(dims * np.asarray(first.tuned))),
         "public_fraction_clipped": float(np.mean(kept < 1)),
-        "clipping_bias_in_clip_norms": float(np.linalg.norm(bias)) / clip_norm,
+        "clipping_bias_in_clip_norms": float(np.linalg.norm(found[0].bias)) / clip_norm,
     }
-    made = Plan(space, damping, rounds, most_rounds, estimate, preconditioners, expected_cost, evidence)
+    made = Plan(measured.subspace, damping, rounds, most_rounds, estimate, preconditioners, expected_cost, evidence)
     _check_finite(made)
     return made
 
 
-def _check_finite(plan):
+def _metric(curvature: np.ndarray, damping: float, power: float) -> np.ndarray:
+    """Eigenvalues (r + 1,) of M, a power of the damped curvature, scaled to a largest one of 1."""
+    damped = (curvature + damping) / (curvature.max() + damping)
+    return np.sqrt(damped) if power == 0.5 else damped**power
+
+
+def _moments(squares: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """v (r + 1,), of clipped gradients; positive, since signals are measured against it."""
+    moments = np.mean(squares * kept[:, None] ** 2, axis=0)
+    return np.maximum(moments, 1e-9 * moments.max())
+
+
+def _whitened_curvature(curvature: np.ndarray, dims: np.ndarray, trace: float) -> np.ndarray:
+    """K (r + 1,).
+
+    The rest has what the leading directions leave of the trace that the tolerated noise shows, but not less than its
+    second moments say, and not more than a leading direction.
+
+    Args:
+      curvature: (r + 1,) as second moments give it, whitened.
+      dims: (r + 1,) how many coordinates each entry stands for.
+      trace: of K.
+    """
+    leading, rest = curvature[:-1], curvature[-1]
+    remainder = (trace - np.sum(leading)) / max(1, dims[-1])
+    curvature = np.append(leading, min(max(rest, remainder), leading.min()))
+    return np.maximum(curvature, 1e-6 * curvature.max())  # positive: J divides by it
+
+
+def _first_round(
+    estimate: CurvatureEstimate,
+    preconditioners: Preconditioner,
+    noise_multiplier: float,
+    num_units: int,
+    rounds: int,
+) -> tuple[Preconditioner, float]:
+    """The preconditioner before any release, and what the noise of a round is expected to cost in it."""
+    preconditioner, multiples = _first_step(estimate, preconditioners, noise_multiplier, num_units, rounds)
+    noise_std = float(preconditioner.l2_clip_norm) * noise_multiplier * rounds**0.5
+    cost, _ = noise_cost(estimate.curvature, multiples, estimate.dims, noise_std=noise_std, num_units=num_units)
+    return preconditioner, cost
+
+
+@jax.jit
+def _first_step(
+    estimate: CurvatureEstimate,
+    preconditioners: Preconditioner,
+    noise_multiplier: jax.Array | float,
+    num_units: int,
+    rounds: jax.Array | int,
+) -> tuple[Preconditioner, jax.Array]:
+    """The preconditioner before any release, and the multiples (r + 1,) of a round in it."""
+    posterior = before_release(estimate)
+    preconditioner, length = choose(posterior, estimate, preconditioners, noise_multiplier, num_units, rounds)
+    multiples, _ = step_size.advance(posterior, estimate, length / rounds, num_units, preconditioner.tuned)
+    return preconditioner, multiples_of(preconditioner, multiples)
+
+
+def _check_noise(noise_std: float) -> None:
+    if not _SMALLEST_NOISE <= noise_std <= _LARGEST_NOISE:
+        raise ValueError(
+            f"Expected noise of {_SMALLEST_NOISE} to {_LARGEST_NOISE} in the mean gradient, found {noise_std}: "
+            "multiply the loss by a number that brings its gradients near 1."
+        )
+
+
+def _check_finite(plan: Plan) -> None:
     """Whatever a release rests on is finite before anything is paid for it; held parameters have an infinite M."""
     numbers = plan.evidence | {"damping": plan.damping, "expected_cost": plan.expected_cost}
-    arrays = plan.estimate._replace(directions=None)._asdict() | plan.preconditioners._asdict()
-    numbers |= {name: x for name, x in arrays.items() if x is not None and name != "eigenvalues"}
+    arrays = plan.estimate._asdict() | plan.preconditioners._asdict()
+    numbers |= {name: x for name, x in arrays.items() if name not in ("directions", "eigenvalues")}
     wrong = sorted(name for name, x in numbers.items() if not np.all(np.isfinite(np.asarray(x, np.float64))))
     if wrong:
         raise ValueError(f"Expected a finite plan from the public records, found no finite {', '.join(wrong)}.")
+
+
+def _on_device(tree: Any, dtype: np.dtype) -> Any:
+    """In one transfer, rounded before."""
+    return jax.device_put(jax.tree.map(lambda x: np.asarray(x, dtype), tree))
+
+
+def looked_at(key: jax.Array, public: Record) -> Record:
+    """The public records that a plan of this key reads; more where it has units, or a `subspace_dim`."""
+    return public_samples.looked_at(_keys(key)[0], public)
+
+
+def _keys(key: jax.Array) -> jax.Array:
+    """Of records, units, sketch and trials."""
+    return jax.random.split(key, 4)
 
 
 def terms(plan: Plan, roundings: list[float]) -> dict[str, Any]:
@@ -217,7 +292,7 @@ def terms(plan: Plan, roundings: list[float]) -> dict[str, Any]:
     }
 
 
-def _certified(plan, roundings):
+def _certified(plan: Plan, roundings: list[float]) -> list[dict[str, Any]]:
     """How many dimensions each tunes, C, and the share of C that holds what rounding adds to a unit's part."""
     tuned = np.asarray(plan.preconditioners.tuned, np.float64) @ np.asarray(plan.estimate.dims, np.float64)
     norms = np.asarray(plan.preconditioners.l2_clip_norm)
@@ -227,159 +302,7 @@ def _certified(plan, roundings):
     ]
 
 
-def _plain(name, value):
+def _plain(name: str, value: Any) -> int | float:
     """As JSON knows numbers: whatever scalar the plan made it."""
     is_integer = np.asarray(value).dtype.kind in "iu"
     return int(value) if is_integer else arguments.real(name, value)
-
-
-def looked_at(key: jax.Array, public: Record) -> Record:
-    """The public records that a plan of this key reads; more where it has units, or a `subspace_dim`."""
-    return public_curvature.looked_at(_keys(key)[0], public)
-
-
-def _keys(key):
-    """Of records, units, sketch and trials."""
-    return jax.random.split(key, 4)
-
-
-def _on_device(tree, dtype):
-    """In one transfer, rounded before."""
-    return jax.device_put(jax.tree.map(lambda x: np.asarray(x, dtype), tree))
-
-
-def precision_of(directions: Directions | jax.Array, preconditioner: Preconditioner) -> Precision:
-    """M of a preconditioner; which form it has, all processes read off the same releases."""
-    leading, rest = preconditioner.eigenvalues[:-1], preconditioner.eigenvalues[-1]
-    if float(preconditioner.tuned[-1]) > 0:
-        return precisions.spectral(rest, directions, leading)
-    return precisions.leading(directions, leading)
-
-
-@jax.jit
-def choose(
-    posterior: Posterior,
-    estimate: CurvatureEstimate,
-    preconditioners: Preconditioner,
-    noise_multiplier: jax.Array | float,
-    num_units: int,
-    rounds: jax.Array | float,
-) -> tuple[Preconditioner, jax.Array]:
-    """The preconditioner of least expected excess given all releases, and its length: post-processing (T5).
-
-    Under a heavy shift the first, of all parameters, where its best step is expected to lower the loss or none of the
-    last nine rounds tuned all; else the last. Units are then clipped at a share of C.
-
-    Args:
-      posterior: what the releases say.
-      estimate: public.
-      preconditioners: of the plan.
-      noise_multiplier: z of all rounds together, that of one round over sqrt(T).
-      num_units: N.
-      rounds: how many such as the next one would spend the whole budget.
-    """
-    signals = step_size.pooled_signal(posterior, estimate, num_units)
-    heavy = is_heavy(posterior, estimate, num_units)
-    noise_vars = (preconditioners.l2_clip_norm * noise_multiplier / num_units) ** 2
-    share = jnp.where(heavy, RULE.heavy_clip, preconditioners.share)
-    longer = jnp.where(heavy, RULE.heavy_longer, 1)
-    preconditioners = preconditioners._replace(
-        l2_clip_norm=share * preconditioners.l2_clip_norm, share=share, longest=longer * preconditioners.longest,
-        bias=jnp.where(heavy, 0, preconditioners.bias),
-    )  # fmt: skip
-
-    def best(preconditioner, noise_var):
-        return step_size.best_length(
-            signals, estimate, noise_var, num_units, preconditioner.longest, preconditioner.tuned
-        )
-
-    lengths, costs = jax.vmap(best)(preconditioners, noise_vars)
-    of_all = jax.tree.map(lambda x: x[0], preconditioners)
-    _, change = step_size.best_step(
-        posterior, estimate, rounds * noise_vars[0], num_units, of_all.longest / rounds, of_all.tuned
-    )  # fmt: skip
-    must_look = posterior.idle[-1] >= RULE.heavy_hold
-    far_from_anchor = jnp.where(must_look | (change < 0), 0, len(costs) - 1)
-    chosen = jnp.where(heavy, far_from_anchor, jnp.argmin(costs))
-    return jax.tree.map(lambda x: x[chosen], preconditioners), lengths[chosen]
-
-
-@jax.jit
-def is_heavy(posterior: Posterior, estimate: CurvatureEstimate, num_units: int) -> jax.Array:
-    """Whether the releases show a shift that asks for more rounds and longer ones: post-processing (T5)."""
-    return step_size.pooled_shift(posterior, estimate, num_units) > RULE.heavy_shift
-
-
-def _preconditioners(leading, squares, dims, eigenvalues, curvature, tolerances, per_unit, given):
-    """Each but for its share: of all parameters, and of the leading directions where there are others."""
-    whole = np.ones_like(dims)
-    found = []
-    for tuned, tolerance in zip((whole, np.append(whole[:-1], 0)), tolerances, strict=True):
-        squared_norms = squares @ (dims * tuned)
-        clip_norm = _clip_norm(squared_norms, given)
-        held, longest = np.where(tuned, eigenvalues, np.inf), tolerance / (clip_norm * per_unit)
-        bias = _clipping_bias(leading, _kept(squared_norms, clip_norm), curvature[:-1])
-        found.append((held, tuned, clip_norm, longest, bias))
-    return found if dims[-1] > 0 else found[:1]
-
-
-def _kept(squared_norms, clip_norm):
-    """(n,) the share of each gradient that clipping keeps."""
-    norms = np.sqrt(squared_norms)
-    return np.minimum(norms, clip_norm) / np.maximum(norms, np.finfo(np.float64).tiny)
-
-
-def _clipping_bias(leading, kept, curvature):
-    """What clipping adds to the mean gradient along the leading directions (r,), as far as it is no sampling error.
-
-    The public mean of it, shrunk by the share of its sampling error in what it costs a quadratic (James and Stein,
-    1961). Where errors are skewed it moves a model that fits, and without a shift all of it is known.
-    """
-    added = (kept - 1)[:, None] * leading
-    mean, error = np.mean(added, axis=0), np.var(added, axis=0) / len(added)
-    cost = np.sum(mean**2 / curvature)
-    return max(0, 1 - np.sum(error / curvature) / cost) * mean if cost > 0 else mean
-
-
-def _first_round(estimate, preconditioners, noise_multiplier, num_units, rounds):
-    """The preconditioner before any release, and what the noise of a round is expected to cost in it."""
-    preconditioner, multiples = _first_step(estimate, preconditioners, noise_multiplier, num_units, rounds)
-    noise_std = float(preconditioner.l2_clip_norm) * noise_multiplier * rounds**0.5
-    cost, _ = noise_cost(estimate.curvature, multiples, estimate.dims, noise_std=noise_std, num_units=num_units)
-    return preconditioner, cost
-
-
-@jax.jit
-def _first_step(estimate, preconditioners, noise_multiplier, num_units, rounds):
-    posterior = step_size.before_release(estimate)
-    preconditioner, length = choose(posterior, estimate, preconditioners, noise_multiplier, num_units, rounds)
-    multiples, _ = step_size.advance(posterior, estimate, length / rounds, num_units, preconditioner.tuned)
-    return preconditioner, multiples
-
-
-def _clip_norm(squared_norms, given):
-    """C, a float32."""
-    clip_norm = np.sqrt(np.quantile(squared_norms, RULE.clip_quantile)) if given is None else given
-    if not _SMALLEST_CLIP_NORM <= clip_norm <= 1 / _SMALLEST_CLIP_NORM:
-        raise ValueError(f"Expected a clip norm in [1e-18, 1e18], found {clip_norm}; give l2_clip_norm.")
-    return float(np.float32(clip_norm))
-
-
-def _check_noise(noise_std):
-    if not _SMALLEST_NOISE <= noise_std <= _LARGEST_NOISE:
-        raise ValueError(
-            f"Expected noise of {_SMALLEST_NOISE} to {_LARGEST_NOISE} in the mean gradient, found {noise_std}: "
-            "multiply the loss by a number that brings its gradients near 1."
-        )
-
-
-def _whitened_curvature(curvature, dims, trace):
-    """K (r + 1,).
-
-    The rest has what the leading directions leave of the trace that the tolerated noise shows, but not less than its
-    second moments say, and not more than a leading direction.
-    """
-    leading, rest = curvature[:-1], curvature[-1]
-    remainder = (trace - np.sum(leading)) / max(1, dims[-1])
-    curvature = np.append(leading, min(max(rest, remainder), leading.min()))
-    return np.maximum(curvature, 1e-6 * curvature.max())

@@ -18,19 +18,18 @@ from qexp_jax.model import subspace as subspaces
 from qexp_jax.model.factored_gradients import Rows
 from qexp_jax.model.gradients import at_a_time, gradient_rows, moved_coordinates
 from qexp_jax.model.subspace import Layout, Subspace
-from qexp_jax.numerics.keys import generator
 from qexp_jax.quadratic import directions as directions_of
 from qexp_jax.quadratic import precision as precisions
 from qexp_jax.quadratic.accuracy import noise_tolerance
-from qexp_jax.quadratic.curvature import hessian_product, mean_loss, top_eigenspace
+from qexp_jax.quadratic.averages import mean_loss
+from qexp_jax.quadratic.curvature import hessian_product
 from qexp_jax.quadratic.directions import Directions
 from qexp_jax.quadratic.precision import Precision
+from qexp_jax.quadratic.public_samples import samples
+from qexp_jax.quadratic.tuned_space import held_where_still, orthonormal_space
 
-_CURVED, _HELD_OUT, _TRIED = 1024, 2048, 512
-_SCALED_DIRECTIONS, SCALING_RECORDS = 8, 256
-_NOISE_DRAWS = 3
-_GRADIENT_BYTES = 2**30
-_SKETCH_DIM = 4096
+_TRIED, _NOISE_DRAWS = 512, 3  # records and moves that a trial of noise takes
+_SCALED_DIRECTIONS, SCALING_RECORDS = 8, 256  # that the scale of the curvature is measured with
 
 
 class Measurement(NamedTuple):
@@ -91,62 +90,32 @@ def measure(
       ValueError: if the public curvature is unusable, public losses are not finite, or public gradients vanish.
     """
     record_key, unit_key, sketch_key = keys
-    curved, held_out = _samples(record_key, public, weights)
-    layout = subspaces.layout_of(params) if layout is None else layout
-    space = _tuned_space(sketch_key, loss_fn, params, layout, curved, public, subspace, subspace_dim)
+    curved, held_out = samples(record_key, public, weights)
+    if layout is None:
+        layout = subspaces.layout_of(params)
+    space = orthonormal_space(sketch_key, loss_fn, params, layout, curved, public, subspace, subspace_dim)
     for records in (curved, held_out):
         _check_losses(loss_fn, params, space, records)
     rank = min(precision_rank, space.dim, num_records(curved))
     directions, moved = leading_directions(loss_fn, params, curved, rank, space)
     leading, totals, moved_too = _gradients(loss_fn, params, space, directions, held_out)
-    space = _held_where_still(space, jax.tree.map(jnp.logical_or, moved, moved_too))
+    space = held_where_still(space, jax.tree.map(jnp.logical_or, moved, moved_too))
     rank = min(rank, max(1, subspaces.num_moved(space)))
-    directions, leading = directions_of.first(directions, rank), leading[:, :rank]
+    directions = directions_of.first(directions, rank)
+    leading = leading[:, :rank]
     others = subspaces.num_moved(space) - rank
     squares = _squares(leading, totals, others)
     curvature = _curvature(loss_fn, params, space, directions, squares, held_out)
     if clip_loss_fn is not loss_fn:
-        units = _samples(unit_key, public_units, unit_weights)[1]
+        _, units = samples(unit_key, public_units, unit_weights)
         leading, totals, _ = _gradients(clip_loss_fn, params, space, directions, units)
         squares = _squares(leading, totals, others)
     dims = np.append(np.ones(rank), others)
-    return Measurement(space, directions, curvature, leading, squares, dims, take(held_out, slice(0, _TRIED)))
+    tried = take(held_out, slice(0, _TRIED))
+    return Measurement(space, directions, curvature, leading, squares, dims, tried)
 
 
-def num_curved(num_public: int) -> int:
-    """Public records whose gradients give the directions."""
-    return max(1, min(_CURVED, num_public // 2))
-
-
-def looked_at(key: jax.Array, records: Record) -> Record:
-    """What is read of public records: the samples that the key draws of them."""
-    return take(records, _order(key, num_records(records)))
-
-
-def _samples(key, records, weights=None):
-    """Two disjoint random samples, for directions and for what is measured; a single record serves as both."""
-    n = num_records(records)
-    curved = num_curved(n)
-    if weights is None or n == 1:
-        order = _order(key, n)
-        return take(records, order[:curved]), take(records, order[curved:] if n > 1 else order)
-    order = generator(key).permutation(n)
-    sizes = curved, min(_HELD_OUT, n - curved)
-    halves = np.split(order, [max(curved, n // 2)])
-    return [take(records, _drawn(half, weights[half], size)) for half, size in zip(halves, sizes, strict=True)]
-
-
-def _drawn(index, weights, size):
-    """As many of the index, each about as often as its weight says (systematic resampling)."""
-    ends = np.cumsum(weights, dtype=np.float64)
-    return index[np.searchsorted(ends, (np.arange(size) + 0.5) / size * ends[-1])]
-
-
-def _order(key, n):
-    return generator(key).permutation(n)[: num_curved(n) + _HELD_OUT]
-
-
-def _check_losses(loss_fn, params, space, records):
+def _check_losses(loss_fn: LossFn, params: Params, space: Subspace, records: Record) -> None:
     finite = np.isfinite(np.asarray(_losses(loss_fn, params, space, records)))
     if not np.all(finite):
         raise ValueError(
@@ -155,55 +124,19 @@ def _check_losses(loss_fn, params, space, records):
         )
 
 
-def _held_where_still(space, moved):
-    """The space, holding what no public record moves: nothing is known of a step there but its noise."""
-    if not subspaces.is_whole(space):
-        return space
-    held = subspaces.holding(space, jax.tree.map(np.asarray, moved))
-    return held if 0 < subspaces.num_moved(held) < space.dim else space
-
-
-def tuned_space(key: jax.Array, layout: Layout, num_records: int, subspace: Subspace | None, dim: int = 0) -> Subspace:
-    """The given subspace; or all parameters, or a count-sketch of them where a sample of gradients would not fit."""
-    if subspace is not None:
-        return subspace
-    whole = subspaces.whole_of(layout)
-    if whole.dim * num_records * 4 <= _GRADIENT_BYTES:
-        return whole
-    return subspaces.count_sketch_of(key, layout, max(_SKETCH_DIM, dim))
-
-
-def _tuned_space(key, loss_fn, params, layout, curved, public, subspace, dim):
-    """The space that is tuned in, with orthonormal columns."""
-    if subspace is not None:
-        return subspaces.orthonormalise(subspace)
-    num_params = layout.num_params
-    if dim is not None and not 1 <= dim <= num_params:
-        raise ValueError(f"Expected subspace_dim in [1, {num_params}], found {dim}.")
-    records = public if dim is not None and dim > num_records(curved) else curved
-    whole = tuned_space(key, layout, num_records(records), None, dim or 0)
-    if dim is None or dim == whole.dim:
-        return whole
-    if dim > num_records(records):
-        raise ValueError(
-            f"subspace_dim={dim} needs as many public records, found {num_records(records)}; or give a subspace, "
-            "such as count_sketch."
-        )
-    return _top_eigenspace(loss_fn, params, take(records, slice(0, max(dim, num_records(curved)))), dim, whole)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def _top_eigenspace(loss_fn, params, records, dim, within):
-    """That of `curvature.top_eigenspace`, with microbatches that fit."""
-    size = at_a_time(loss_fn, params, within, records)
-    return top_eigenspace(loss_fn, params, records, dim, within=within, microbatch_size=size)[0]
-
-
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def leading_directions(
     loss_fn: LossFn, params: Params, records: Record, rank: int, space: Subspace
 ) -> tuple[Directions | jax.Array, Rows]:
-    """Those of `directions.leading`, of the records' gradients, and `gradients.moved_coordinates` of a whole space."""
+    """Those of `directions.leading`, of the records' gradients, and `gradients.moved_coordinates` of a whole space.
+
+    Args:
+      loss_fn: loss of one record.
+      params: the anchor.
+      records: n public records.
+      rank: r <= min(n, k).
+      space: k directions.
+    """
     batches, _ = microbatches(records, at_a_time(loss_fn, params, space, records))
     rows = jax.lax.map(lambda batch: gradient_rows(loss_fn, params, space, batch), batches)
     rows = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1])[: num_records(records)], rows)
@@ -215,7 +148,16 @@ def leading_directions(
 def curvature_along(
     loss_fn: LossFn, params: Params, space: Subspace, directions: Directions | jax.Array, index: int, records: Record
 ) -> jax.Array:
-    """v^T H v of one of the directions, by `curvature.hessian_product` with microbatches that fit."""
+    """v^T H v of one of the directions, by `curvature.hessian_product` with microbatches that fit.
+
+    Args:
+      loss_fn: loss of one record.
+      params: the anchor.
+      space: k directions.
+      directions: (r, k).
+      index: of v.
+      records: public.
+    """
     size = at_a_time(loss_fn, params, space, records)
     v = directions_of.combine(directions, jax.nn.one_hot(index, len(directions), dtype=directions.dtype))
     product = hessian_product(loss_fn, params, space, v, records, microbatch_size=size)
@@ -223,7 +165,9 @@ def curvature_along(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _surveyed_gradients(loss_fn, params, space, directions, records):
+def _surveyed_gradients(
+    loss_fn: LossFn, params: Params, space: Subspace, directions: Directions | jax.Array, records: Record
+) -> tuple[jax.Array, jax.Array, Rows]:
     """Of each microbatch: gradients along the directions (batches, r, size), norms, and where they are not zero."""
     batches, _ = microbatches(records, at_a_time(loss_fn, params, space, records))
 
@@ -235,22 +179,32 @@ def _surveyed_gradients(loss_fn, params, space, directions, records):
     return jax.lax.map(along, batches)
 
 
-def _gradients(loss_fn, params, space, directions, records):
+def _gradients(
+    loss_fn: LossFn, params: Params, space: Subspace, directions: Directions | jax.Array, records: Record
+) -> tuple[np.ndarray, np.ndarray, Any]:
     """Each record's gradient along the leading directions (n, r), its square (n,), and where any is not zero."""
     leading, norms, moved = jax.device_get(_surveyed_gradients(loss_fn, params, space, directions, records))
-    leading = np.concatenate(leading.astype(np.float64), axis=1).T[: num_records(records)]
-    norms = norms.astype(np.float64).ravel()[: num_records(records)]
+    n = num_records(records)  # the last microbatch is padded
+    leading = np.concatenate(leading.astype(np.float64), axis=1).T[:n]
+    norms = norms.astype(np.float64).ravel()[:n]
     return leading, norms**2, jax.tree.map(lambda x: np.any(x, axis=0), moved)
 
 
-def _squares(leading, totals, num_others):
+def _squares(leading: np.ndarray, totals: np.ndarray, num_others: int) -> np.ndarray:
     """Squares (n, r + 1) of each gradient: in each leading direction, and their mean in all others."""
     with np.errstate(invalid="ignore"):  # what is not finite is refused by `_curvature`
         others = np.maximum(totals - np.sum(leading**2, axis=1), 0) / max(1, num_others)
     return np.column_stack([leading**2, others])
 
 
-def _curvature(loss_fn, params, space, directions, squares, records):
+def _curvature(
+    loss_fn: LossFn,
+    params: Params,
+    space: Subspace,
+    directions: Directions | jax.Array,
+    squares: np.ndarray,
+    records: Record,
+) -> np.ndarray:
     """Curvature (r + 1,): second moments of the gradients, scaled to the Hessian along the steepest directions.
 
     For the likelihood of a model that fits, the two agree (Fisher); for other losses only their shape does. A host
@@ -298,19 +252,22 @@ def tolerated_noise(
 
 
 @jax.jit
-def _noise_moves(key, shape, space):
+def _noise_moves(key: jax.Array, shape: Precision, space: Subspace) -> jax.Array:
+    """M^{-1/2} xi, three times, one after the other: (3, k)."""
     keys = jax.random.split(key, _NOISE_DRAWS)
     return jax.lax.map(lambda k: precisions.color(shape, jax.random.normal(k, (space.dim,), space.layout.dtype)), keys)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _losses(loss_fn, params, space, records):
+def _losses(loss_fn: LossFn, params: Params, space: Subspace, records: Record) -> jax.Array:
     size = at_a_time(loss_fn, params, space, records)
     return jax.lax.map(lambda record: loss_fn(params, record), records, batch_size=size)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _moved_losses(loss_fn, params, space, moves, scale, records):
+def _moved_losses(
+    loss_fn: LossFn, params: Params, space: Subspace, moves: jax.Array, scale: float, records: Record
+) -> jax.Array:
     """Mean losses of the parameters after each of several moves, times a scale."""
     size = at_a_time(loss_fn, params, space, records)
 

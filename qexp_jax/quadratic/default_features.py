@@ -1,0 +1,204 @@
+"""The default rule of features: what public records ask for, whatever pytree they are.
+
+    numbers     pixels, measurements, flags: centred; the columns of a table each over their own spread, an image as a
+                whole over its own
+    tokens      a sequence of whole numbers, some beyond 255: the share of positions in each of 256 buckets
+    labels      a leaf of one number a record, where there are at most four such leaves: an indicator of each value that
+                public records have (whole numbers, flags), or of each quarter of them (real numbers)
+
+Numbers and tokens are projected on their 64 leading principal axes. Each label's indicator multiplies these and a
+constant, since most shifts differ from label to label; without labels the axes stand alone.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qexp_jax.data.records import Record, is_key
+from qexp_jax.quadratic.eigenspace import principal_axes
+from qexp_jax.quadratic.raw_features import Raw, raw_each
+
+_INPUT_AXES = 64
+_MOST_COLUMNS = 4096  # beyond, columns are added up in groups with random signs
+_BUCKETS, _FIRST_TOKEN = 256, 256
+_MOST_LABEL_LEAVES, _MOST_VALUES = 4, 64
+_CONSTANT = 0.5  # beside input axes whose squares sum to one on average
+_LEAST_SPREAD = 0.1  # of a column, in root mean squares of all columns' spreads
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def fit(key: jax.Array, sample: Record) -> tuple[Raw, Any]:
+    """The rule's function and its numbers.
+
+    Args:
+      key: public randomness: which signs.
+      sample: public records, pytree with a leading axis.
+    """
+    leaves = jax.tree.leaves(sample)
+    scalars = sum(_is_number(x) and _is_scalar(x) for x in leaves)
+    kinds = tuple(_kind(x, scalars <= _MOST_LABEL_LEAVES) for x in leaves)
+    fitted = tuple(_FIT[kind](x) for kind, x in zip(kinds, leaves, strict=True))
+    if not {"numbers", "tokens"} & set(kinds):
+        return _crossed(kinds), (fitted, None, None)
+    columns = raw_each(_columns_of(kinds), fitted, None, sample)
+    signs = None
+    if columns.shape[1] > _MOST_COLUMNS:
+        signs = jax.random.rademacher(key, columns.shape[1:], jnp.float32)
+        columns = _folded(columns, signs)
+    axes, spread = principal_axes(columns, min(_INPUT_AXES, *columns.shape))
+    axes = axes / jnp.maximum(jnp.linalg.norm(spread), jnp.finfo(jnp.float32).tiny)
+    return _crossed(kinds), (fitted, signs, axes)
+
+
+def _is_number(leaf: Any) -> bool:
+    """Real, or a flag."""
+    if is_key(leaf) or not leaf.size or jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        return False
+    return jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == bool
+
+
+def _is_scalar(leaf: Any) -> bool:
+    """One number a record."""
+    return leaf.size == len(leaf)
+
+
+def _kind(leaf: Any, may_be_label: bool) -> str:
+    """What a leaf holds, of the public records alone."""
+    if not _is_number(leaf):
+        return "nothing"
+    values = np.asarray(leaf)
+    if _is_scalar(leaf) and may_be_label:
+        if values.min() == values.max():
+            return "nothing"
+        return "quarters" if jnp.issubdtype(leaf.dtype, jnp.floating) else "values"
+    is_sequence = leaf.ndim == 2 and jnp.issubdtype(leaf.dtype, jnp.integer)
+    if is_sequence and values.min() >= 0 and values.max() >= _FIRST_TOKEN:
+        return "tokens"
+    return "numbers"
+
+
+def _fit_numbers(leaf: Any) -> tuple[jax.Array, jax.Array]:
+    """Mean, and one over the spread: of each column of a table, of an image as a whole."""
+    values = np.asarray(leaf, np.float64)
+    mean = values.mean(axis=0)
+    spread = values.std(axis=0)
+    whole = np.sqrt(np.mean(spread**2))
+    is_table = values.ndim <= 2
+    # Else a column that hardly varies in public would outweigh all others of a record in which it does.
+    spread = np.maximum(spread, _LEAST_SPREAD * whole) if is_table else np.full_like(spread, whole)
+    scale = np.divide(1, spread, out=np.zeros_like(spread), where=spread > 0)
+    total = np.sqrt(np.sum((values.std(axis=0) * scale) ** 2))
+    return jnp.asarray(mean, jnp.float32), jnp.asarray(scale / max(total, 1e-30), jnp.float32)
+
+
+def _fit_tokens(leaf: Any) -> tuple[jax.Array, jax.Array]:
+    """Mean shares of the buckets, and one over their spread."""
+    tokens = np.asarray(leaf).reshape(len(leaf), -1) % _BUCKETS
+    shares = np.stack([np.bincount(row, minlength=_BUCKETS) for row in tokens]) / tokens.shape[1]
+    total = np.sqrt(np.sum(shares.var(axis=0)))
+    return jnp.asarray(shares.mean(axis=0), jnp.float32), jnp.asarray(1 / max(total, 1e-30), jnp.float32)
+
+
+def _fit_values(leaf: Any) -> tuple[jax.Array, jax.Array]:
+    """The values that are told apart; of very many, their remainders."""
+    values = np.unique(np.asarray(leaf).astype(np.int64))
+    if len(values) > _MOST_VALUES:
+        return jnp.arange(_MOST_VALUES), jnp.asarray(_MOST_VALUES)
+    return jnp.asarray(values, jnp.int32), jnp.asarray(0)
+
+
+def _fit_quarters(leaf: Any) -> jax.Array:
+    """The edges between them (3,)."""
+    return jnp.asarray(np.quantile(np.asarray(leaf, np.float64), [0.25, 0.5, 0.75]), jnp.float32)
+
+
+_FIT: dict[str, Callable[[Any], Any]] = {
+    "numbers": _fit_numbers,
+    "tokens": _fit_tokens,
+    "values": _fit_values,
+    "quarters": _fit_quarters,
+    "nothing": lambda leaf: (),
+}
+
+
+def _numbers(fitted: tuple[jax.Array, jax.Array], leaf: jax.Array) -> jax.Array:
+    """(size,), centred and over the spread."""
+    mean, scale = fitted
+    if leaf.shape != mean.shape:  # of a record of another shape nothing is said
+        return jnp.zeros(mean.size)
+    return ((leaf.astype(jnp.float32) - mean) * scale).ravel()
+
+
+def _tokens(fitted: tuple[jax.Array, jax.Array], leaf: jax.Array) -> jax.Array:
+    """(256,) shares of the buckets, centred and over the spread."""
+    mean, scale = fitted
+    shares = jnp.mean(leaf.reshape(-1, 1) % _BUCKETS == jnp.arange(_BUCKETS), axis=0, dtype=jnp.float32)
+    return (shares - mean) * scale
+
+
+def _values(fitted: tuple[jax.Array, jax.Array], leaf: jax.Array) -> jax.Array:
+    """An indicator of each value."""
+    values, modulus = fitted
+    value = leaf.ravel()[0].astype(jnp.int32)
+    told_apart = jnp.where(modulus > 0, value % jnp.maximum(modulus, 1), value)
+    return (told_apart == values).astype(jnp.float32)
+
+
+def _quarters(edges: jax.Array, leaf: jax.Array) -> jax.Array:
+    """An indicator of each quarter, (4,)."""
+    quarter = jnp.sum(leaf.ravel()[0].astype(jnp.float32) > edges)
+    return (quarter == jnp.arange(4)).astype(jnp.float32)
+
+
+@functools.lru_cache(maxsize=64)
+def _columns_of(kinds: tuple[str, ...]) -> Raw:
+    """All numbers of a record in one row."""
+
+    def columns(fitted, params, record):
+        parts = [jnp.zeros(0)]
+        for kind, numbers, leaf in zip(kinds, fitted, jax.tree.leaves(record), strict=True):
+            if kind == "numbers":
+                parts.append(_numbers(numbers, leaf))
+            elif kind == "tokens":
+                parts.append(_tokens(numbers, leaf))
+        return jnp.concatenate(parts)
+
+    return columns
+
+
+def _folded(columns: jax.Array, signs: jax.Array) -> jax.Array:
+    """Groups of columns added up with random signs, (..., D) -> (..., 4096): a count-sketch."""
+    signed = columns * signs
+    short = -signed.shape[-1] % _MOST_COLUMNS
+    padded = jnp.pad(signed, [(0, 0)] * (signed.ndim - 1) + [(0, short)])
+    return jnp.sum(padded.reshape(*signed.shape[:-1], -1, _MOST_COLUMNS), axis=-2)
+
+
+@functools.lru_cache(maxsize=64)
+def _crossed(kinds: tuple[str, ...]) -> Raw:
+    """Input axes and a constant, times each label's indicator."""
+
+    def raw(arrays, params, record):
+        fitted, signs, axes = arrays
+        inputs = jnp.zeros(0)
+        if axes is not None:
+            columns = _columns_of(kinds)(fitted, params, record)
+            if signs is not None:
+                columns = _folded(columns, signs)
+            inputs = jnp.matmul(columns, axes, precision=_HIGHEST)
+        labels = []
+        for kind, numbers, leaf in zip(kinds, fitted, jax.tree.leaves(record), strict=True):
+            if kind == "values":
+                labels.append(_values(numbers, leaf))
+            elif kind == "quarters":
+                labels.append(_quarters(numbers, leaf))
+        if not labels:
+            return inputs
+        row = jnp.append(inputs, _CONSTANT)
+        return jnp.concatenate([jnp.outer(label, row).ravel() for label in labels])
+
+    return raw
