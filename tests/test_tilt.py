@@ -521,7 +521,7 @@ def test_a_saved_draw_is_not_drawn_again(tmp_path, monkeypatch):
     options = {"checkpoint": qexp_jax.Checkpoint(directory=tmp_path / "run")}
     with pytest.raises(Stopped):
         tune(**options, progress=stop_at("tilt, training"))
-    monkeypatch.setattr(rounds, "draw_of_pass", None)
+    monkeypatch.setattr(one_pass, "draw_of_pass", None)
     tune(**options)
 
 

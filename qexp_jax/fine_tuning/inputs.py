@@ -1,4 +1,4 @@
-"""The door: records, units and keys as they come in, checked before any private value is read, and a release's entry.
+"""The door: records, units and keys as they come in, checked before any private value is read.
 
 Structure first, then types, then shapes, so that whatever an error names is public.
 """
@@ -16,10 +16,8 @@ from qexp_jax.data import arguments, stream, validation
 from qexp_jax.data.dataset import Dataset
 from qexp_jax.data.records import LossFn, Params, Record, group_by_unit, held, num_records, take, unit_loss
 from qexp_jax.data.unit_ids import as_unit_ids
-from qexp_jax.fine_tuning import checkpoint as checkpoints
 from qexp_jax.fine_tuning import preflight
 from qexp_jax.numerics.keys import as_threefry
-from qexp_jax.privacy import ledger as ledgers
 from qexp_jax.privacy.certificate import ONE_ID, ONE_RECORD
 from qexp_jax.private_pass import passes
 
@@ -268,51 +266,3 @@ def batch_size(private: Record, private_n: bool) -> int | None:
         return None
     first = None if private_n else stream.first(private)
     return stream.batch_size(private) or (None if first is None else num_records(first))
-
-
-def enter(ledger: Any, key: jax.Array, store: Any, units: Record, mesh: Any, **terms: Any) -> Any:
-    """Debits a new release, and binds its checkpoint to its data and its ledger; returns the store, so bound.
-
-    A checkpoint of other data is refused before anything is entered. A new release is entered before its data is read,
-    and digested after that.
-
-    Args:
-      ledger: of the dataset, if any.
-      key: of the release.
-      store: an open checkpoint, if any.
-      units: in memory or a stream.
-      mesh: devices, or None.
-      **terms: of `ledger.debit`.
-    """
-    in_memory = store is not None and not stream.is_stream(units)
-    if in_memory:
-        checkpoints.in_step(mesh, lambda: checkpoints.check_units(store, units))
-    checkpoints.in_first(mesh, lambda: _debit(ledger, key, store, **terms))
-    if in_memory:
-        checkpoints.in_step(mesh, lambda: checkpoints.bind_units(store, units))
-    return None if store is None else store._replace(ledger=ledger)
-
-
-def _debit(ledger: Any, key: jax.Array, store: Any, *, mu: float, hardened: bool, **terms: Any) -> None:
-    """Debits the release, unless checkpoint and ledger agree that it was debited before it was interrupted.
-
-    Args:
-      ledger: as given.
-      key: of the release.
-      store: an open checkpoint, if any.
-      mu: of `ledger.debit`.
-      hardened: of `ledger.debit`.
-      **terms: of `ledger.debit`.
-    """
-    paid = None if store is None else checkpoints.paid_tag(store)
-    if ledger is None and paid is not None:
-        raise ValueError("The checkpoint's release was entered in a ledger, which has to be given for it to go on.")
-    if ledger is None:
-        return
-    ledgers.check(ledger)
-    tag = ledgers.key_tag(ledger, key)
-    if paid == tag and ledgers.holds(ledger, key, mu=mu, hardened=hardened):
-        return
-    ledgers.debit(ledger, key, mu=mu, hardened=hardened, **terms)
-    if store is not None:
-        checkpoints.mark_paid(store, tag)

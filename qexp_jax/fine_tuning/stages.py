@@ -18,7 +18,7 @@ from dp_accounting import NeighboringRelation
 
 from qexp_jax.data.records import Params, group_by_unit, num_records, take, unit_loss
 from qexp_jax.fine_tuning import checkpoint as checkpoints
-from qexp_jax.fine_tuning import inputs, tilting
+from qexp_jax.fine_tuning import entry, inputs, tilting
 from qexp_jax.fine_tuning.job import Job
 from qexp_jax.fine_tuning.one_pass import PassOptions, announce
 from qexp_jax.fine_tuning.options import listener
@@ -129,7 +129,7 @@ def entered(job: Job, tilt: PreparedTilt | None, made: Plan, ledger: Ledger | No
         store = checkpoints.in_step(
             run.mesh, lambda: checkpoints.open_store(checkpoint, _settings(job, tilt, made))
         )  # fmt: skip
-    store = inputs.enter(
+    store = entry.enter(
         ledger, job.data.key, store, job.units, run.mesh, mu=job.mu, hardened=job.hardened,
         neighboring_relation=job.relation, privacy_unit=job.data.unit,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from dp_accounting import NeighboringRelation
 from qexp_jax.data import arguments, validation
 from qexp_jax.data.dataset import Dataset, as_dataset
 from qexp_jax.data.records import Params, Record
-from qexp_jax.fine_tuning import inputs, one_pass, tilting
+from qexp_jax.fine_tuning import entry, inputs, one_pass, tilting
 from qexp_jax.fine_tuning.inputs import Inputs
 from qexp_jax.fine_tuning.one_pass import PassOptions
 from qexp_jax.fine_tuning.options import RunOptions, checked_run, listener, with_progress
@@ -114,7 +114,7 @@ def weights(
     ledger = ledgers.open(ledger) if isinstance(ledger, str | os.PathLike) else ledger
     noise_multiplier = accounting.noise_multiplier(mu, neighboring_relation)
     options, units = _pass_of_units(prepared, data, neighboring_relation, run)
-    inputs.enter(
+    entry.enter(
         ledger, data.key, None, units, run.mesh,
         mu=mu, hardened=False, neighboring_relation=neighboring_relation, privacy_unit=data.unit,
     )  # fmt: skip
