@@ -199,10 +199,10 @@ def test_adassp_at_a_tiny_budget_hardly_moves():
 
 
 def test_the_search_beats_every_neighbour_and_respects_what_is_allowed():
-    linearisation = (4, -3, 7)
+    target = (4, -3, 7)
 
     def score(point):
-        return -sum((a - b) ** 2 for a, b in zip(point, linearisation, strict=True))
+        return -sum((a - b) ** 2 for a, b in zip(point, target, strict=True))
 
-    assert climb(score, [(0, 0, 0), (9, 9, 9)], lambda p: True) == linearisation
+    assert climb(score, [(0, 0, 0), (9, 9, 9)], lambda p: True) == target
     assert climb(score, [(0, 0, 0)], lambda p: p[0] <= 2) == (2, -3, 7)

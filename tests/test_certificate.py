@@ -18,6 +18,7 @@ from problems import fine_tune
 import qexp_jax
 from qexp_jax import hardened, privacy, verification
 from qexp_jax.privacy import certificate as certificates
+from qexp_jax.quadratic import plan_terms
 
 DATA = {"x": jax.random.normal(jax.random.key(1), (60, 3)), "y": jax.random.normal(jax.random.key(2), (60,))}
 PUBLIC = jax.tree.map(lambda a: a[:30], DATA)
@@ -48,7 +49,7 @@ def issued(relation=NeighboringRelation.REPLACE_SPECIAL, epsilon=1.0, delta=1e-5
     if discrete:
         noise = hardened.discrete_noise(z, 3)
         z = noise.multiplier
-    terms = qexp_jax.plan.terms(plan, [0.0] * len(plan.preconditioners.l2_clip_norm))
+    terms = plan_terms.terms(plan, [0.0] * len(plan.preconditioners.l2_clip_norm))
     arguments = {
         "epsilon": epsilon, "delta": delta, "relation": relation, "num_units": 50, "num_units_from": "public_count",
         "unit": "one record", "noise_multiplier": z, "plan": terms, "discrete_noise": noise,

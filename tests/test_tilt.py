@@ -255,7 +255,7 @@ RECORDS = {
     "ordinary": ([0.3, -1.0, 2.0], 0, 0.5),
     "large": ([50.0, -60.0, 40.0], 1, 9.0),
     "another label": ([1.0, 1.0, 1.0], 9, 0.0),
-    "NaN linearisation": ([1.0, 1.0, 1.0], 0, np.nan),
+    "NaN target": ([1.0, 1.0, 1.0], 0, np.nan),
     "tiny": ([1e-45, -1e-45, 0.0], 1, 1e-45),
 }
 
@@ -314,7 +314,7 @@ def test_noise_has_its_scale(discrete, monkeypatch):
         return seen[0]
 
     monkeypatch.setattr(one_pass, "exact_sum", once)
-    number, norm = 800 if discrete else 120, PREPARED.l2_clip_norm
+    number, norm = 800 if discrete else 240, PREPARED.l2_clip_norm
     found = draws(number, hardened=discrete)
     exact = exact_sum(PRIVATE, engine_of(hardened=discrete)) * norm
     noise = np.reshape([noisy - exact for noisy, _ in found], (number, -1))
@@ -594,7 +594,7 @@ def test_batches_of_other_widths_are_released():
 
 
 def test_records_of_numbers_alone_are_released():
-    """One input and one linearisation, each a number: both are labels, and no columns are left."""
+    """One input and one target, each a number: both are labels, and no columns are left."""
 
     def line(params, record):
         return (record["x"] * params["w"] - record["y"]) ** 2 / 2

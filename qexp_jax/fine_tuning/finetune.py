@@ -20,7 +20,7 @@ from qexp_jax.model.subspace import Layout
 from qexp_jax.privacy import ledger as ledgers
 from qexp_jax.privacy.certificate import make_certificate
 from qexp_jax.privacy.ledger import Ledger
-from qexp_jax.quadratic.plan import terms
+from qexp_jax.quadratic.plan_terms import terms
 
 
 class Release(NamedTuple):

@@ -126,7 +126,7 @@ def make_certificate(
       num_units_from: `"slots"` or `"public_count"`.
       unit: what one unit is, of `PRIVACY_UNITS`.
       noise_multiplier: z of each round.
-      plan: what a certificate says of the public plan of the rounds, `plan.terms`.
+      plan: what a certificate says of the public plan of the rounds, `plan_terms.terms`.
       provenance: of `make_provenance`.
       prng_impl: name of the noise's generator, `PRNG_IMPL`.
       discrete_noise: of a hardened release; `noise_multiplier` is its multiplier.
