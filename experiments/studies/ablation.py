@@ -3,7 +3,8 @@
     python -m experiments.studies.ablation
 
 Random Gaussian and count-sketch directions, the leading public eigenspace, the last layer, and all parameters with a
-precision of rank k plus damping (the default at k = 128). Everything else is chosen on public data as in the one call.
+precision of rank k plus damping (the default at k = 128); and the mechanism of arXiv:2605.20521, one draw with
+A = M = H + lambda I, in the eigenspace and in all parameters. Everything else is chosen on public data as in the one call.
 Writes ablation.csv and ablation.png into --out.
 """
 
@@ -25,7 +26,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 COLUMNS = "task model n epsilon delta subspace k seed metric_name metric".split()
-KINDS = ("gaussian", "count_sketch", "public eigenspace", "last layer", "all parameters, rank k")
+KINDS = (
+    "gaussian", "count_sketch", "public eigenspace", "last layer", "all parameters, rank k",
+    "one draw, public eigenspace", "one draw, rank k",
+)  # fmt: skip
 
 
 def parse_args(argv=None):
@@ -51,6 +55,8 @@ def choice(kind, dim, key, params):
         "public eigenspace": lambda: {"subspace_dim": dim},
         "last layer": lambda: {"subspace": subspace.full(params, where="head")},
         "all parameters, rank k": lambda: {"precision_rank": dim},
+        "one draw, public eigenspace": lambda: {"subspace_dim": dim, "one_draw": True},
+        "one draw, rank k": lambda: {"precision_rank": dim, "one_draw": True},
     }[kind]()
 
 
@@ -84,7 +90,7 @@ def figure(rows, floors, path):
     fig, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False, layout="constrained")
     for axis, panel in zip(axes[0], panels, strict=True):
         mine = [row for row in rows if (row["task"], row["model"]) == panel]
-        for kind, marker in zip(KINDS, "osD*^", strict=True):
+        for kind, marker in zip(KINDS, "osD*^vP", strict=True):
             dims = sorted({row["k"] for row in mine if row["subspace"] == kind})
             values = [np.array([r["metric"] for r in mine if (r["subspace"], r["k"]) == (kind, k)]) for k in dims]
             errors = [np.std(v) / max(1, len(v) - 1) ** 0.5 for v in values]
