@@ -3,8 +3,8 @@
     python -m experiments.studies.ablation
 
 Random Gaussian and count-sketch directions, the leading public eigenspace, the last layer, and all parameters with a
-precision of rank k plus damping (the default at k = 128); and the mechanism of arXiv:2605.20521, one draw with
-A = M = H + lambda I, in the eigenspace and in all parameters. Everything else is chosen on public data as in the one call.
+precision of rank k plus damping (the default at k = 128); and the mechanism of arXiv:2605.20521, one draw with A = M =
+H + lambda I, in the eigenspace and in all parameters. Everything else is chosen on public data as in the one call.
 Writes ablation.csv and ablation.png into --out.
 """
 
