@@ -88,7 +88,7 @@ def test_where_there_is_nothing_but_noise_the_model_hardly_gets_worse():
 def test_certificate_is_json_complete_and_rederives_the_budget():
     certificate = json.loads(json.dumps(tune(rounds=2).certificate))
     qexp_jax.verify(certificate)
-    required = "epsilon delta mu neighboring_relation num_units noise_multiplier preconditioners subspace_dim rounds"
+    required = "epsilon delta mu neighboring_relation num_units noise_multiplier geometries subspace_dim rounds"
     assert set(required.split()) <= set(certificate)
     assert len(certificate["assumptions"]) >= 4 and certificate["num_units"] == 400
     np.testing.assert_allclose(privacy.epsilon_from_mu(certificate["mu"], 1e-5), 1.0, rtol=1e-9)
