@@ -15,7 +15,7 @@ _STORED_BYTES = 2**30
 
 
 def is_stored(subspace: Subspace) -> bool:
-    """Whether P lies in memory, as arrays (k, *shape), one for each tuned leaf."""
+    """Whether P lies in memory, as an array of k rows for each tuned leaf."""
     return subspace.operator == operators.DENSE
 
 
