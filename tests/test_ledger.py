@@ -43,7 +43,7 @@ def test_releases_compose_exactly_until_the_budget_is_spent(tmp_path):
     assert total.releases == 4 and total == ledgers.spent(ledgers.open(ledger.path))
     np.testing.assert_allclose([total.mu, total.delta], [MU, 1e-5], rtol=1e-9)
     before = ledger.path.read_bytes()
-    with pytest.raises(qexp_jax.BudgetExceeded, match=r"epsilon=1.0, delta=1e-05.*after 4 others"):
+    with pytest.raises(qexp_jax.BudgetExceeded, match=r"epsilon=1.0, delta=1e-05.*beside those entered before \(4\)"):
         debit(ledger, 4, 1e-3)
     assert ledger.path.read_bytes() == before
 

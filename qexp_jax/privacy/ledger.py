@@ -193,8 +193,8 @@ def debit(
         total = _compose(body)
         if total.delta > body["delta"] * (1 + _ROUNDING):
             raise BudgetExceeded(
-                f"The budget is epsilon={body['epsilon']}, delta={body['delta']}; with this release of {mu=} after "
-                f"{total.releases - 1} others, delta would be {total.delta:.3g}."
+                f"The budget is epsilon={body['epsilon']}, delta={body['delta']}; with this release (mu {mu:.4g}) "
+                f"beside those entered before ({total.releases - 1}), delta would be {total.delta:.3g}."
             )
         ledger_file.write(ledger.path, body)
     return total
