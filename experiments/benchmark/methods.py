@@ -68,8 +68,8 @@ class Method(NamedTuple):
     allowed: Callable[[Cell, dict[str, Any]], bool] = lambda cell, settings: True
 
 
-def _qexp(cell, seed, settings):
-    release, infos = qexp_jax.fine_tune(
+def _fine_tuned(cell, seed, **options):
+    return qexp_jax.fine_tune(
         jax.random.key(seed),
         cell.anchor.model.loss_fn,
         cell.anchor.params,
@@ -77,25 +77,20 @@ def _qexp(cell, seed, settings):
         private=cell.private,
         epsilon=cell.epsilon,
         delta=cell.delta,
-        # Only to count the rounds, of open data; a tilt is one pass more.
-        run=qexp_jax.RunOptions(diagnostics=True),
+        **options,
     )
+
+
+def _qexp(cell, seed, settings):
+    # Only to count the rounds, of open data; a tilt is one pass more.
+    release, infos = _fine_tuned(cell, seed, run=qexp_jax.RunOptions(diagnostics=True))
     passes = len(infos) + (release.certificate["tilt"] is not None)
     return Outcome(jax.block_until_ready(release.params), passes * cell.num_private, passes)
 
 
 def _one_draw(cell, seed, settings):
     """The mechanism of arXiv:2605.20521 alone: one draw with A = M = H + lambda I."""
-    release = qexp_jax.fine_tune(
-        jax.random.key(seed),
-        cell.anchor.model.loss_fn,
-        cell.anchor.params,
-        public=cell.anchor.split.public,
-        private=cell.private,
-        epsilon=cell.epsilon,
-        delta=cell.delta,
-        plan=qexp_jax.PlanOptions(one_draw=True),
-    )
+    release = _fine_tuned(cell, seed, plan=qexp_jax.PlanOptions(one_draw=True))
     return Outcome(jax.block_until_ready(release.params), cell.num_private, 1)
 
 
