@@ -55,9 +55,9 @@ def run(tmp_path, *extra):
 
 
 def test_the_arena_writes_every_method_with_paired_seeds_and_its_provenance(tmp_path):
-    rows = run(tmp_path, "--methods", "qexp", "zero_shot", "non_private", "dp_gd", "objective_perturbation", "adassp")
+    private = {"qexp", "one_draw", "dp_gd", "objective_perturbation", "adassp"}
+    rows = run(tmp_path, "--methods", *sorted(private), "zero_shot", "non_private")
     assert list(rows[0]) == grid.COLUMNS
-    private = {"qexp", "dp_gd", "objective_perturbation", "adassp"}
     expected = {(m, e, s) for m in private for e in (1.0, 8.0) for s in (0, 1)}
     expected |= {(m, math.inf, s) for m in ("zero_shot", "non_private") for s in (0, 1)}
     assert {(r["method"], float(r["epsilon"]), int(r["seed"])) for r in rows} == expected
