@@ -31,7 +31,7 @@ the weights w_j proportional to exp(theta . phi_j); the model is trained on them
     follow    theta_{t+1} = theta_t + P F_t w                                                              (5)
 
 where F_t, diagonal in public directions, replaces M^{-1} by the inverse curvature that all releases so far show. That
-is post-processing of releases (T5), in one function, `rounds.follow`; all its numbers stand in `rule`.
+is post-processing of releases (T5), in one function, `one_round.follow`; all its numbers stand in `rule`.
 
 **Theorems**, as they are numbered throughout, each stated where it is used:
 
@@ -65,8 +65,8 @@ from qexp_jax.data.stream import Stream
 from qexp_jax.fine_tuning import preflight, tilt
 from qexp_jax.fine_tuning.checkpoint import Checkpoint
 from qexp_jax.fine_tuning.finetune import Release, fine_tune
+from qexp_jax.fine_tuning.one_round import RoundInfo
 from qexp_jax.fine_tuning.options import PlanOptions, RunOptions
-from qexp_jax.fine_tuning.rounds import RoundInfo
 from qexp_jax.mechanism import hardened, pure, truncated
 from qexp_jax.model import gradients, subspace
 from qexp_jax.numerics import keys

@@ -19,10 +19,10 @@ from problems import fine_tune
 
 import qexp_jax
 from qexp_jax import clipping, hardened, plan, precision, records, subspace
-from qexp_jax.fine_tuning import one_pass, rounds, stages
+from qexp_jax.fine_tuning import rounds, stages
 from qexp_jax.model.factored_gradients import squares
 from qexp_jax.numerics import integers
-from qexp_jax.private_pass import exact_clipping
+from qexp_jax.private_pass import exact_clipping, noise
 from qexp_jax.quadratic.directions import along_each
 
 WIDTH, N, SLOT = 70, 45, 17
@@ -176,8 +176,8 @@ class Played:
 
     def __init__(self, patch):
         self.sums, self.at, self.recording = [], 0, True
-        gaussian, discrete = one_pass._noisy_sum, hardened.noisy_sum
-        patch.setattr(one_pass, "_noisy_sum", lambda *args: self.play(lambda: gaussian(*args)))
+        gaussian, discrete = noise.noisy_sum, hardened.noisy_sum
+        patch.setattr(noise, "noisy_sum", lambda *args: self.play(lambda: gaussian(*args)))
         patch.setattr(hardened, "noisy_sum", lambda *args: self.discrete(*discrete(*args)))
 
     def discrete(self, total, noisy):

@@ -180,8 +180,8 @@ def test_psd_part_takes_absolute_eigenvalues():
     )
 
 
-def test_functions_are_usable_under_vmap_over_anchors():
+def test_functions_are_usable_under_vmap_over_parameters():
     space = subspace.full(PARAMS, where="head")
-    anchors = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), PARAMS)
-    both = jax.jit(jax.vmap(lambda p: curvature.projected_hessian(network_loss, p, space, RECORDS)))(anchors)
+    stacked = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), PARAMS)
+    both = jax.jit(jax.vmap(lambda p: curvature.projected_hessian(network_loss, p, space, RECORDS)))(stacked)
     np.testing.assert_allclose(both[0], curvature.projected_hessian(network_loss, PARAMS, space, RECORDS), atol=1e-5)

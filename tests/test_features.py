@@ -130,12 +130,12 @@ def test_a_record_stands_alone(kind):
     one = jax.tree.map(lambda a: a[7], records)
     phi = features.apply(fitted, one)
     np.testing.assert_allclose(phi, rows[7], atol=3e-4)  # axes of hardly any spread are divided by its root
-    anchor = features.linear_params(fitted)
-    gradient = jax.grad(features.linear_loss(fitted.raw), allow_int=True)(anchor, one)
+    params = features.linear_params(fitted)
+    gradient = jax.grad(features.linear_loss(fitted.raw), allow_int=True)(params, one)
     np.testing.assert_allclose(gradient["axes"], phi, atol=1e-6)
     np.testing.assert_array_equal(features.apply_each(features.fit(KEY, records, ()), records), rows)
-    layout = subspace.layout_of(anchor, "^axes$")
-    isolation.check_loss(features.linear_loss(fitted.raw), layout, anchor, records)
+    layout = subspace.layout_of(params, "^axes$")
+    isolation.check_loss(features.linear_loss(fitted.raw), layout, params, records)
 
 
 # --- scales ---

@@ -13,7 +13,7 @@ from problems import fine_tune, network, network_loss
 
 import qexp_jax
 from qexp_jax import accuracy, clipping, plan, privacy, subspace
-from qexp_jax.fine_tuning import rounds, stages
+from qexp_jax.fine_tuning import one_round, rounds, stages
 from qexp_jax.privacy import certificate as certificates
 from qexp_jax.quadratic import empirical_bayes, step_size
 from qexp_jax.quadratic.posterior import scale
@@ -124,7 +124,7 @@ def test_diagnostics_are_apart_and_measure_the_excess():
     mean, degrees = accuracy.noise_cost(
         plan.estimate.curvature, info[0].multiples, plan.estimate.dims, noise_std=info[0].noise_std, num_units=400
     )
-    assert rounds.predicted_cost(info[0]) == (mean, degrees)
+    assert one_round.predicted_cost(info[0]) == (mean, degrees)
     assert 0 < info[0].noise_cost < 20 * mean and 1 <= degrees <= 3
 
 
@@ -213,7 +213,7 @@ def test_a_round_takes_its_share_of_the_best_length_or_under_a_heavy_shift_the_b
     state = rounds.start(made.subspace.layout, {"w": jnp.ones(WIDE)}, estimate, made.rounds)
     g = scale(estimate.directions, jnp.sqrt(shift * estimate.moments), jax.random.normal(KEY, (WIDE,)))
     noise_var = jnp.mean(g**2) / 4
-    _, multiples, _, _ = rounds.follow(
+    _, multiples, _, _ = one_round.follow(
         num_units * g, state, made.subspace, quadratic, num_units * noise_var**0.5, estimate, preconditioner, 8.0
     )
     posterior = step_size.observe(state.posterior, estimate, g, noise_var)
@@ -237,7 +237,7 @@ def test_what_clipping_adds_is_taken_off_a_release_before_it_is_followed():
 
     def followed(noisy, bias):
         preconditioner = info.preconditioner._replace(bias=bias)
-        return rounds.follow(
+        return one_round.follow(
             noisy, state, info.plan.subspace, info.quadratic, 2.0, info.plan.estimate, preconditioner, 8.0
         )
 
@@ -249,7 +249,7 @@ def test_what_clipping_adds_is_taken_off_a_release_before_it_is_followed():
     assert jnp.linalg.norm(followed(biased, jnp.zeros(4))[0] - expected[0]) > 0.1
 
 
-def test_skewed_errors_pull_an_anchor_that_fits_six_times_as_far_where_nothing_is_taken_off(monkeypatch):
+def test_skewed_errors_pull_a_model_that_fits_six_times_as_far_where_nothing_is_taken_off(monkeypatch):
     """Errors of mean 0 and a long tail, which clipping cuts: what is left moves the intercept."""
     n = 3000
     x = jax.random.normal(jax.random.key(5), (2 * n, 5)).at[:, 0].set(1.0)
@@ -278,7 +278,7 @@ def test_a_sum_of_gradients_that_are_all_clipped_is_followed_alike_whatever_the_
     def followed(factor, preconditioner, noise_std):
         quadratic = info.quadratic._replace(whitened_sum=factor * total)
         noisy = factor * (total + jnp.ones_like(total))
-        out = rounds.follow(
+        out = one_round.follow(
             noisy, state, info.plan.subspace, quadratic, noise_std, info.plan.estimate, preconditioner, 80.0
         )
         return out[1], out[2], out[3].params["w"] - state.params["w"]
@@ -557,7 +557,7 @@ BAD = {
         {"public": {"x": jnp.full((9, 3), jnp.nan), "y": jnp.ones(9)}},
         r"found nan in leaf \['x'\]",
     ),
-    "anchor inf": ({"params": {"w": jnp.array([1.0, jnp.inf, 1.0])}}, "found inf"),
+    "parameter inf": ({"params": {"w": jnp.array([1.0, jnp.inf, 1.0])}}, "found inf"),
     "no gradient": ({"loss": lambda p, r: 0.0 * (p["w"] @ r["x"])}, "vanish"),
     "no curvature": ({"loss": lambda p, r: p["w"] @ r["x"]}, "vanish"),
     "seed": ({"key": 0}, "typed key"),

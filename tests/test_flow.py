@@ -236,7 +236,7 @@ def test_the_signal_left_is_what_the_latest_releases_show_but_for_one_standard_d
     assert jnp.all(spread > 0.03 * shown * energy)  # without it, or with the noise's energy left in, the above fails
 
 
-def test_no_more_is_left_than_the_anchor_had_and_what_was_never_tuned_keeps_it_all():
+def test_no_more_is_left_than_there_was_and_what_was_never_tuned_keeps_it_all():
     estimate, seen = example(), jax.random.normal(KEY, (10,))
     before = before_release(estimate)
     np.testing.assert_array_equal(
@@ -257,7 +257,7 @@ def test_no_more_is_left_than_the_anchor_had_and_what_was_never_tuned_keeps_it_a
 def test_loud_noise_does_not_hide_what_many_leading_directions_have_left_together():
     """Five releases of a known gradient under noise four times as loud in each of 64 directions.
 
-    Held to what the anchor had one by one, the directions' sum would be far below zero in all of 500.
+    Held to what there was at theta_0 one by one, the directions' sum would be far below zero in all of 500.
     """
     ones = jnp.ones(65)
     estimate = example(shifts=(100.0,))._replace(
@@ -375,7 +375,7 @@ def test_a_passed_minimum_shows_no_more_steepness_than_there_is_however_little_o
     assert jnp.mean(found > 0) > 0.3 and found.max() < truth
 
 
-def test_the_anchors_gradient_is_remembered_through_the_flow_with_the_stated_variance():
+def test_the_initial_gradient_is_remembered_through_the_flow_with_the_stated_variance():
     estimate = example()._replace(curvature=jnp.array([2.0, 1.0, 0.1, 0.1]))
     private = 2.0 * dense_curvature(estimate)  # the curvature_ratio expected
     posterior, gradient = rounds_of(estimate, private, 1e-4, 8, 0.3)

@@ -15,8 +15,7 @@ from scipy import stats
 
 import qexp_jax
 from qexp_jax import clipping, hardened, ledger, precision, privacy, records, subspace
-from qexp_jax.fine_tuning import one_pass
-from qexp_jax.private_pass import exact_clipping
+from qexp_jax.private_pass import exact_clipping, noise
 
 pytest.importorskip("opendp")
 KEY = jax.random.key(23)
@@ -227,9 +226,7 @@ def test_a_hardened_release_verifies_and_holds_the_budget_that_the_exact_gaussia
 
 def test_without_noise_the_hardened_and_the_plain_path_agree(monkeypatch):
     monkeypatch.setattr(hardened, "discrete_gaussian", lambda total, scale: total)
-    monkeypatch.setattr(
-        one_pass, "_noisy_sum", lambda key, total, H, step, noise_std: precision.whiten_sum(H, total, step)
-    )
+    monkeypatch.setattr(noise, "noisy_sum", lambda key, total, H, step, noise_std: precision.whiten_sum(H, total, step))
     found, expected = tune(), tune(hardened=False, epsilon=1.0)
     np.testing.assert_allclose(found.params["w"], expected.params["w"], rtol=0.02)  # the step knows the noise
     assert np.any(np.abs(found.params["w"] - 1) > 0.01)

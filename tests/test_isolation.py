@@ -658,7 +658,7 @@ def test_checks_hold_under_strict_promotion():
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
         for loss, params in strict.values():
             check(loss, params, vectors())
-            validation.check_finite("anchor parameters", params)
+            validation.check_finite("pretrained parameters", params)
             validation.check_finite("public records", vectors()["x"])
         with pytest.raises(ValueError, match="custom_vmap_call"):
             check(MIXED["custom_vmap in a backward rule"][0], VECTOR, vectors())

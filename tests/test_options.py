@@ -101,3 +101,8 @@ def test_a_report_says_what_is_promised():
     pairs = qexp_jax.Dataset(records=PRIVATE, unit_ids=np.arange(200) // 2)
     replaced = tuned(private=pairs, neighboring_relation=NeighboringRelation.REPLACE_ONE)
     assert "all records of any single person (or other unit) together been replaced" in qexp_jax.report(replaced)
+
+
+def test_a_promise_of_nothing_is_not_stated_as_a_number():
+    """e^1000 is no double."""
+    assert "e^1000 = more than 10^21" in qexp_jax.report(tuned().certificate | {"epsilon": 1000.0})

@@ -19,6 +19,7 @@ from problems import (
 from qexp_jax import clipping, curvature, precision, records, subspace
 from qexp_jax.model import sketching
 from qexp_jax.private_pass import passes
+from qexp_jax.private_pass.devices import place
 from qexp_jax.quadratic import directions, public_curvature
 
 SPEC = jax.sharding.PartitionSpec
@@ -160,7 +161,7 @@ def test_only_k_numbers_cross_devices_in_a_pass_and_k_squared_in_a_curvature(wid
     data = {"x": jnp.ones((num_records, 4)), "y": jnp.ones((num_records, 2))}
     space, factored = subspace.count_sketch(KEY, params, dim), precision.dense(jnp.eye(dim))
     linearisation = passes.Linearisation(params, space, factored, 1.0)
-    units = passes.place(mesh(), data, np.ones(num_records, bool))
+    units = place(mesh(), data, np.ones(num_records, bool))
     compiled = passes.device_sum.lower(
         wide_loss, linearisation, *units, microbatch_size=4, mode="reverse", mesh=mesh()
     ).compile()
@@ -227,7 +228,7 @@ def test_sharded_parameters_are_never_gathered_as_a_whole_on_one_device(monkeypa
     linearisation = passes.Linearisation(
         sharded, subspace.count_sketch(KEY, params, 64), precision.dense(jnp.eye(64)), 1.0
     )
-    units = passes.place(devices, data, np.ones(4, bool))
+    units = place(devices, data, np.ones(4, bool))
     lowered = passes.device_sum.lower(deep_loss, linearisation, *units, microbatch_size=1, mode="reverse", mesh=devices)
     memory, whole = lowered.compile().memory_analysis(), 8 * 256 * 256 * 4
     assert memory.argument_size_in_bytes < 0.35 * whole and memory.temp_size_in_bytes < 0.75 * whole

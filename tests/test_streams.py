@@ -68,7 +68,7 @@ def test_a_public_stream_is_sampled_without_replacement(in_memory):
 
 def test_batches_add_up_exactly():
     """A float32 sum stays at 2^24."""
-    partial, plain = passes.empty(1), np.float32(2**24)
+    partial, plain = passes.empty(integers.zeros(1)), np.float32(2**24)
     for number in [2.0**24] + 100 * [1.0]:
         partial = passes.add(partial, integers.from_float(jnp.array([number])), partial.info)
         plain += np.float32(number == 1)

@@ -14,8 +14,12 @@ from scipy import stats
 import qexp_jax
 from qexp_jax import clipping, features, hardened, privacy, records, tilt, weighting
 from qexp_jax import ledger as ledgers
+from qexp_jax.data.source import source_of
 from qexp_jax.fine_tuning import inputs, one_pass, rounds, tilting
+from qexp_jax.fine_tuning.progress import announcer
 from qexp_jax.numerics import integers
+from qexp_jax.private_pass import noise
+from qexp_jax.private_pass.noise import DISCRETE, GAUSSIAN
 
 KEY, BUDGET = jax.random.key(23), {"epsilon": 4.0, "delta": 1e-5}
 ADD_OR_REMOVE, REPLACE_ONE = NeighboringRelation.ADD_OR_REMOVE_ONE, NeighboringRelation.REPLACE_ONE
@@ -184,24 +188,28 @@ def test_bad_input_is_refused_before_private_data_is_read(name, monkeypatch):
 # --- the draw ---
 
 
-def engine_of(prepared=PREPARED, loss_fn=None, **options):
-    loss_fn = tilting.loss(prepared.features) if loss_fn is None else loss_fn
-    settings = {
-        "microbatch_size": None, "mode": "reverse", "mesh": None, "hardened": False, "exact": False,
-        "diagnostics": True, "store": None, "progress": None,
-    }  # fmt: skip
-    return one_pass.PassOptions(loss_fn=loss_fn, **settings | options)
+def options_of(prepared=PREPARED, loss_fn=None, hardened=False):
+    return one_pass.PassOptions(
+        loss_fn=tilting.loss(prepared.features) if loss_fn is None else loss_fn,
+        microbatch_size=None,
+        mode="reverse",
+        mesh=None,
+        noise=DISCRETE if hardened else GAUSSIAN,
+        exact=False,
+        diagnostics=True,
+        store=None,
+        announce=announcer(None),
+    )
 
 
 def exact_sum(private, options=None, prepared=PREPARED):
     """Of the pass before noise, in units of the clip norm, as the integers say it."""
-    options, linearisation = engine_of(prepared) if options is None else options, tilting.linearisation(prepared)
-    blank = one_pass.beginning(
-        0, None, qexp_jax.private_pass.passes.empty(linearisation.subspace.dim, options.hardened)
-    )
-    units = one_pass.place(options, None, private)
+    options = options_of(prepared) if options is None else options
+    linearisation = tilting.linearisation(prepared)
+    blank = one_pass.beginning(0, None, one_pass.empty(options, linearisation.subspace.dim))
+    units = one_pass.place(options, source_of(private))
     total, _, _ = one_pass.exact_sum(options, linearisation, units, blank, None)
-    if options.hardened:
+    if options.noise.hardened:
         return np.asarray(total, np.float64) / hardened.INTEGER_CLIP_NORM
     return integers.to_int64(total) / clipping.STEPS
 
@@ -228,9 +236,9 @@ def test_the_pass_sums_clipped_features():
 def test_units_are_means_of_their_records():
     """Each of which is clipped; of as many records as the cap allows."""
     ids = np.arange(N) // 4
-    loss_fn, units = inputs.grouped(tilting.loss(PREPARED.features), PRIVATE, ids, None)
+    loss_fn, units = inputs.grouped(tilting.loss(PREPARED.features), source_of(PRIVATE), ids, None)
     rows, c = raw_rows(PRIVATE), PREPARED.l2_clip_norm
-    found = exact_sum(units, engine_of(loss_fn=loss_fn)) * c
+    found = exact_sum(units.records, options_of(loss_fn=loss_fn)) * c
     np.testing.assert_allclose(found, weighting.clipped(rows, c).sum(axis=0) / 4, atol=2e-3)
     as_one = weighting.clipped(rows.reshape(N // 4, 4, -1).mean(axis=1), c)
     assert np.linalg.norm(found - as_one.sum(axis=0)) > 0.1
@@ -262,7 +270,7 @@ RECORDS = {
 
 def distances(**options):
     """Of every pair of releases that differ in one record; an empty slot is one of NaN."""
-    options = engine_of(**options)
+    options = options_of(**options)
     sums = {name: exact_sum(with_record(*record), options) for name, record in RECORDS.items()}
     from_empty = max(np.linalg.norm(x - sums["NaN"]) for x in sums.values())
     return from_empty, max(np.linalg.norm(x - y) for x in sums.values() for y in sums.values())
@@ -286,7 +294,7 @@ def test_a_pass_without_clipping_is_caught(monkeypatch):
     def loss_fn(params, record):  # compiled by itself
         return jnp.vdot(params["axes"], features.apply(unclipped, record))
 
-    options = engine_of(loss_fn=loss_fn)
+    options = options_of(loss_fn=loss_fn)
     moved = exact_sum(with_record([5.0, -6.0, 4.0]), options) - exact_sum(with_record(*RECORDS["NaN"]), options)
     assert np.linalg.norm(moved) > 1.5
 
@@ -294,7 +302,7 @@ def test_a_pass_without_clipping_is_caught(monkeypatch):
 def draws(number=40, noise_multiplier=3.0, **options):
     keys = jax.random.split(jax.random.key(4), number)
     return [
-        tilting.draw(key, key, PREPARED, PRIVATE, engine_of(**options), noise_multiplier=noise_multiplier)
+        tilting.draw(key, key, PREPARED, source_of(PRIVATE), options_of(**options), noise_multiplier=noise_multiplier)
         for key in keys
     ]
 
@@ -316,15 +324,15 @@ def test_noise_has_its_scale(discrete, monkeypatch):
     monkeypatch.setattr(one_pass, "exact_sum", once)
     number, norm = 800 if discrete else 240, PREPARED.l2_clip_norm
     found = draws(number, hardened=discrete)
-    exact = exact_sum(PRIVATE, engine_of(hardened=discrete)) * norm
-    noise = np.reshape([noisy - exact for noisy, _ in found], (number, -1))
+    exact = exact_sum(PRIVATE, options_of(hardened=discrete)) * norm
+    added = np.reshape([noisy - exact for noisy, _ in found], (number, -1))
     std = found[0][1]
     np.testing.assert_allclose(std, 3.0 * norm, rtol=1e-6)
-    sets = [np.ravel(x) for x in np.array_split(noise, 2 if discrete else 1)]
+    sets = [np.ravel(x) for x in np.array_split(added, 2 if discrete else 1)]
     assert max(stats.kstest(x / std, "norm").pvalue for x in sets) > 0.01
     for wrong in (0.85, 1.15):
         assert all(stats.kstest(x / (wrong * std), "norm").pvalue < 1e-3 for x in sets)
-    assert abs(np.corrcoef(noise.T) - np.eye(len(exact))).max() < 0.45
+    assert abs(np.corrcoef(added.T) - np.eye(len(exact))).max() < 0.45
 
 
 def test_a_draw_repeats_with_its_key():
@@ -390,7 +398,7 @@ def test_other_shapes_skip_the_tilt():
     assert found.certificate["tilt"] is not None
 
 
-def anchors(monkeypatch, **options):
+def initial_parameters(monkeypatch, **options):
     """Where the rounds begin."""
     seen = []
 
@@ -403,13 +411,13 @@ def anchors(monkeypatch, **options):
     return tune(**options), seen[0]
 
 
-def test_the_anchor_moves_with_a_shift_only(monkeypatch):
+def test_the_model_moves_with_a_shift_only(monkeypatch):
     """Without one it is the pretrained parameters, bit for bit; with one it is better where the private records are."""
-    calm, anchor = anchors(monkeypatch, private=ALIKE)
-    same(anchor, PARAMS)
+    calm, params = initial_parameters(monkeypatch, private=ALIKE)
+    same(params, PARAMS)
     qexp_jax.verify(calm.certificate)
     assert not calm.certificate["tilt"]["accepted"] and calm.certificate["tilt"]["training_steps"] == 0
-    _, moved = anchors(monkeypatch)
+    _, moved = initial_parameters(monkeypatch)
 
     def mean_loss(params):
         return float(jnp.mean(jax.vmap(loss, (None, 0))(params, PRIVATE)))
@@ -464,13 +472,13 @@ def test_a_hardened_release_has_a_hardened_tilt(monkeypatch):
 
 def test_the_tilts_noise_is_not_a_rounds(monkeypatch):
     """Each draw of a release has a key of its own."""
-    keys, noisy_sum = [], one_pass._noisy_sum
+    keys, noisy_sum = [], noise.noisy_sum
 
     def watched(key, *args):
         keys.append(tuple(np.asarray(jax.random.key_data(key))))
         return noisy_sum(key, *args)
 
-    monkeypatch.setattr(one_pass, "_noisy_sum", watched)
+    monkeypatch.setattr(noise, "noisy_sum", watched)
     tune()
     assert len(keys) == 3 == len(set(keys))
     assert tuple(np.asarray(jax.random.key_data(KEY))) not in keys

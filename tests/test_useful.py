@@ -10,8 +10,8 @@ from problems import fine_tune
 
 import qexp_jax
 from qexp_jax import ledger, mechanism, subspace
-from qexp_jax.fine_tuning import one_pass
 from qexp_jax.model import operations
+from qexp_jax.private_pass import noise
 
 KEY = jax.random.key(3)
 BUDGET = {"epsilon": 8.0, "delta": 1e-5}
@@ -147,7 +147,7 @@ def test_a_public_record_that_is_not_finite_costs_nothing(value, tmp_path):
 
 
 def test_a_release_that_is_not_finite_is_not_returned(monkeypatch):
-    monkeypatch.setattr(one_pass, "_noisy_sum", lambda key, total, *rest: jnp.full(162, jnp.nan))
+    monkeypatch.setattr(noise, "noisy_sum", lambda key, total, *rest: jnp.full(162, jnp.nan))
     with pytest.raises(ValueError, match="finite released parameters, of which nothing is returned"):
         fine_tune(KEY, linear, LINEAR, public=data(200, 1), private=data(90, 2), **BUDGET)
 

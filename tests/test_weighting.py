@@ -198,7 +198,7 @@ def test_equal_weights_stay_at_a_stationary_point():
     np.testing.assert_array_equal(found["w"], params["w"])
 
 
-def test_equal_weights_stay_at_any_anchor():
+def test_equal_weights_move_nothing():
     """Of a convex loss: its slope there is taken off, so that more of the old training is none of the tilt's."""
     params, public, weights = problem()
     params["w"] = params["w"] + 0.3
@@ -240,7 +240,7 @@ def test_a_subspace_is_kept():
 
 
 def test_training_that_does_not_help_is_undone(monkeypatch):
-    """Steps that lead away raise the weighted loss: the anchor is returned."""
+    """Steps that lead away raise the weighted loss: the parameters are returned as they were."""
     params, public, weights = problem()
     assert np.any(trained(params, public, weights, steps=60)["w"] != params["w"])
     monkeypatch.setattr(tilted_training, "train_steps", lambda loss, steps, carry, *_: (carry[0] + 100, carry[1]))

@@ -88,16 +88,21 @@ def falsify(
     best = _best_choices(scores, bounds, choose[0], choose[1], level)
     found = {}
     for target, choice in best.items():
-        positive, negative = (scores[choice.score](x) for x in test)
+        score = scores[choice.score]
+        positive, negative = (score(x) for x in test)
         _, errors = _error_bounds(positive, negative, level, thresholds=np.array([choice.threshold]))
         found[target] = max(0.0, float(bounds[target](*errors)[0]))
     return LowerBound(
-        mu=found["mu"], epsilon=found["epsilon"], delta=delta, confidence=confidence, score=best["mu"].score
-    )  # fmt: skip
+        mu=found["mu"],
+        epsilon=found["epsilon"],
+        delta=delta,
+        confidence=confidence,
+        score=best["mu"].score,
+    )
 
 
 _BOUNDS = 4  # two counts for each of mu and epsilon
-_LEAST_TO_FIT = 2
+_LEAST_TO_FIT = 2  # draws from each neighbour, for a covariance
 
 
 class _Choice(NamedTuple):
@@ -126,7 +131,8 @@ def _best_choices(
         for target, bound in bounds.items():
             values = bound(*errors)
             at = int(np.argmax(values))
-            best[target] = max(best[target], _Choice(float(values[at]), name, float(thresholds[at])))
+            choice = _Choice(float(values[at]), name, float(thresholds[at]))
+            best[target] = max(best[target], choice)
     return best
 
 
@@ -142,12 +148,14 @@ def least_draws(confidence: float, delta: float) -> int:
     confidence = arguments.proportion("confidence", confidence)
     delta = arguments.proportion("delta", delta)
     level = (1 - confidence) / _BOUNDS
+    # 1 - b - delta > b is level^(1/m) > (1 + delta) / 2.
     tested = math.floor(math.log(level) / math.log((1 + delta) / 2)) + 1
     return max(2 * tested, 4 * _LEAST_TO_FIT)
 
 
 def mu_bound(false_positives: Any, false_negatives: Any) -> Any:
     """mu that error rates at most these imply, by the trade-off curve of Gaussian DP: Phi^{-1}(1 - a) - Phi^{-1}(b)."""
+    # `isf` keeps the digits of a small rate, which 1 - a would lose.
     return norm.isf(false_positives) - norm.ppf(false_negatives)
 
 
@@ -164,6 +172,7 @@ def epsilon_bound(false_positives: Any, false_negatives: Any, delta: float) -> A
 
 @functools.partial(jax.jit, static_argnames=("mechanism", "batch_size"))
 def _outputs(mechanism: Mechanism, keys: jax.Array, data: Any, batch_size: int) -> jax.Array:
+    """(n, k) outputs on one dataset, one for each key, flat, `batch_size` at a time."""
     return jax.lax.map(lambda k: jnp.ravel(mechanism(k, data)), keys, batch_size=batch_size)
 
 
@@ -180,20 +189,24 @@ def _error_bounds(
     """
     if thresholds is None:
         pooled = np.unique(np.concatenate([positive, negative]))
+        stride = max(1, len(pooled) // 2000)
         ends = [-np.inf, np.inf]  # a bound of nothing, so that there is always one
-        thresholds = np.concatenate([pooled[:: max(1, len(pooled) // 2000)], ends])
+        thresholds = np.concatenate([pooled[::stride], ends])
     above = len(negative) - np.searchsorted(np.sort(negative), thresholds)
     below = np.searchsorted(np.sort(positive), thresholds)
-    rates = [_clopper_pearson(above, len(negative), level), _clopper_pearson(below, len(positive), level)]
-    return thresholds, rates
+    false_positives = _clopper_pearson(above, len(negative), level)
+    false_negatives = _clopper_pearson(below, len(positive), level)
+    return thresholds, [false_positives, false_negatives]
 
 
 def _clopper_pearson(count: np.ndarray, total: int, level: float) -> np.ndarray:
     """The largest rate at which so few of `total` still have probability `level`."""
-    return np.where(count < total, beta.isf(level, count + 1, np.maximum(total - count, 1)), 1.0)
+    # The Beta law takes no parameter of zero: `maximum` keeps it away where the bound is 1 anyway.
+    bound = beta.isf(level, count + 1, np.maximum(total - count, 1))
+    return np.where(count < total, bound, 1.0)
 
 
-_MOST_FEATURES = 200
+_MOST_FEATURES = 200  # outputs and products to which a covariance is still fitted
 
 
 class _Form(NamedTuple):
@@ -205,10 +218,13 @@ class _Form(NamedTuple):
 
 def _scores(positive: np.ndarray, negative: np.ndarray) -> dict[str, Score]:
     """Log-likelihood ratios fitted to draws of both; non-finite rows are a symbol with its own frequency."""
-    finite = [np.all(np.isfinite(x), axis=1) for x in (positive, negative)]
+    is_finite = [np.all(np.isfinite(x), axis=1) for x in (positive, negative)]
     # Half a draw is added, so that a symbol that was never seen is not taken for a proof.
-    lost = [(np.sum(~ok) + 0.5) / (len(ok) + 1) for ok in finite]
-    clean = [x[ok] for x, ok in zip((positive, negative), finite, strict=True)]
+    lost = [(np.sum(~ok) + 0.5) / (len(ok) + 1) for ok in is_finite]
+    clean = [x[ok] for x, ok in zip((positive, negative), is_finite, strict=True)]
+    # Log-likelihood ratios of whether an output is finite.
+    if_lost = np.log(lost[0] / lost[1])
+    if_kept = np.log((1 - lost[0]) / (1 - lost[1]))
     width = positive.shape[1]
     forms = {"linear": _Form(_as_it_is, is_pooled=True), "quadratic": _Form(_as_it_is, is_pooled=False)}
     if width * (width + 3) // 2 <= _MOST_FEATURES:
@@ -221,9 +237,9 @@ def _scores(positive: np.ndarray, negative: np.ndarray) -> dict[str, Score]:
 
         def of(x: np.ndarray) -> np.ndarray:
             ok = np.all(np.isfinite(x), axis=1)
-            told = np.log(lost[0] / lost[1])
-            values = ratio(form.features(np.where(ok[:, None], x, 0))) if ratio else np.zeros(len(x))
-            return np.where(ok, values + np.log((1 - lost[0]) / (1 - lost[1])), told)
+            kept = np.where(ok[:, None], x, 0)
+            values = ratio(form.features(kept)) if ratio else np.zeros(len(x))
+            return np.where(ok, values + if_kept, if_lost)
 
         return of
 
@@ -242,6 +258,7 @@ def _products(x: np.ndarray) -> np.ndarray:
 
 def _gaussian_ratio(positive: np.ndarray, negative: np.ndarray, is_pooled: bool) -> Score:
     """log N(x; m_1, V_1) - log N(x; m_0, V_0), with one covariance for both if `is_pooled`."""
+    # All outputs are brought to one scale, as `_whitener` has one threshold for them.
     scale = np.maximum(np.std(np.concatenate([positive, negative]), axis=0), 1e-300)
     means = [np.mean(x, axis=0) for x in (positive, negative)]
     covariances = np.stack([np.atleast_2d(np.cov(x / scale, rowvar=False)) for x in (positive, negative)])
@@ -250,7 +267,9 @@ def _gaussian_ratio(positive: np.ndarray, negative: np.ndarray, is_pooled: bool)
     roots = [_whitener(v) for v in covariances]
 
     def log_density(x: np.ndarray, mean: np.ndarray, root: np.ndarray) -> np.ndarray:
-        return -np.sum((((x - mean) / scale) @ root) ** 2, axis=1) / 2 + np.linalg.slogdet(root)[1]
+        whitened = ((x - mean) / scale) @ root
+        _, log_det = np.linalg.slogdet(root)
+        return -np.sum(whitened**2, axis=1) / 2 + log_det
 
     return lambda x: log_density(x, means[0], roots[0]) - log_density(x, means[1], roots[1])
 

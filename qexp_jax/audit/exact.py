@@ -26,7 +26,9 @@ def attained_mu(whitened_sum: jax.Array, other_sum: jax.Array, noise_std: float)
     0.5
     """
     noise_std = arguments.positive("noise_std", noise_std)
-    distance = float(np.linalg.norm(np.asarray(whitened_sum, np.float64) - np.asarray(other_sum, np.float64)))
+    # In float64: the sums of many records may differ by less than float32 tells.
+    difference = np.asarray(whitened_sum, np.float64) - np.asarray(other_sum, np.float64)
+    distance = float(np.linalg.norm(difference))
     return distance / noise_std if math.isfinite(distance) else math.inf
 
 
@@ -94,7 +96,7 @@ def worst_neighbour(
 
     ascend = functools.partial(_ascend, moved, steps=ascent_steps)
     climbed = jax.jit(lambda c: jax.lax.map(ascend, c))(candidates)
-    # Differences are taken in float64: two sums of many records may differ by less than float32 tells.
+    # Differences are taken in float64, as in `attained_mu`.
     sums = np.asarray(jax.jit(lambda c: jax.lax.map(sum_with, c))(climbed), np.float64)
     is_replaced = relation is NeighboringRelation.REPLACE_ONE
     others = sums if is_replaced else np.asarray(base, np.float64)[None]
@@ -121,6 +123,7 @@ def _ascend(objective: Callable[[Record], jax.Array], record: Record, steps: int
         held = jax.tree.map(lambda old, new: jnp.where(is_better, new, old), held, tried)
         return (held, jnp.where(is_better, found, value)), None
 
+    # One key for all candidates: the search need not be random, only different in each step.
     keys = jax.random.split(jax.random.key(0), steps)
     (climbed, _), _ = jax.lax.scan(step, (record, objective(record)), keys)
     return climbed

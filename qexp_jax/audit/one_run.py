@@ -72,9 +72,12 @@ def one_run_epsilon(
     _check_guesses(canaries, confidence, guessed)
     coin_key, noise_key = jax.random.split(key)
     included = jax.random.bernoulli(coin_key, 0.5, (len(canaries),))
-    scores = np.asarray(jnp.matmul(canaries, mechanism(noise_key, included), precision="highest"), np.float64)
+    noisy_sum = mechanism(noise_key, included)
+    scores = np.asarray(jnp.matmul(canaries, noisy_sum, precision="highest"), np.float64)
+    # A single NaN would make the quantile NaN.
     scores = np.where(np.isfinite(scores), scores, 0)
-    auditor = auditing.CanaryScoreAuditor(scores[np.asarray(included)], scores[~np.asarray(included)])
+    is_in = np.asarray(included)
+    auditor = auditing.CanaryScoreAuditor(scores[is_in], scores[~is_in])
     # A quantile of all scores, which no coin has entered, so that nothing is lost to choosing it.
     threshold = auditing.Explicit(float(np.quantile(scores, 1 - guessed)))
     return float(auditor.epsilon_one_run_fdp(1 - confidence, delta, threshold_strategy=threshold))

@@ -27,7 +27,7 @@ def real(name: str, value: Any) -> float:
         raise ValueError(f"Expected {name} to be one real number, found {described(value)}.")
     try:
         return float(value)
-    except OverflowError:
+    except OverflowError:  # an integer of more than 308 digits
         raise ValueError(f"Expected {name} within double precision, found a larger {described(value)}.") from None
     except (TypeError, ValueError):  # a traced value, a time, a signalling NaN
         raise ValueError(f"Expected {name} to be one real number, found {described(value)}.") from None
@@ -97,11 +97,16 @@ def described(value: Any) -> str:
     return f"{kind} of dtype {value.dtype} and shape {getattr(value, 'shape', ())}"
 
 
-def _is_scalar(value, *kinds):
+def _is_scalar(value: Any, *kinds: type) -> bool:
+    """Whether it is one number: of these kinds where it has a dtype, else any real number of Python."""
     if not hasattr(value, "dtype"):
+        # To Python True is an integer, and hardly ever meant as one.
         return isinstance(value, numbers.Real | decimal.Decimal) and not isinstance(value, bool)
     try:
-        known = any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
+        # Among NumPy's integers are durations, and one without a unit converts.
+        is_duration = np.issubdtype(value.dtype, np.timedelta64)
+        known = not is_duration and any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
     except TypeError:  # a dtype of another library
         return False
+    # An array of shape (1,) is refused: it may be a batch that happens to have one record.
     return known and getattr(value, "shape", None) == ()

@@ -84,6 +84,8 @@ def held(tree: Any, name: str = "records", *, hide_length: bool = True) -> Any:
 
 
 def _held(leaf: Any, name: str, path: tuple[Any, ...], hide_length: bool) -> Any:
+    """The leaf as JAX will hold it; `name`, `path` and `hide_length` are for the error."""
+    # A masked array is a NumPy array too, but none that JAX takes.
     is_array = isinstance(leaf, np.ndarray | np.generic) and not isinstance(leaf, np.ma.MaskedArray)
     # NumPy's float64 is a Python float too, and a Python float is held as it is.
     is_python_number = isinstance(leaf, bool | int | float | complex) and not is_array
@@ -97,7 +99,7 @@ def _held(leaf: Any, name: str, path: tuple[Any, ...], hide_length: bool) -> Any
     dtype = jax.dtypes.canonicalize_dtype(leaf.dtype.newbyteorder("="))
     if leaf.dtype == dtype:
         return leaf
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"):  # a warning would tell of a private value
         return leaf.astype(dtype)
 
 
@@ -154,6 +156,7 @@ def pad(records: Record, multiple: int, mask: jax.Array | None = None) -> tuple[
 
     def extend(leaf: Any) -> jax.Array:
         leaf = jnp.asarray(leaf)
+        # Copies of a record that is there: the gradient of a made-up one may be NaN where all others are finite.
         filler = leaf[:1] if n else jnp.zeros((1, *leaf.shape[1:]), leaf.dtype)
         return jnp.concatenate([leaf, jnp.repeat(filler, extra, axis=0)])
 
@@ -187,6 +190,7 @@ def chunks(records: Record, size: int) -> Iterator[tuple[Record, int]]:
     n = num_records(records)
     size = min(size, n)
     for begin in range(0, n, size):
+        # The last one is filled up with the last record.
         index = np.minimum(np.arange(begin, begin + size), n - 1)
         yield take(records, index), min(size, n - begin)
 
@@ -228,6 +232,7 @@ def group_by_unit(
     slots = np.arange(width)
     is_there = slots < counts[:, None]
     begins = np.cumsum(counts) - counts
+    # Stable: which records of a large unit are used must not depend on the records of others.
     order = np.argsort(unit, kind="stable")
     index = order[begins[:, None] + np.where(is_there, slots, 0)]
     return take(records, index), jnp.asarray(is_there)
@@ -243,6 +248,7 @@ def unit_loss(loss_fn: LossFn) -> LossFn:
     def mean_loss(params: Params, unit: tuple[Record, jax.Array]) -> jax.Array:
         records, mask = unit
         losses = jax.vmap(loss_fn, in_axes=(None, 0))(params, records)
+        # A unit without a record, which padding can bring, has loss zero rather than 0/0.
         return jnp.sum(jnp.where(mask, losses, 0)) / jnp.maximum(1, jnp.sum(mask))
 
     return mean_loss
@@ -260,6 +266,7 @@ def take(records: Record, index: Any) -> Record:
     """The records at `index`, an integer array or a slice; of NumPy arrays they alone go to the device."""
 
     def rows(x: Any) -> jax.Array:
+        # NumPy cannot be indexed by a traced array.
         on_host = isinstance(x, np.ndarray) and not isinstance(index, jax.core.Tracer)
         return jnp.asarray(held(x[index])) if on_host else jnp.asarray(held(x))[index]
 

@@ -85,10 +85,13 @@ def sample(generator: np.random.Generator, stream: Iterable[Record], size: int) 
     seen = 0
     for batch, n in _alike(stream):
         positions = seen + np.arange(n)
+        # The first fill the sample; a later one at position p takes a slot in [0, p], if there is one.
         slots = np.where(positions < size, positions, generator.integers(positions + 1))
         rows = jax.tree.map(_on_host, batch)
         for i in np.flatnonzero(slots < size):
-            kept[slots[i] : slots[i] + 1] = [jax.tree.map(lambda x, i=i: np.array(x[i]), rows)]
+            record = jax.tree.map(lambda x, i=i: np.array(x[i]), rows)  # a copy, or it would hold the whole batch
+            slot = slots[i]
+            kept[slot : slot + 1] = [record]  # replaces, or appends at the end
         seen += n
         last = batch
     if not seen:
@@ -113,10 +116,11 @@ def batches(stream: Iterable[Record], multiple: int) -> Iterator[tuple[Record, n
             slots = start + np.arange(length)
             # Padding repeats the piece's first record, so that it brings in no value that is not there.
             index = np.where(slots < n, slots, start)
-            yield jax.tree.map(lambda like, x, i=index: _like(like, x[i]), batch, rows), slots < n
+            piece = jax.tree.map(lambda like, x, i=index: _like(like, x[i]), batch, rows)
+            yield piece, slots < n
 
 
-def _alike(stream):
+def _alike(stream: Iterable[Record]) -> Iterator[tuple[Record, int]]:
     """The batches that have a record, as JAX will hold them, with their lengths."""
     expected: Any = None
     for batch in stream:
@@ -124,23 +128,28 @@ def _alike(stream):
         n = num_records(batch, hide_length=True)
         if not n:
             continue
-        found: Any = jax.tree.structure(batch), [leaf.dtype for leaf in jax.tree.leaves(batch)]
-        expected = expected or found
-        if found[0] != expected[0]:
+        structure: Any = jax.tree.structure(batch)
+        dtypes = [leaf.dtype for leaf in jax.tree.leaves(batch)]
+        expected = expected or (structure, dtypes)
+        first_structure, first_dtypes = expected
+        # The structure is not shown: keys of a dictionary may be names.
+        if structure != first_structure:
             raise ValueError("Expected batches of one structure, found a batch of another one than the first.")
-        if found[1] != expected[1]:
-            raise ValueError(f"Expected batches of the first one's dtypes {expected[1]}, found {found[1]}.")
+        if dtypes != first_dtypes:
+            raise ValueError(f"Expected batches of the first one's dtypes {first_dtypes}, found {dtypes}.")
         yield batch, n
 
 
-def _on_host(leaf):
+def _on_host(leaf: Any) -> np.ndarray:
     """A NumPy array; of typed keys their words."""
     return np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
 
 
-def _like(leaf, rows):
+def _like(leaf: Any, rows: Any) -> Any:
     """Typed keys again where they were; on no device in particular."""
-    return jax.random.wrap_key_data(rows, impl=jax.random.key_impl(leaf)) if is_key(leaf) else rows
+    if not is_key(leaf):
+        return rows
+    return jax.random.wrap_key_data(rows, impl=jax.random.key_impl(leaf))
 
 
 def digest(previous: bytes, batch: Record) -> bytes:

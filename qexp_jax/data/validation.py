@@ -81,14 +81,16 @@ def check_finite(name: str, tree: Any) -> None:
         for path, leaf in jax.tree_util.tree_leaves_with_path(held(tree, name, hide_length=False))
         if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
     ]
+    on_host = [leaf for _, leaf in named if _is_on_host(leaf)]
     on_device = [leaf for _, leaf in named if not _is_on_host(leaf)]
-    if all(_is_finite_on_host(x) for _, x in named if _is_on_host(x)) and (not on_device or _all_finite(on_device)):
+    # One program for all leaves on devices, so that the host waits once.
+    if all(map(_is_finite_on_host, on_host)) and (not on_device or _all_finite(on_device)):
         return
-    bad = next((path, leaf) for path, leaf in named if not jnp.all(jnp.isfinite(leaf)))
-    value = np.asarray(bad[1])
+    path, leaf = next((path, leaf) for path, leaf in named if not jnp.all(jnp.isfinite(leaf)))
+    value = np.asarray(leaf)
     raise ValueError(
         f"Expected finite {name}, found {value[~np.isfinite(value)].flat[0]} in leaf "
-        f"{jax.tree_util.keystr(bad[0])} of shape {value.shape}."
+        f"{jax.tree_util.keystr(path)} of shape {value.shape}."
     )
 
 
@@ -105,15 +107,16 @@ def check_apart(public: Any, private: Any) -> None:
         )
 
 
-def _leaves(tree):
+def _leaves(tree: Any) -> list[Any]:
     try:
         return jax.tree.leaves(tree)
     except Exception:  # what cannot be taken apart `check_same_structure` refuses
         return []
 
 
-def _is_shared(a, b):
+def _is_shared(a: Any, b: Any) -> bool:
     if not (isinstance(a, np.ndarray) and isinstance(b, np.ndarray)):
+        # Python holds one object for many equal numbers and texts.
         is_text_or_number = isinstance(a, bool | int | float | complex | str)
         return not is_text_or_number and (a is b or _is_same_stream(a, b))
     if _is_constant(a) or _is_constant(b):
@@ -125,11 +128,12 @@ def _is_shared(a, b):
         return False
 
 
-def _is_same_stream(a, b):
+def _is_same_stream(a: Any, b: Any) -> bool:
+    """Two `stream.Stream` of one function."""
     return hasattr(a, "begin") and a.begin is getattr(b, "begin", None)
 
 
-def _is_constant(x):
+def _is_constant(x: np.ndarray) -> bool:
     """Whether the records hold one row in common, such as a graph, which `np.broadcast_to` lays out so."""
     return x.ndim > 0 and len(x) > 1 and x.strides[0] == 0
 
@@ -145,7 +149,8 @@ def check_devices(**trees: Any) -> None:
         raise ValueError(f"Expected all arrays on the same devices, found {places}: move them with jax.device_put.")
 
 
-def _devices(tree):
+def _devices(tree: Any) -> set[frozenset[Any]]:
+    """The sets of devices that arrays were put on; what JAX put somewhere by default it also moves."""
     arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)]
     return {frozenset(x.sharding.device_set) for x in arrays if x.committed}
 

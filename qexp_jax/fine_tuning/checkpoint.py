@@ -23,19 +23,15 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
 from qexp_jax.data import arguments, stream
 from qexp_jax.data.records import Record
 from qexp_jax.privacy.certificate import sha256_of
 from qexp_jax.privacy.ledger import Ledger
-from qexp_jax.private_pass import passes
 
 _WARNING = (
     "NOT PRIVATE: the partial sums in this folder carry no noise, and its digests tell whether a guess of the private "
@@ -53,7 +49,8 @@ class Checkpoint:
     """Where and how often a release in progress is saved.
 
     Attributes:
-      directory: of one release; created, and made unreadable to others. `~` is the home folder.
+      directory: of one release; created, and made unreadable to others. `~` is the home folder. It does not hold the
+        key, which has to be the same when the release goes on: see `keys.fresh_key` for how to keep it.
       every: batches of a stream between two saves; a round's end is always saved.
     """
 
@@ -148,7 +145,7 @@ def open_store(checkpoint: Checkpoint, settings: dict[str, Any]) -> Store:
     return store
 
 
-def _check_settings(folder, settings):
+def _check_settings(folder: pathlib.Path, settings: dict[str, str]) -> None:
     path = folder / _SETTINGS
     if not path.exists():
         (folder / "NOT_PRIVATE.txt").write_text(_WARNING)
@@ -160,7 +157,8 @@ def _check_settings(folder, settings):
         raise ValueError(f"The checkpoint {folder} belongs to a release with other {', '.join(differing)}.")
 
 
-def _write(path, text):
+def _write(path: pathlib.Path, text: str) -> None:
+    # A kill between the two lines leaves the file as it was.
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
@@ -242,43 +240,8 @@ def restore(store: Store, like: Progress) -> Progress | None:
     return progress._replace(round=int(progress.round), batches=int(progress.batches))
 
 
-def _placed_like(old, x):
+def _placed_like(old: Any, x: Any) -> Any:
+    """A restored array where the old one lies; sharded parameters stay sharded."""
     if not isinstance(old, jax.Array):
         return x
     return jax.device_put(x, old.sharding) if len(old.sharding.device_set) > 1 else jax.numpy.asarray(x)
-
-
-# --- several processes ---
-
-
-def in_step(mesh: Mesh | None, action: Callable[[], Any]) -> Any:
-    """What an action returns in this process; where it raises in one process of a mesh, it raises in all.
-
-    So no process draws what another one was refused, nor waits for one that has gone.
-    """
-    result, error = None, None
-    try:
-        result = action()
-    except Exception as caught:
-        error = caught
-    failed = error is not None
-    if passes.spans_processes(mesh):
-        failed = bool(np.any(multihost_utils.process_allgather(np.asarray(failed))))
-    if error is not None:
-        raise error
-    if failed:
-        raise ValueError("Another process was refused, and says why; this one makes no release either.")
-    return result
-
-
-def in_first(mesh: Mesh | None, action: Callable[[], None]) -> None:
-    """Runs an action in the first process of a mesh alone; where it raises, all raise."""
-    is_first = not passes.spans_processes(mesh) or jax.process_index() == 0
-    in_step(mesh, action if is_first else lambda: None)
-
-
-def from_first(mesh: Mesh | None, array: jax.Array) -> jax.Array:
-    """The array of the first process, in every process of a mesh: noise that is fresh in each is one release."""
-    if not passes.spans_processes(mesh):
-        return array
-    return jax.numpy.asarray(multihost_utils.broadcast_one_to_all(np.asarray(array)))

@@ -4,13 +4,22 @@ from typing import Any
 
 import jax
 
-from qexp_jax.data import stream
-from qexp_jax.data.records import Record
+from qexp_jax.data.source import InMemory, Source
 from qexp_jax.fine_tuning import checkpoint as checkpoints
+from qexp_jax.fine_tuning.checkpoint import Store
 from qexp_jax.privacy import ledger as ledgers
+from qexp_jax.privacy.ledger import Ledger
+from qexp_jax.private_pass import devices
 
 
-def enter(ledger: Any, key: jax.Array, store: Any, units: Record, mesh: Any, **terms: Any) -> Any:
+def enter(
+    ledger: Ledger | None,
+    key: jax.Array,
+    store: Store | None,
+    units: Source,
+    mesh: jax.sharding.Mesh | None,
+    **terms: Any,
+) -> Store | None:
     """Debits a new release, and binds its checkpoint to its data and its ledger; returns the store, so bound.
 
     A checkpoint of other data is refused before anything is entered. A new release is entered before its data is read,
@@ -24,16 +33,22 @@ def enter(ledger: Any, key: jax.Array, store: Any, units: Record, mesh: Any, **t
       mesh: devices, or None.
       **terms: of `ledger.debit`.
     """
-    in_memory = store is not None and not stream.is_stream(units)
-    if in_memory:
-        checkpoints.in_step(mesh, lambda: checkpoints.check_units(store, units))
-    checkpoints.in_first(mesh, lambda: _debit(ledger, key, store, **terms))
-    if in_memory:
-        checkpoints.in_step(mesh, lambda: checkpoints.bind_units(store, units))
-    return None if store is None else store._replace(ledger=ledger)
+    if store is None:
+        devices.in_first(mesh, lambda: _debit(ledger, key, None, **terms))
+        return None
+    # A stream is digested as its first pass reads it.
+    held = units.records if isinstance(units, InMemory) else None
+    if held is not None:
+        devices.in_step(mesh, lambda: checkpoints.check_units(store, held))
+    devices.in_first(mesh, lambda: _debit(ledger, key, store, **terms))
+    if held is not None:
+        devices.in_step(mesh, lambda: checkpoints.bind_units(store, held))
+    return store._replace(ledger=ledger)
 
 
-def _debit(ledger: Any, key: jax.Array, store: Any, *, mu: float, hardened: bool, **terms: Any) -> None:
+def _debit(
+    ledger: Ledger | None, key: jax.Array, store: Store | None, *, mu: float, hardened: bool, **terms: Any
+) -> None:
     """Debits the release, unless checkpoint and ledger agree that it was debited before it was interrupted.
 
     Args:

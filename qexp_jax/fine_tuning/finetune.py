@@ -13,13 +13,12 @@ from qexp_jax.data.dataset import Dataset
 from qexp_jax.data.records import LossFn, Params, Record
 from qexp_jax.fine_tuning import inputs, rounds, stages
 from qexp_jax.fine_tuning.checkpoint import Checkpoint
-from qexp_jax.fine_tuning.job import accepted, grouped
-from qexp_jax.fine_tuning.one_pass import announce
-from qexp_jax.fine_tuning.options import PlanOptions, RunOptions, listener
+from qexp_jax.fine_tuning.job import Job, accepted, grouped
+from qexp_jax.fine_tuning.options import PlanOptions, RunOptions
 from qexp_jax.model.subspace import Layout
-from qexp_jax.privacy import ledger as ledgers
 from qexp_jax.privacy.certificate import make_certificate
 from qexp_jax.privacy.ledger import Ledger
+from qexp_jax.private_pass.noise import Calibration
 from qexp_jax.quadratic.plan_terms import terms
 
 
@@ -108,48 +107,56 @@ def fine_tune(
     """
     job = accepted(
         key, loss_fn, params, public=public, private=private, epsilon=epsilon, delta=delta,
-        relation=neighboring_relation, hardened=hardened, checkpoint=checkpoint, plan=plan, run=run,
+        relation=neighboring_relation, hardened=hardened, ledger=ledger, checkpoint=checkpoint, plan=plan, run=run,
     )  # fmt: skip
-    ledger = ledgers.open(ledger) if isinstance(ledger, str | os.PathLike) else ledger
     job = grouped(job)
     tilt = stages.prepared_tilt(job)
     provenance = stages.provenance(job, tilt)
-    announce(listener(job.run), "public curvature")
-    made = stages.plan_at(job, tilt, job.anchor)
+    job.announce("public curvature")
+    made = stages.plan_at(job, tilt, job.pretrained)
     # From here on private values are read: refused before anything is paid, paid before anything is read.
     stages.roundings(made, stages.needs_exact(made, job.relation))
-    options = stages.entered(job, tilt, made, ledger)
+    options = stages.entered(job, tilt, made)
     begin = stages.tilted(job, tilt, made, options)
-    made = begin.plan
-    noise_multiplier, discrete_noise = stages.noise_of_rounds(job, tilt, made)
-    exact = stages.needs_exact(made, job.relation)
+    calibration = stages.calibration_of_rounds(job, tilt, begin.plan)
+    exact = stages.needs_exact(begin.plan, job.relation)
+    state = rounds.start(job.layout, begin.pretrained, begin.plan.estimate, begin.plan.rounds)
     state, infos = rounds.run(
-        begin.noise_key,
-        rounds.start(job.layout, begin.anchor, made.estimate, made.rounds),
-        made,
-        job.units,
-        options._replace(exact=exact),
-        num_units=job.data.num_units,
-        noise_multiplier=noise_multiplier,
-        release_key=job.data.key,
-    )
-    certificate = make_certificate(
-        epsilon=job.epsilon,
-        delta=job.delta,
+        begin.noise_key, state, begin.plan, job.units, options._replace(exact=exact),
+        num_units=job.data.num_units, noise_multiplier=calibration.multiplier, release_key=job.data.key,
+    )  # fmt: skip
+    certificate = _certificate(job, begin, calibration, exact, provenance.result())
+    validation.check_finite("released parameters, of which nothing is returned", state.params)
+    release = Release(_cast(job.layout, state.params), certificate)
+    return (release, infos) if job.run.diagnostics else release
+
+
+def _certificate(
+    job: Job, begin: stages.Tilted, calibration: Calibration, exact: bool, provenance: dict[str, Any]
+) -> dict[str, Any]:
+    """What is promised of a release, of public values and releases alone.
+
+    Args:
+      job: what was asked for.
+      begin: where the rounds began.
+      calibration: of one of their draws.
+      exact: whether each unit was rounded by itself.
+      provenance: digests of what the plan saw.
+    """
+    return make_certificate(
+        epsilon=job.budget.epsilon,
+        delta=job.budget.delta,
         relation=job.relation,
         num_units=job.data.num_units,
         num_units_from=job.data.num_units_from,
         unit=job.data.unit,
-        noise_multiplier=noise_multiplier,
-        plan=terms(made, stages.roundings(made, exact)),
-        provenance=provenance.result(),
+        noise_multiplier=calibration.multiplier,
+        plan=terms(begin.plan, stages.roundings(begin.plan, exact)),
+        provenance=provenance,
         prng_impl=str(jax.random.key_impl(job.data.key)),
-        discrete_noise=discrete_noise,
+        discrete_noise=calibration.discrete,
         tilt=begin.terms,
     )
-    validation.check_finite("released parameters, of which nothing is returned", state.params)
-    release = Release(_cast(job.layout, state.params), certificate)
-    return (release, infos) if job.run.diagnostics else release
 
 
 def _cast(layout: Layout, params: Params) -> Params:

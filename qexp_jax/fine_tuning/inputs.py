@@ -14,12 +14,13 @@ from dp_accounting import NeighboringRelation
 
 from qexp_jax.data import arguments, stream, validation
 from qexp_jax.data.dataset import Dataset
-from qexp_jax.data.records import LossFn, Params, Record, group_by_unit, held, num_records, take, unit_loss
-from qexp_jax.data.unit_ids import as_unit_ids
+from qexp_jax.data.records import LossFn, Params, Record, held, take, unit_loss
+from qexp_jax.data.source import InMemory, Source, source_of
 from qexp_jax.fine_tuning import preflight
+from qexp_jax.model.subspace import Subspace
 from qexp_jax.numerics.keys import as_threefry
 from qexp_jax.privacy.certificate import ONE_ID, ONE_RECORD
-from qexp_jax.private_pass import passes
+from qexp_jax.private_pass import devices
 
 _PUBLIC_SAMPLE = 4096
 
@@ -41,7 +42,7 @@ class Inputs(NamedTuple):
     Attributes:
       key: secret threefry key, the same in every process.
       public: public records in memory.
-      private: private records as JAX will hold them, or a stream.
+      private: where the private records come from, as JAX will hold them.
       unit_ids: (n,) of the private records, None where each is a unit.
       public_unit_ids: of the public ones.
       max_records_per_unit: public cap.
@@ -52,7 +53,7 @@ class Inputs(NamedTuple):
 
     key: jax.Array
     public: Record
-    private: Record
+    private: Source
     unit_ids: np.ndarray | None
     public_unit_ids: np.ndarray | None
     max_records_per_unit: int | None
@@ -68,7 +69,7 @@ def accept(
     public: Dataset,
     private: Dataset,
     relation: NeighboringRelation,
-    subspace: Any,
+    subspace: Subspace | None,
     mesh: jax.sharding.Mesh | None,
 ) -> Inputs:
     """Data, checked before any private value is read.
@@ -87,17 +88,17 @@ def accept(
     key = secret_key(key, mesh)
     validation.check_apart(public.records, private.records)
     public_held = public_records(public.records, public.unit_ids)
-    private_held = check_data(check_loss, params, public_held, private.records, private_n)
-    check_devices(mesh, params, subspace, public_held, private_held)
-    unit_ids = check_ids("unit_ids", private_held, private.unit_ids)
+    source = check_data(check_loss, params, public_held, private.records, private_n)
+    check_devices(mesh, params, subspace, public_held, source)
+    unit_ids = source.aligned_ids("unit_ids", private.unit_ids)
     return Inputs(
         key=key,
         public=public_held,
-        private=private_held,
+        private=source,
         unit_ids=unit_ids,
-        public_unit_ids=check_ids("public_unit_ids", public_held, public.unit_ids),
+        public_unit_ids=InMemory(public_held).aligned_ids("public_unit_ids", public.unit_ids),
         max_records_per_unit=private.max_records_per_unit,
-        num_units=public_num_units(private_held, unit_ids, private.public_count, private_n, mesh),
+        num_units=public_num_units(source, unit_ids, private.public_count, private_n, mesh),
         num_units_from="slots" if private.public_count is None else "public_count",
         unit=ONE_RECORD if unit_ids is None else ONE_ID,
     )
@@ -115,7 +116,7 @@ def public_records(public: Record, public_unit_ids: Any = None) -> Record:
 
 def check_data(
     check_loss: Callable[[Record], None], params: Params, public: Record, private: Record, private_n: bool
-) -> Record:
+) -> Source:
     """The private records as JAX will hold them; of a stream each batch, when it is read.
 
     Args:
@@ -131,19 +132,14 @@ def check_data(
     validation.check_configuration()
     validation.check_records("public", public)
     validation.check_finite("public records", public)
-    validation.check_finite("anchor parameters", params)
+    validation.check_finite("pretrained parameters", params)
     check_loss(public)
     check = functools.partial(_check_private, check_loss, public)
-    if not stream.is_stream(private):
-        return check(private, private_n, hide_length=private_n)
-    batches = stream.each(private, functools.partial(check, allow_empty=True, hide_length=True))
-    if stream.first(batches) is None and not private_n:
-        raise ValueError("Expected at least one private record, found none in the stream.")
-    return batches
+    return source_of(private).checked(check, private_n=private_n)
 
 
 def _check_private(
-    check_loss: Callable[[Record], None], public: Record, records: Record, allow_empty: bool, hide_length: bool
+    check_loss: Callable[[Record], None], public: Record, records: Record, *, allow_empty: bool, hide_length: bool
 ) -> Record:
     """Private records as JAX will hold them; none are none of the public ones' shapes.
 
@@ -164,7 +160,9 @@ def _check_private(
     return records
 
 
-def check_devices(mesh: Any, params: Params, subspace: Any, public: Record, private: Record) -> None:
+def check_devices(
+    mesh: jax.sharding.Mesh | None, params: Params, subspace: Subspace | None, public: Record, private: Source
+) -> None:
     """Raises where arrays lie on several devices; of a mesh, the private records go to its devices wherever they are.
 
     Args:
@@ -172,7 +170,7 @@ def check_devices(mesh: Any, params: Params, subspace: Any, public: Record, priv
       params: the pretrained parameters.
       subspace: public, or None.
       public: records in memory.
-      private: records or a stream.
+      private: where the private records come from.
     """
     arrays = {"params": params, "public": public, "subspace": None if subspace is None else subspace.arrays}
     validation.check_devices(**arrays if mesh is not None else arrays | {"private": private})
@@ -180,89 +178,62 @@ def check_devices(mesh: Any, params: Params, subspace: Any, public: Record, priv
 
 def secret_key(key: jax.Array, mesh: jax.sharding.Mesh | None) -> jax.Array:
     """A threefry key, the same in every process, free to go where it is used: a mesh has devices of its own."""
-    key = passes.one_key(as_threefry(key), mesh)
+    key = devices.one_key(as_threefry(key), mesh)
     if not key.committed:
         return key
     words = jnp.asarray(np.asarray(jax.random.key_data(key)))
     return jax.random.wrap_key_data(words, impl=jax.random.key_impl(key))
 
 
-def check_ids(name: str, records: Record, unit_ids: Any) -> np.ndarray | None:
-    """Unit ids as an array, None where each record is a unit."""
-    if unit_ids is None:
-        return None
-    if stream.is_stream(records):
-        raise ValueError("A stream yields whole units, (records, mask) of group_by_unit, for unit_loss; not unit_ids.")
-    return as_unit_ids(unit_ids, num_records(records), name)
-
-
-def grouped(loss_fn: LossFn, records: Record, unit_ids: Any, max_records_per_unit: int | None) -> tuple[LossFn, Record]:
+def grouped(
+    loss_fn: LossFn, source: Source, unit_ids: np.ndarray | None, max_records_per_unit: int | None
+) -> tuple[LossFn, Source]:
     """The loss of one unit, and the units.
 
     Args:
       loss_fn: of one record.
-      records: with a leading axis n, or a stream of whole units.
-      unit_ids: (n,) of `check_ids`, None where each record is a unit.
+      source: of records; a stream's are whole units.
+      unit_ids: (n,) of `Source.aligned_ids`, None where each record is a unit.
       max_records_per_unit: public cap.
     """
     if unit_ids is None:
-        return loss_fn, records
-    return unit_loss(loss_fn), group_by_unit(records, unit_ids, max_records_per_unit=max_records_per_unit)
+        return loss_fn, source
+    return unit_loss(loss_fn), source.grouped(unit_ids, max_records_per_unit)
 
 
-def public_num_units(private: Record, unit_ids: Any, public_count: int | None, private_n: bool, mesh: Any) -> int:
+def public_num_units(
+    private: Source,
+    unit_ids: np.ndarray | None,
+    public_count: int | None,
+    private_n: bool,
+    mesh: jax.sharding.Mesh | None,
+) -> int:
     """N, which enters step and noise and must be public.
 
     Args:
-      private: records or a stream.
-      unit_ids: (n,) of `check_ids`.
+      private: where the private records come from.
+      unit_ids: (n,) of `Source.aligned_ids`.
       public_count: as given.
       private_n: whether the number of units is private.
       mesh: devices, or None.
     """
     if public_count is None and private_n:
         raise ValueError("ADD_OR_REMOVE_ONE keeps the number of private units private: give a public_count.")
-    if public_count is None and passes.spans_processes(mesh):
+    if public_count is None and devices.spans_processes(mesh):
         raise ValueError("Several processes hold the private units: give a public_count of all of them.")
     if public_count is None and unit_ids is not None:
         public_count = len(np.unique(unit_ids))
     if public_count is None:
-        public_count = stream.count(private) if stream.is_stream(private) else num_records(private)
+        public_count = private.num_records()
     public_count = arguments.count("public_count", public_count)
     if public_count >= 2**31:
         raise ValueError(f"Expected an integer public_count in [1, 2^31), found {public_count}.")
     return public_count
 
 
-def have_one_shape(public: Record, private: Record) -> bool:
-    """Whether records in memory have the shapes of the public ones; of a stream nobody knows, and it counts as yes."""
-    if stream.is_stream(private):
-        return True
-    pairs = zip(jax.tree.leaves(public), jax.tree.leaves(private), strict=True)
-    return all(np.shape(a)[1:] == np.shape(b)[1:] for a, b in pairs)
-
-
-def one_unit(private: Record, public: Record, unit_ids: Any, max_records_per_unit: int | None) -> Any:
-    """The shapes of one unit, from those of a record and the public cap: they are the same whatever the ids are.
-
-    Of a stream those of the public records, since the width of its units may follow from the data.
-
-    Args:
-      private: records or a stream.
-      public: records in memory.
-      unit_ids: (n,), None where each record is a unit.
-      max_records_per_unit: public cap.
-    """
-    records = public if stream.is_stream(private) else private
-    record = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x)[1:], jnp.result_type(x)), records)
-    if unit_ids is None or max_records_per_unit is None:
+def one_unit(data: Inputs) -> Any:
+    """The shapes of one unit, from those of a record and the public cap: they are the same whatever the ids are."""
+    record = data.private.record_shapes(data.public)
+    if data.unit_ids is None or data.max_records_per_unit is None:
         return record
-    return preflight.unit_of(record, max_records_per_unit)
-
-
-def batch_size(private: Record, private_n: bool) -> int | None:
-    """Units of a stream held at a time, where that is public: the length of a batch is not if their number is not."""
-    if not stream.is_stream(private):
-        return None
-    first = None if private_n else stream.first(private)
-    return stream.batch_size(private) or (None if first is None else num_records(first))
+    return preflight.unit_of(record, data.max_records_per_unit)

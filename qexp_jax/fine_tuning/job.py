@@ -1,6 +1,7 @@
 """What `fine_tune` was asked for: checked, with its records grouped to units, before any private value is read."""
 
 import functools
+import os
 from typing import NamedTuple
 
 import jax
@@ -9,18 +10,36 @@ from dp_accounting import NeighboringRelation
 
 from qexp_jax.data import arguments, validation
 from qexp_jax.data.dataset import Dataset, as_dataset
-from qexp_jax.data.records import LossFn, Params, Record, held, num_records, unit_loss
+from qexp_jax.data.records import LossFn, Params, Record, group_by_unit, held, num_records, unit_loss
+from qexp_jax.data.source import Source
 from qexp_jax.fine_tuning import checkpoint as checkpoints
 from qexp_jax.fine_tuning import inputs, preflight
 from qexp_jax.fine_tuning.checkpoint import Checkpoint
-from qexp_jax.fine_tuning.options import PlanOptions, RunOptions, checked_plan, checked_run, with_progress
-from qexp_jax.mechanism import hardened as hardened_noise
+from qexp_jax.fine_tuning.options import PlanOptions, RunOptions, checked_plan, checked_run
+from qexp_jax.fine_tuning.progress import Announce, announcer
 from qexp_jax.model import isolation
 from qexp_jax.model import subspace as subspaces
 from qexp_jax.model.gradients import moving_leaves
 from qexp_jax.model.subspace import Layout, Subspace
-from qexp_jax.privacy import accounting, discrete
-from qexp_jax.private_pass import passes
+from qexp_jax.privacy import accounting
+from qexp_jax.privacy import ledger as ledgers
+from qexp_jax.privacy.ledger import Ledger
+from qexp_jax.private_pass import devices
+from qexp_jax.private_pass.noise import DISCRETE, GAUSSIAN, Noise
+
+
+class Budget(NamedTuple):
+    """What may be spent; public.
+
+    Attributes:
+      epsilon: as asked for.
+      delta: as asked for.
+      mu: the same as Gaussian differential privacy; of a hardened release sqrt(2 rho).
+    """
+
+    epsilon: float
+    delta: float
+    mu: float
 
 
 class Job(NamedTuple):
@@ -29,40 +48,40 @@ class Job(NamedTuple):
     Attributes:
       loss_fn: of one record.
       params: pretrained, as given.
-      anchor: the same in working precision.
+      pretrained: the same in working precision.
       layout: what is tuned.
       data: of `inputs.accept`.
       unit_fn: loss of one private unit; until grouped the loss of one record.
       units: the private units; until grouped the records.
       public_fn: loss of one public unit.
       public_units: the public units.
-      epsilon: the budget.
-      delta: the budget.
-      mu: the budget; of a hardened release its continuous twin's.
+      budget: of the whole release.
       relation: neighbouring relation.
-      hardened: whether noise is discrete.
+      noise: its kind.
+      ledger: open, if any.
       checkpoint: as given.
       plan: options, checked.
       run: options, checked.
+      announce: who is told of stages.
     """
 
     loss_fn: LossFn
     params: Params
-    anchor: Params
+    pretrained: Params
     layout: Layout
     data: inputs.Inputs
     unit_fn: LossFn
-    units: Record
+    units: Source
     public_fn: LossFn
     public_units: Record
-    epsilon: float
-    delta: float
-    mu: float
+    budget: Budget
     relation: NeighboringRelation
-    hardened: bool
+    noise: Noise
+    ledger: Ledger | None
     checkpoint: Checkpoint | None
     plan: PlanOptions
     run: RunOptions
+    announce: Announce
 
     @property
     def has_private_n(self) -> bool:
@@ -81,53 +100,48 @@ def accepted(
     delta: float,
     relation: NeighboringRelation,
     hardened: bool,
+    ledger: Ledger | str | os.PathLike[str] | None,
     checkpoint: Checkpoint | None,
     plan: PlanOptions,
     run: RunOptions,
 ) -> Job:
-    """Everything that can be refused is refused here, before a private value is read; the arguments are `fine_tune`'s.
+    """Everything that can be refused is refused here, before a private value is read.
+
+    Args: those of `fine_tune`.
 
     Raises:
       ValueError: for bad static or public input.
       ImportError: if a hardened release is asked for and OpenDP is not installed.
     """
     validation.check_key(key)
-    if hardened:
-        hardened_noise.check_available()
+    noise = DISCRETE if hardened else GAUSSIAN
+    noise.check_available()
     arguments.neighboring_relation(relation)
     if checkpoint is not None:
         checkpoints.check(checkpoint)
     plan = checked_plan(plan)
-    run = with_progress(checked_run(run), plan.rounds)
-    public = as_dataset("public", public)
+    run = checked_run(run)
+    devices.local_mesh(run.mesh)
     private = as_dataset("private", private)
-    passes.local_mesh(run.mesh)
     _check_cap(run, private)
     layout = _layout(params, plan.subspace)
-    epsilon, delta = accounting.check_budget(epsilon, delta)
-    mu = (discrete if hardened else accounting).mu_from_budget(epsilon, delta)
+    budget = _budget(noise, epsilon, delta)
     check_loss = functools.partial(isolation.check_loss, loss_fn, layout, params)
-    data = inputs.accept(key, check_loss, params, public, private, relation, plan.subspace, run.mesh)
+    data = inputs.accept(
+        key, check_loss, params, as_dataset("public", public), private, relation, plan.subspace, run.mesh
+    )  # fmt: skip
     layout = _moving(loss_fn, layout, params, data.public, plan.subspace)
     return Job(
-        loss_fn=loss_fn,
-        params=params,
-        anchor=subspaces.working(layout, params),
-        layout=layout,
-        data=data,
-        unit_fn=loss_fn,
-        units=data.private,
-        public_fn=loss_fn,
-        public_units=data.public,
-        epsilon=epsilon,
-        delta=delta,
-        mu=mu,
-        relation=relation,
-        hardened=bool(hardened),
-        checkpoint=checkpoint,
-        plan=plan,
-        run=run,
-    )
+        loss_fn=loss_fn, params=params, pretrained=subspaces.working(layout, params), layout=layout, data=data,
+        unit_fn=loss_fn, units=data.private, public_fn=loss_fn, public_units=data.public, budget=budget,
+        relation=relation, noise=noise, ledger=ledgers.opened(ledger), checkpoint=checkpoint, plan=plan, run=run,
+        announce=announcer(run.progress, plan.rounds),
+    )  # fmt: skip
+
+
+def _budget(noise: Noise, epsilon: float, delta: float) -> Budget:
+    epsilon, delta = accounting.check_budget(epsilon, delta)
+    return Budget(epsilon, delta, noise.mu_from_budget(epsilon, delta))
 
 
 def _check_cap(run: RunOptions, private: Dataset) -> None:
@@ -143,7 +157,12 @@ def grouped(job: Job) -> Job:
     if job.run.memory_budget is not None:
         preflight.check(_estimate(job), job.run.memory_budget)
     unit_fn, units = inputs.grouped(job.loss_fn, data.private, data.unit_ids, cap)
-    public_fn, public_units = inputs.grouped(job.loss_fn, data.public, data.public_unit_ids, cap)
+    public_fn = job.loss_fn
+    public_units = data.public
+    if data.public_unit_ids is not None:
+        # The same cap as the private units have: the clip norm is a quantile of what public units look like under it.
+        public_fn = unit_loss(job.loss_fn)
+        public_units = group_by_unit(data.public, data.public_unit_ids, max_records_per_unit=cap)
     return job._replace(unit_fn=unit_fn, units=units, public_fn=public_fn, public_units=public_units)
 
 
@@ -155,21 +174,22 @@ def _estimate(job: Job) -> preflight.Estimate:
     return preflight.estimate(
         job.loss_fn if data.unit_ids is None else unit_loss(job.loss_fn),
         job.params,
-        inputs.one_unit(data.private, data.public, data.unit_ids, data.max_records_per_unit),
+        inputs.one_unit(data),
         num_units=data.num_units,
         num_public=num_records(data.public),
         subspace=plan.subspace,
         precision_rank=max(plan.precision_rank, plan.subspace_dim or 0),
         microbatch_size=run.microbatch_size,
         mode=run.mode,
-        num_devices=passes.num_shares(passes.local_mesh(run.mesh)),
-        batch_size=inputs.batch_size(data.private, job.has_private_n),
+        num_devices=devices.num_shares(devices.local_mesh(run.mesh)),
+        batch_size=data.private.batch_size(private_n=job.has_private_n),
         exact=job.has_private_n,
         tilt=plan.tilt,
     )
 
 
 def _layout(params: Params, subspace: Subspace | None) -> Layout:
+    """What is tuned: all parameters, or what the subspace says, whose parameters must be these."""
     params = held(params, "params", hide_length=False)
     if subspace is None:
         return subspaces.layout_of(params)

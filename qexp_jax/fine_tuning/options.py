@@ -7,7 +7,6 @@ from typing import Any, get_args
 import jax
 
 from qexp_jax.data import arguments
-from qexp_jax.fine_tuning.progress import bar
 from qexp_jax.model.gradients import Mode
 from qexp_jax.model.subspace import Subspace
 
@@ -114,18 +113,6 @@ def checked_run(options: RunOptions) -> RunOptions:
         microbatch_size=_count("microbatch_size", options.microbatch_size),
         memory_budget=_count("memory_budget", options.memory_budget),
     )
-
-
-def with_progress(options: RunOptions, rounds: int | None) -> RunOptions:
-    """The same with a function that shows stages, or none."""
-    if not isinstance(options.progress, bool):
-        return options
-    return dataclasses.replace(options, progress=bar(rounds) if options.progress else None)
-
-
-def listener(options: RunOptions) -> Callable[[str], None] | None:
-    """Who is told of stages, once `with_progress` has made a function of a truth value."""
-    return None if isinstance(options.progress, bool) else options.progress
 
 
 def _is_a(name: str, value: Any, kind: Any) -> None:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qexp_jax.data.records import LossFn, Params, Record, held
+from qexp_jax.data.records import LossFn, Params, Record, held, num_records
 from qexp_jax.model import subspace as subspaces
 from qexp_jax.model.gradients import Mode
 from qexp_jax.model.operations import count_flops
@@ -20,6 +20,7 @@ from qexp_jax.private_pass import passes
 from qexp_jax.private_pass.passes import Linearisation
 from qexp_jax.quadratic import precision as precisions
 from qexp_jax.quadratic import public_curvature, tilted_training
+from qexp_jax.quadratic.directions import Directions
 from qexp_jax.quadratic.public_samples import num_curved
 from qexp_jax.quadratic.tuned_space import tuned_space
 
@@ -94,7 +95,7 @@ def estimate(
       num_devices: devices that share the units.
       batch_size: units of a batch, where the private data is a stream.
       exact: as `clipping.unit_sum` takes it where the number of units is private.
-      tilt: whether the anchor may be trained on weighted public records.
+      tilt: whether the model may be trained on weighted public records.
 
     >>> params, record = {"w": jnp.zeros((100, 10))}, {"x": jnp.zeros(100), "label": jnp.zeros((), int)}
     >>> def loss_fn(params, record):
@@ -103,35 +104,72 @@ def estimate(
     >>> found.num_params, found.parameter_bytes, found.peak_bytes < 10e6
     (1000, 4000, True)
     """
-    params, record = _shapes(params), _shapes(record)
+    params = _shapes(params)
+    record = _shapes(record)
     curved = num_curved(num_public)
     space = tuned_space(jax.random.key(0), subspaces.layout_of(params), curved, subspace)
-    rank = min(precision_rank, space.dim, curved)
-    held = -(-min(batch_size or num_units, num_units) // num_devices)
-    directions = _directions(loss_fn, params, record, num_public, rank, space)
-    linearisation = Linearisation(params, _shapes(space), _low_rank(directions), 1.0)
-    units, mask = _batch(record, held), jax.ShapeDtypeStruct((held,), bool)
-    static = {"microbatch_size": microbatch_size, "mode": mode, "exact": exact}
-    temporary, result = _held(passes.device_sum.lower(loss_fn, linearisation, units, mask, **static))
+    directions = _directions(loss_fn, params, record, num_public, min(precision_rank, space.dim, curved), space)
+    per_device = -(-min(batch_size or num_units, num_units) // num_devices)
+    one_pass = _pass_of(
+        loss_fn, params, _batch(record, per_device), space, directions,
+        microbatch_size=microbatch_size, mode=mode, exact=exact,
+    )  # fmt: skip
     steps = tilted_training.num_steps(loss_fn, params, record, num_public) if tilt else 0
-    parameter_bytes, data_bytes, public_bytes = map(
-        _bytes, (params, units, (linearisation.subspace, linearisation.precision))
-    )
+    parameter_bytes = _bytes(params)
     released_bytes = space.layout.num_params * space.layout.dtype.itemsize
-    flops = count_flops(lambda *a: passes.device_sum(loss_fn, *a, **static), linearisation, units, mask)
     return Estimate(
         parameter_bytes=parameter_bytes,
         released_bytes=released_bytes,
-        data_bytes=data_bytes,
-        public_bytes=public_bytes,
-        microbatch_bytes=temporary,
-        pass_bytes=parameter_bytes + released_bytes + data_bytes + public_bytes + temporary + result,
+        data_bytes=one_pass.data_bytes,
+        public_bytes=one_pass.public_bytes,
+        microbatch_bytes=one_pass.temporary_bytes,
+        pass_bytes=parameter_bytes + released_bytes + one_pass.held_bytes,
         plan_bytes=parameter_bytes + _plan_bytes(loss_fn, params, record, num_public, space, directions),
         tilt_bytes=parameter_bytes + _tilt_bytes(loss_fn, params, record, num_public, space, steps) if steps else 0,
         tilt_gradients=tilted_training.num_gradients(steps, num_public),
-        flops=flops / held * num_units * rounds,
+        flops=one_pass.flops / per_device * num_units * rounds,
         dim=space.dim,
         num_params=space.layout.num_params,
+    )
+
+
+class _Pass(NamedTuple):
+    """What a private pass over one device's units holds beside the parameters, and computes."""
+
+    data_bytes: int
+    public_bytes: int
+    temporary_bytes: int
+    result_bytes: int
+    flops: float
+
+    @property
+    def held_bytes(self) -> int:
+        """At the pass's peak."""
+        return self.data_bytes + self.public_bytes + self.temporary_bytes + self.result_bytes
+
+
+def _pass_of(
+    loss_fn: LossFn, params: Params, units: Record, space: Subspace, directions: Directions | jax.Array, **static: Any
+) -> _Pass:
+    """A private pass, from the program that will run.
+
+    Args:
+      loss_fn: loss of one unit.
+      params: shapes.
+      units: shapes of those that one device holds.
+      space: what is tuned.
+      directions: shapes of the leading public directions.
+      **static: of `passes.device_sum`.
+    """
+    linearisation = Linearisation(params, _shapes(space), _low_rank(directions), 1.0)
+    mask = jax.ShapeDtypeStruct((num_records(units),), bool)
+    temporary, result = _held(passes.device_sum.lower(loss_fn, linearisation, units, mask, **static))
+    return _Pass(
+        data_bytes=_bytes(units),
+        public_bytes=_bytes((linearisation.subspace, linearisation.precision)),
+        temporary_bytes=temporary,
+        result_bytes=result,
+        flops=count_flops(lambda *a: passes.device_sum(loss_fn, *a, **static), linearisation, units, mask),
     )
 
 
@@ -157,7 +195,9 @@ def check(found: Estimate, memory_budget: int) -> None:
 
 
 def _shapes(tree: Any) -> Any:
-    def shape(x):
+    """A pytree's arrays as `jax.ShapeDtypeStruct`s; those stay as they are."""
+
+    def shape(x: Any) -> jax.ShapeDtypeStruct:
         x = x if isinstance(x, jax.ShapeDtypeStruct) else held(x, "a record or parameters")
         return jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x))
 
@@ -176,31 +216,44 @@ def _bytes(tree: Any) -> int:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
 
 
-def _directions(loss_fn, params, record, num_public, rank, space):
+def _directions(
+    loss_fn: LossFn, params: Params, record: Record, num_public: int, rank: int, space: Subspace
+) -> Directions | jax.Array:
+    """The shapes of the leading public directions."""
     curved = _batch(record, num_curved(num_public))
     return public_curvature.leading_directions.eval_shape(loss_fn, params, curved, rank, _shapes(space))[0]
 
 
-def _low_rank(directions):
+def _low_rank(directions: Directions | jax.Array) -> Any:
+    """The shapes of a precision with these directions."""
     values = jax.ShapeDtypeStruct((len(directions),), directions.dtype)
     return jax.eval_shape(precisions.low_rank, values.update(shape=()), directions, values)
 
 
-def _plan_bytes(loss_fn, params, record, num_public, space, directions):
+def _plan_bytes(
+    loss_fn: LossFn,
+    params: Params,
+    record: Record,
+    num_public: int,
+    space: Subspace,
+    directions: Directions | jax.Array,
+) -> int:
     """Of the leading directions, which hold a sample of gradients, or a Hessian-vector product, which holds two."""
-    shapes, rank = _shapes(space), len(directions)
+    shapes = _shapes(space)
     curved = _batch(record, num_curved(num_public))
-    few = _batch(record, max(1, min(public_curvature.SCALING_RECORDS, num_public - num_curved(num_public))))
+    others = num_public - num_curved(num_public)
+    few = _batch(record, max(1, min(public_curvature.SCALING_RECORDS, others)))
     steps = (
-        (curved, public_curvature.leading_directions.lower(loss_fn, params, curved, rank, shapes)),
+        (curved, public_curvature.leading_directions.lower(loss_fn, params, curved, len(directions), shapes)),
         (few, public_curvature.curvature_along.lower(loss_fn, params, shapes, directions, 0, few)),
     )
     return max(_bytes(records) + sum(_held(lowered)) for records, lowered in steps)
 
 
-def _tilt_bytes(loss_fn, params, record, num_public, space, steps):
+def _tilt_bytes(loss_fn: LossFn, params: Params, record: Record, num_public: int, space: Subspace, steps: int) -> int:
     """Of the public slope, or of the steps of one program."""
-    shapes, part = _shapes(space), _batch(record, min(num_public, tilted_training.CHUNK))
+    shapes = _shapes(space)
+    part = _batch(record, min(num_public, tilted_training.CHUNK))
     count, size = tilted_training.batch_shape(steps, num_public)
     batches = _batch(_batch(record, size), count)
     carry = jax.eval_shape(lambda: tilted_training.start(space, steps))

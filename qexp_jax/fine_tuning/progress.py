@@ -1,12 +1,45 @@
-"""A bar for people who wait: `RunOptions(progress=True)`."""
+"""Who is told how far a release is: a function of the caller's, a bar, or nobody."""
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
+
+import jax
 
 from qexp_jax.quadratic.rule import RULE
 
 _OF_A_ROUND = "private pass"  # as rounds announce themselves
+
+
+class Announce(Protocol):
+    """Tells the name of a stage as it begins."""
+
+    def __call__(self, stage: str, finished: Any = None) -> None:
+        """Waits for `finished`, the arrays of the stage before, if somebody listens."""
+        ...
+
+
+def announcer(progress: Callable[[str], None] | bool | None, rounds: int | None = None) -> Announce:
+    """What stages announce themselves by.
+
+    Args:
+      progress: of `RunOptions`.
+      rounds: T, if it was chosen.
+    """
+    if progress is None or progress is False:
+        return _to_nobody
+    tell = bar(rounds) if progress is True else progress
+
+    def announce(stage: str, finished: Any = None) -> None:
+        # JAX runs ahead: without this wait a caller that times stages would time their dispatch.
+        jax.block_until_ready([x for x in jax.tree.leaves(finished) if isinstance(x, jax.Array)])
+        tell(stage)
+
+    return announce
+
+
+def _to_nobody(stage: str, finished: Any = None) -> None:
+    pass
 
 
 def bar(rounds: int | None = None) -> Callable[[str], None]:

@@ -5,7 +5,7 @@
     entered          the release in its ledger, its checkpoint open; only now are private values read
     tilted           the draw of the tilt, and what it moves
 
-`needs_exact` and `roundings` say how the plan's sums are rounded, `noise_of_rounds` how the budget is spent.
+`needs_exact` and `roundings` say how the plan's sums are rounded, `calibration_of_rounds` how the budget is spent.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,16 +18,14 @@ from dp_accounting import NeighboringRelation
 
 from qexp_jax.data.records import Params, group_by_unit, num_records, take, unit_loss
 from qexp_jax.fine_tuning import checkpoint as checkpoints
-from qexp_jax.fine_tuning import entry, inputs, tilting
+from qexp_jax.fine_tuning import entry, tilting
 from qexp_jax.fine_tuning.job import Job
-from qexp_jax.fine_tuning.one_pass import PassOptions, announce
-from qexp_jax.fine_tuning.options import listener
+from qexp_jax.fine_tuning.one_pass import PassOptions
 from qexp_jax.model.gradients import is_in_factors
-from qexp_jax.privacy import accounting, discrete
+from qexp_jax.privacy import accounting
 from qexp_jax.privacy.certificate import make_provenance
-from qexp_jax.privacy.discrete import DiscreteNoise
-from qexp_jax.privacy.ledger import Ledger
-from qexp_jax.private_pass import clipping, passes
+from qexp_jax.private_pass import clipping, devices
+from qexp_jax.private_pass.noise import Calibration
 from qexp_jax.quadratic import tilted_training, weighting
 from qexp_jax.quadratic.plan import Plan, looked_at, make_plan
 from qexp_jax.quadratic.preconditioner import precision_of
@@ -57,24 +55,24 @@ class PreparedTilt(NamedTuple):
 def prepared_tilt(job: Job) -> PreparedTilt | None:
     """The tilt that shapes, N and mu allow; None where they allow none, or where it is not wanted."""
     data = job.data
-    share = weighting.share(data.num_units, job.mu)
+    share = weighting.share(data.num_units, job.budget.mu)
     wanted = job.plan.tilt and not job.plan.one_draw
-    if not (wanted and share and inputs.have_one_shape(data.public, data.private)):
+    if not (wanted and share and data.private.has_shapes_of(data.public)):
         return None
     steps = tilted_training.num_steps(job.loss_fn, job.params, take(data.public, 0), num_records(data.public))
     if not steps:
         return None
-    announce(listener(job.run), "tilt, public features")
-    prepared = tilting.prepare(jax.random.fold_in(_plan_key(), 1), job.anchor, data.public, job.plan.features)
+    job.announce("tilt, public features")
+    prepared = tilting.prepare(jax.random.fold_in(_plan_key(), 1), job.pretrained, data.public, job.plan.features)
     return None if prepared is None else PreparedTilt(prepared, share, steps)
 
 
 def _mu_of_tilt(job: Job, tilt: PreparedTilt) -> float:
-    return job.mu * tilt.share**0.5
+    return job.budget.mu * tilt.share**0.5
 
 
 def _mu_of_rounds(job: Job, tilt: PreparedTilt | None) -> float:
-    return job.mu if tilt is None else job.mu * (1 - tilt.share) ** 0.5
+    return job.budget.mu if tilt is None else job.budget.mu * (1 - tilt.share) ** 0.5
 
 
 def _plan_key() -> jax.Array:
@@ -89,20 +87,20 @@ def provenance(job: Job, tilt: PreparedTilt | None) -> Future[dict[str, Any]]:
     return ThreadPoolExecutor(1).submit(make_provenance, job.params, public, arrays)
 
 
-def plan_at(job: Job, tilt: PreparedTilt | None, anchor: Params, **weights: Any) -> Plan:
-    """The plan of the rounds around parameters `anchor`.
+def plan_at(job: Job, tilt: PreparedTilt | None, params: Params, **weights: Any) -> Plan:
+    """The plan of the rounds around parameters.
 
     Args:
       job: what was asked for.
       tilt: which leaves the rounds the rest of the budget.
-      anchor: in working precision.
+      params: in working precision.
       **weights: of public records and units, by default one each.
     """
     options = job.plan
     data = job.data
     noise_multiplier = accounting.noise_multiplier(_mu_of_rounds(job, tilt), job.relation)
     return make_plan(
-        _plan_key(), job.loss_fn, anchor, data.public, job.public_fn, job.public_units,
+        _plan_key(), job.loss_fn, params, data.public, job.public_fn, job.public_units,
         num_units=data.num_units, noise_multiplier=noise_multiplier, rounds=options.rounds,
         precision_rank=options.precision_rank, layout=job.layout, subspace=options.subspace,
         subspace_dim=options.subspace_dim, damping=options.damping, l2_clip_norm=options.l2_clip_norm,
@@ -110,57 +108,58 @@ def plan_at(job: Job, tilt: PreparedTilt | None, anchor: Params, **weights: Any)
     )  # fmt: skip
 
 
-def entered(job: Job, tilt: PreparedTilt | None, made: Plan, ledger: Ledger | None) -> PassOptions:
+def entered(job: Job, tilt: PreparedTilt | None, made: Plan) -> PassOptions:
     """How private passes run, with the release entered in its ledger and its checkpoint open.
 
     Args:
       job: what was asked for.
       tilt: before it is drawn.
       made: the plan, before the tilt.
-      ledger: of the dataset.
 
     Raises:
       ValueError: if the checkpoint is of another release or of other data, or the ledger refuses the release.
     """
     run = job.run
-    checkpoint = job.checkpoint
-    store = None
-    if checkpoint is not None:
-        store = checkpoints.in_step(
-            run.mesh, lambda: checkpoints.open_store(checkpoint, _settings(job, tilt, made))
-        )  # fmt: skip
     store = entry.enter(
-        ledger, job.data.key, store, job.units, run.mesh, mu=job.mu, hardened=job.hardened,
-        neighboring_relation=job.relation, privacy_unit=job.data.unit,
+        job.ledger, job.data.key, _store(job, tilt, made), job.units, run.mesh,
+        mu=job.budget.mu, hardened=job.noise.hardened, neighboring_relation=job.relation, privacy_unit=job.data.unit,
     )  # fmt: skip
     return PassOptions(
         loss_fn=job.unit_fn,
         microbatch_size=run.microbatch_size,
         mode=run.mode,
         mesh=run.mesh,
-        hardened=job.hardened,
+        noise=job.noise,
         exact=job.has_private_n,
         diagnostics=run.diagnostics,
         store=store,
-        progress=listener(run),
+        announce=job.announce,
     )
+
+
+def _store(job: Job, tilt: PreparedTilt | None, made: Plan) -> checkpoints.Store | None:
+    """The open checkpoint, if there is one."""
+    checkpoint = job.checkpoint
+    if checkpoint is None:
+        return None
+    settings = _settings(job, tilt, made)
+    return devices.in_step(job.run.mesh, lambda: checkpoints.open_store(checkpoint, settings))
 
 
 def _settings(job: Job, tilt: PreparedTilt | None, made: Plan) -> dict[str, Any]:
     """What a checkpoint belongs to."""
-    noise_multiplier, _ = noise_of_rounds(job, tilt, made)
     of_tilt = tilt and (tilt.prepared.features[1:], tilt.prepared.rows, _mu_of_tilt(job, tilt), tilt.steps)
     return {
         "plan": made,
-        "pretrained parameters": job.anchor,
-        "noise_multiplier": noise_multiplier,
+        "pretrained parameters": job.pretrained,
+        "noise_multiplier": calibration_of_rounds(job, tilt, made).multiplier,
         "neighboring_relation": job.relation.name,
         "num_units": job.data.num_units,
         "microbatch_size": job.run.microbatch_size,
         "mode": job.run.mode,
-        "hardened": job.hardened,
-        "devices": passes.num_shares(passes.local_mesh(job.run.mesh)),
-        "processes": jax.process_count() if passes.spans_processes(job.run.mesh) else 1,
+        "hardened": job.noise.hardened,
+        "devices": devices.num_shares(devices.local_mesh(job.run.mesh)),
+        "processes": jax.process_count() if devices.spans_processes(job.run.mesh) else 1,
         "tilt": of_tilt,
     }
 
@@ -169,13 +168,13 @@ class Tilted(NamedTuple):
     """Where the rounds begin; released.
 
     Attributes:
-      anchor: the parameters after the tilt, in working precision.
+      pretrained: the parameters after the tilt, in working precision.
       plan: around them.
       terms: what a certificate says of the tilt, None without one.
       noise_key: secret, left for the rounds.
     """
 
-    anchor: Params
+    pretrained: Params
     plan: Plan
     terms: dict[str, Any] | None
     noise_key: jax.Array
@@ -192,37 +191,33 @@ def tilted(job: Job, tilt: PreparedTilt | None, made: Plan, options: PassOptions
     """
     key = job.data.key
     if tilt is None:
-        return Tilted(job.anchor, made, terms=None, noise_key=key)
+        return Tilted(job.pretrained, made, terms=None, noise_key=key)
     tilt_key, noise_key = jax.random.split(key)
     noise_multiplier = accounting.noise_multiplier(_mu_of_tilt(job, tilt), job.relation)
-    if job.hardened:
-        noise_multiplier = discrete.discrete_noise(noise_multiplier, 1).multiplier
+    noise_multiplier = job.noise.calibrate(noise_multiplier, 1).multiplier
     feature_loss = tilting.loss(tilt.prepared.features)
     if job.data.unit_ids is not None:
         feature_loss = unit_loss(feature_loss)
     options = options._replace(loss_fn=feature_loss, mode="reverse")
     noisy, noise_std = tilting.draw(key, tilt_key, tilt.prepared, job.units, options, noise_multiplier=noise_multiplier)
-    weighted, anchor = tilting.move(
-        jax.random.fold_in(_plan_key(), 2), tilt.prepared, noisy, noise_std, job.loss_fn, job.anchor, made.subspace,
-        job.data.public, num_units=job.data.num_units, steps=tilt.steps, progress=listener(job.run),
+    weighted, moved = tilting.move(
+        jax.random.fold_in(_plan_key(), 2), tilt.prepared, noisy, noise_std, job.loss_fn, job.pretrained,
+        made.subspace, job.data.public, num_units=job.data.num_units, steps=tilt.steps, announce=job.announce,
     )  # fmt: skip
     terms = tilting.terms(tilt.prepared, weighted, noise_multiplier, tilt.steps)
     if weighted.accepted:
-        # Around another anchor the curvature is another, and so it is where other records count.
-        announce(listener(job.run), "public curvature")
+        # Around other parameters the curvature is another, and so it is where other records count.
+        job.announce("public curvature")
         unit_weights = _of_units(weighted.weights, job.data.public_unit_ids)
-        made = plan_at(job, tilt, anchor, weights=weighted.weights, unit_weights=unit_weights)
-    return Tilted(anchor, made, terms=terms, noise_key=noise_key)
+        made = plan_at(job, tilt, moved, weights=weighted.weights, unit_weights=unit_weights)
+    return Tilted(moved, made, terms=terms, noise_key=noise_key)
 
 
-def noise_of_rounds(job: Job, tilt: PreparedTilt | None, plan: Plan) -> tuple[float, DiscreteNoise | None]:
-    """z of each of the plan's rounds, and the integers of a hardened one."""
+def calibration_of_rounds(job: Job, tilt: PreparedTilt | None, plan: Plan) -> Calibration:
+    """The noise of each of the plan's rounds."""
     mu = _mu_of_rounds(job, tilt)
     noise_multiplier = accounting.noise_multiplier(mu / plan.rounds**0.5, job.relation)
-    if not job.hardened:
-        return noise_multiplier, None
-    noise = discrete.discrete_noise(noise_multiplier, plan.subspace.dim)
-    return noise.multiplier, noise
+    return job.noise.calibrate(noise_multiplier, plan.subspace.dim)
 
 
 def _of_units(weights: np.ndarray, unit_ids: np.ndarray | None) -> np.ndarray:

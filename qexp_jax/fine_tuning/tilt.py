@@ -17,15 +17,18 @@ from dp_accounting import NeighboringRelation
 from qexp_jax.data import arguments, validation
 from qexp_jax.data.dataset import Dataset, as_dataset
 from qexp_jax.data.records import Params, Record
-from qexp_jax.fine_tuning import entry, inputs, one_pass, tilting
+from qexp_jax.data.source import Source
+from qexp_jax.fine_tuning import entry, inputs, tilting
 from qexp_jax.fine_tuning.inputs import Inputs
 from qexp_jax.fine_tuning.one_pass import PassOptions
-from qexp_jax.fine_tuning.options import RunOptions, checked_run, listener, with_progress
+from qexp_jax.fine_tuning.options import RunOptions, checked_run
+from qexp_jax.fine_tuning.progress import Announce, announcer
 from qexp_jax.fine_tuning.tilting import Preparation
 from qexp_jax.privacy import accounting
 from qexp_jax.privacy import ledger as ledgers
 from qexp_jax.privacy.certificate import make_tilt_certificate
-from qexp_jax.private_pass import passes
+from qexp_jax.private_pass import devices
+from qexp_jax.private_pass.noise import GAUSSIAN
 from qexp_jax.quadratic import weighting
 from qexp_jax.quadratic.features import FeatureMap
 from qexp_jax.quadratic.weighting import Tilt
@@ -99,24 +102,24 @@ def weights(
     """
     validation.check_key(key)
     arguments.neighboring_relation(neighboring_relation)
-    run = with_progress(checked_run(run), rounds=1)
-    passes.local_mesh(run.mesh)
+    run = checked_run(run)
+    announce = announcer(run.progress, rounds=1)
+    devices.local_mesh(run.mesh)
     epsilon, delta = accounting.check_budget(epsilon, delta)
     mu = accounting.mu_from_budget(epsilon, delta)
     private = as_dataset("private", private)
-    prepared, public = _prepared(public, private, params, features, run)
+    prepared, public = _prepared(public, private, params, features, announce)
     check_loss = functools.partial(tilting.check_features, prepared.features)
     data = inputs.accept(
         key, check_loss, params, Dataset(records=public), private, neighboring_relation, None, run.mesh
     )  # fmt: skip
-    if not inputs.have_one_shape(data.public, data.private):
+    if not data.private.has_shapes_of(data.public):
         raise ValueError("Expected private records of the public ones' shapes, found others.")
-    ledger = ledgers.open(ledger) if isinstance(ledger, str | os.PathLike) else ledger
     noise_multiplier = accounting.noise_multiplier(mu, neighboring_relation)
-    options, units = _pass_of_units(prepared, data, neighboring_relation, run)
+    options, units = _pass_of_units(prepared, data, neighboring_relation, run, announce)
     entry.enter(
-        ledger, data.key, None, units, run.mesh,
-        mu=mu, hardened=False, neighboring_relation=neighboring_relation, privacy_unit=data.unit,
+        ledgers.opened(ledger), data.key, None, units, run.mesh,
+        mu=mu, hardened=GAUSSIAN.hardened, neighboring_relation=neighboring_relation, privacy_unit=data.unit,
     )  # fmt: skip
     noisy, noise_std = tilting.draw(data.key, data.key, prepared, units, options, noise_multiplier=noise_multiplier)
     num_units = data.num_units
@@ -130,7 +133,7 @@ def weights(
 
 
 def _prepared(
-    public: Record, private: Dataset, params: Params, features: Callable[..., Any] | None, run: RunOptions
+    public: Record, private: Dataset, params: Params, features: Callable[..., Any] | None, announce: Announce
 ) -> tuple[Preparation, Record]:
     """Features of the public records, and these in memory.
 
@@ -139,13 +142,13 @@ def _prepared(
       private: looked at only to see that it holds other arrays.
       params: for features of two arguments.
       features: as given.
-      run: who is told.
+      announce: who is told of stages.
     """
     validation.check_apart(public, private.records)
     public = inputs.public_records(public)
     validation.check_records("public", public)
     validation.check_finite("public records", public)
-    one_pass.announce(listener(run), "tilt, public features")
+    announce("tilt, public features")
     prepared = tilting.prepare(jax.random.key(_SEED), params, public, features)
     if prepared is None:
         raise ValueError("Expected public records that vary, found none.")
@@ -153,8 +156,8 @@ def _prepared(
 
 
 def _pass_of_units(
-    prepared: Preparation, data: Inputs, relation: NeighboringRelation, run: RunOptions
-) -> tuple[PassOptions, Record]:
+    prepared: Preparation, data: Inputs, relation: NeighboringRelation, run: RunOptions, announce: Announce
+) -> tuple[PassOptions, Source]:
     """How the pass over the units runs, and the units.
 
     Args:
@@ -162,6 +165,7 @@ def _pass_of_units(
       data: as it was accepted.
       relation: neighbouring relation.
       run: memory and devices.
+      announce: who is told of stages.
     """
     private_n = relation is NeighboringRelation.ADD_OR_REMOVE_ONE
     loss_fn, units = inputs.grouped(
@@ -172,10 +176,10 @@ def _pass_of_units(
         microbatch_size=run.microbatch_size,
         mode="reverse",
         mesh=run.mesh,
-        hardened=False,
+        noise=GAUSSIAN,
         exact=private_n,
         diagnostics=False,
         store=None,
-        progress=listener(run),
+        announce=announce,
     )
     return options, units

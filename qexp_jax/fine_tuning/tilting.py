@@ -2,7 +2,7 @@
 
     prepare    features, clip norm, share of the budget and cost, before anything private is read
     draw       one pass over the private units, one exact draw: all that the tilt knows of the data
-    move       weights of the public records, and the anchor trained on them: post-processing
+    move       weights of the public records, and the model trained on them: post-processing
 
 `fine_tune` does all three before its rounds, `tilt.weights` the first two for somebody who trains a model elsewhere.
 """
@@ -16,13 +16,15 @@ import numpy as np
 
 from qexp_jax.data import arguments
 from qexp_jax.data.records import LossFn, Params, Record
+from qexp_jax.data.source import Source
 from qexp_jax.fine_tuning import checkpoint as checkpoints
 from qexp_jax.fine_tuning import one_pass
 from qexp_jax.fine_tuning.one_pass import PassOptions
+from qexp_jax.fine_tuning.progress import Announce
 from qexp_jax.model import isolation
 from qexp_jax.model import subspace as subspaces
 from qexp_jax.model.subspace import Subspace
-from qexp_jax.private_pass import clipping, passes
+from qexp_jax.private_pass import clipping, devices
 from qexp_jax.private_pass.passes import Linearisation
 from qexp_jax.quadratic import features as feature_maps
 from qexp_jax.quadratic import precision as precisions
@@ -84,8 +86,8 @@ def prepare(
 
 def check_features(features: FeatureMap, records: Record) -> None:
     """Raises unless features keep records of these shapes apart."""
-    anchor = feature_maps.linear_params(features)
-    isolation.check_loss(loss(features), subspaces.layout_of(anchor, _TUNED), anchor, records)
+    params = feature_maps.linear_params(features)
+    isolation.check_loss(loss(features), subspaces.layout_of(params, _TUNED), params, records)
 
 
 def loss(features: FeatureMap) -> LossFn:
@@ -95,9 +97,9 @@ def loss(features: FeatureMap) -> LossFn:
 
 def linearisation(preparation: Preparation) -> Linearisation:
     """Where the pass takes features as gradients: in k axes, with M = I."""
-    anchor = feature_maps.linear_params(preparation.features)
-    space = subspaces.full(anchor, where=_TUNED)
-    return Linearisation(anchor, space, precisions.dense(jnp.eye(space.dim)), preparation.features.l2_clip_norm)
+    params = feature_maps.linear_params(preparation.features)
+    space = subspaces.full(params, where=_TUNED)
+    return Linearisation(params, space, precisions.dense(jnp.eye(space.dim)), preparation.features.l2_clip_norm)
 
 
 def rounding(preparation: Preparation) -> float:
@@ -106,7 +108,14 @@ def rounding(preparation: Preparation) -> float:
 
 
 def terms(preparation: Preparation, tilted: Tilt, noise_multiplier: float, steps: int) -> dict[str, Any]:
-    """What a certificate says of a tilt."""
+    """What a certificate says of a tilt.
+
+    Args:
+      preparation: public.
+      tilted: what became of its draw.
+      noise_multiplier: z.
+      steps: of training, if the weights were accepted.
+    """
     return {
         "noise_multiplier": noise_multiplier,
         "features": "given" if preparation.given else "default",
@@ -123,7 +132,7 @@ def draw(
     key: jax.Array,
     noise_key: jax.Array,
     preparation: Preparation,
-    units: Record,
+    units: Source,
     options: PassOptions,
     *,
     noise_multiplier: float,
@@ -134,19 +143,18 @@ def draw(
       key: of the release, by which a ledger knows it.
       noise_key: secret; the noise of this draw alone.
       preparation: public.
-      units: pytree with a leading axis, or a stream.
+      units: in memory or a stream.
       options: with the loss of one unit whose gradient is its features.
       noise_multiplier: z.
 
-    Formal guarantee: mu-GDP with mu = Delta / (C z), or rho-zCDP where the options is hardened (T1, T9). A draw that a
-    checkpoint holds is read, not drawn again.
+    Formal guarantee: that of `Noise.draw` (T1, T9). A draw that a checkpoint holds is read, not drawn again.
     """
     where = linearisation(preparation)
     found = None if options.store is None else checkpoints.restore_draw(options.store)
     # One process of several may have been killed between entering the draw and saving it.
     found = _of_any_process(options, found, where.subspace.dim)
     if found is None:
-        one_pass.announce(options.progress, "tilt, private pass")
+        options.announce("tilt, private pass")
         noisy, std = one_pass.draw_of_pass(noise_key, options, where, units, noise_multiplier)
         one_pass.enter_draw(options, key, NUMBER, noisy)
         found = np.append(np.asarray(noisy, np.float64), float(std))
@@ -158,7 +166,7 @@ def draw(
 def _of_any_process(options: PassOptions, found: np.ndarray | None, dim: int) -> np.ndarray | None:
     """What one process of a mesh has drawn and saved, in all of them."""
     blank = np.zeros(dim + 1) if found is None else found
-    number, found = passes.furthest(options.mesh, int(found is not None), blank)
+    number, found = devices.furthest(options.mesh, int(found is not None), blank)
     return np.asarray(found, np.float64) if number else None
 
 
@@ -174,9 +182,9 @@ def move(
     *,
     num_units: int,
     steps: int,
-    progress: Callable[[str], None] | None,
+    announce: Announce,
 ) -> tuple[Tilt, Params]:
-    """The weights, and the anchor trained on the weighted public records; `params` itself where they were refused.
+    """The weights, and the model trained on the weighted public records; `params` itself where they were refused.
 
     Args:
       key: public randomness: the batches.
@@ -184,18 +192,18 @@ def move(
       noisy_sum: (k,) of `draw`.
       noise_std: of `draw`.
       loss_fn: loss of one record.
-      params: the anchor, in working precision.
+      params: pretrained, in working precision.
       space: what is tuned.
       public: public records.
       num_units: N.
       steps: of training.
-      progress: called with each stage.
+      announce: who is told of stages.
 
     Formal guarantee: none of its own; post-processing of `noisy_sum` with public numbers.
     """
     tilted = weighting.fit(preparation.rows, noisy_sum / num_units, noise_std / num_units, num_units)
     if not tilted.accepted:
         return tilted, params
-    one_pass.announce(progress, "tilt, training")
-    moved = tilted_training.train(key, loss_fn, params, space, public, tilted.weights, steps, progress)
+    announce("tilt, training")
+    moved = tilted_training.train(key, loss_fn, params, space, public, tilted.weights, steps, announce)
     return tilted, moved

@@ -62,7 +62,8 @@ def minimiser(quadratic: Quadratic) -> jax.Array:
 def utility(quadratic: Quadratic, w: jax.Array) -> jax.Array:
     """U(w), in units of the summed loss; not private."""
     x = uncolor(quadratic.precision, w)
-    square, linear = (jnp.vdot(x, y, precision=_HIGHEST) for y in (x, quadratic.whitened_sum))
+    square = jnp.vdot(x, x, precision=_HIGHEST)
+    linear = jnp.vdot(x, quadratic.whitened_sum, precision=_HIGHEST)
     return -(quadratic.num_units / 2 * square + linear)
 
 
@@ -74,7 +75,9 @@ def excess_utility(quadratic: Quadratic, w: jax.Array) -> jax.Array:
 
 def log_density(quadratic: Quadratic, w: jax.Array, noise_std: jax.Array | float) -> jax.Array:
     """Log density of `draw` at w; not private at a release."""
-    k, beta = quadratic.precision.dim, inverse_temperature(quadratic.num_units, noise_std)
+    k = quadratic.precision.dim
+    beta = inverse_temperature(quadratic.num_units, noise_std)
+    # On the host where it can be: N and k are numbers, and their logarithms need no program.
     log_normaliser = k / 2 * np.log(2 * np.pi / quadratic.num_units) - k / 2 * jnp.log(beta)
     return -beta * excess_utility(quadratic, w) - log_normaliser + quadratic.precision.log_det / 2
 
@@ -94,6 +97,12 @@ def draw(key: jax.Array, quadratic: Quadratic, noise_std: jax.Array | float) -> 
 
 def draws(key: jax.Array, quadratic: Quadratic, noise_std: jax.Array | float, num_draws: int) -> jax.Array:
     """Independent exact draws, (m, k), in the matrix products of one solve.
+
+    Args:
+      key: secret, typed.
+      quadratic: utility.
+      noise_std: C z of each draw.
+      num_draws: m.
 
     Formal guarantee: sqrt(m) mu-GDP with the mu of one `draw`: each is a release of its own, so calibrate the noise for
     `mu / sqrt(m)`.
@@ -131,10 +140,12 @@ def noisy_whitened_sum(
     of `total` plus real noise, rounded.
     """
     dtype = precision.log_det.dtype
-    step, noise_std = jnp.asarray(step, dtype), jnp.asarray(noise_std, dtype)
+    step = jnp.asarray(step, dtype)
+    noise_std = jnp.asarray(noise_std, dtype)
     noise_key = protecting_key(key, total.high, total.low, step, noise_std)
     noise = shaped_noise(precision, jax.random.normal(noise_key, total.high.shape, dtype))
-    return whiten_sum(precision, integers.add(total, integers.from_float(noise * (noise_std / step))), step)
+    noise_in_steps = integers.from_float(noise * (noise_std / step))
+    return whiten_sum(precision, integers.add(total, noise_in_steps), step)
 
 
 def release_step(quadratic: Quadratic, noisy_sum: jax.Array) -> jax.Array:
@@ -151,6 +162,7 @@ def protecting_key(key: jax.Array, *arrays: jax.Array) -> jax.Array:
     threefry outputs, each keyed by the position of a word and applied to the word, so that it reveals nothing itself.
     A key of another generator becomes a threefry key first.
     """
+    # The digest maps over keys, which other generators do with the first key alone.
     key = as_threefry(key)
     words = jnp.concatenate([jax.lax.bitcast_convert_type(x, jnp.uint32).ravel() for x in arrays])
     tags = jax.vmap(lambda k, word: jax.random.key_data(jax.random.fold_in(k, word)))(

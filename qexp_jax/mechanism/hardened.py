@@ -24,6 +24,7 @@ The grid and the shrinking are ours.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,8 @@ def check_available() -> None:
 
 
 @functools.lru_cache(maxsize=16)
-def _sampler(scale):
+def _sampler(scale: int) -> Any:
+    """OpenDP's measurement, made once for the rounds of a release."""
     try:
         import opendp.prelude as dp
     except ImportError:
@@ -73,9 +75,15 @@ def discrete_gaussian(total: np.ndarray, scale: int) -> np.ndarray:
 def noisy_sum(total: np.ndarray, noise: DiscreteNoise, l2_clip_norm: jax.Array) -> tuple[np.ndarray, jax.Array]:
     """The whitened sum in real numbers, **not private**, float64, and the same with its noise, of C's dtype; (k,) each.
 
+    Args:
+      total: int64 (k,), of `exact_clipping.integer_sum`.
+      noise: in steps.
+      l2_clip_norm: C, which `noise.l2_clip_norm` steps make up.
+
     Formal guarantee: the second is rho-zCDP with rho = Delta^2 / (2 noise.scale^2), and all that a hardened round knows
     of the data; the first is for diagnostics.
     """
     noisy = discrete_gaussian(total, noise.scale)
-    grid, dtype = float(l2_clip_norm) / noise.l2_clip_norm, l2_clip_norm.dtype
-    return total * grid, jnp.asarray(noisy * grid, dtype)
+    # What one step is worth; from here on all is post-processing, floats included.
+    step = float(l2_clip_norm) / noise.l2_clip_norm
+    return total * step, jnp.asarray(noisy * step, l2_clip_norm.dtype)

@@ -47,7 +47,8 @@ from qexp_jax.privacy import accounting
 from qexp_jax.quadratic.precision import uncolor
 
 _ERROR_SHARE = 1e-3  # of epsilon, spent on the density error of the ball draw
-_LEAST_CELLS, _MOST_CELLS = 2**10, 2**20
+_LEAST_CELLS = 2**10
+_MOST_CELLS = 2**20
 
 
 def knorm_draw(
@@ -73,13 +74,22 @@ def knorm_draw(
     # Gamma(k) as k exponentials: no rejection, the same time always.
     length = scale * jnp.sum(jax.random.exponential(length_key, total.shape, total.dtype))
     direction = jax.random.normal(direction_key, total.shape, total.dtype)
-    return release_step(quadratic, total + length * direction / jnp.linalg.norm(direction))
+    noise = length * direction / jnp.linalg.norm(direction)
+    return release_step(quadratic, total + noise)
 
 
 def knorm_log_density(
     quadratic: Quadratic, w: jax.Array, l2_clip_norm: float, epsilon: float, relation: NeighboringRelation
 ) -> jax.Array:
-    """Log density of `knorm_draw` at w, up to a public constant; **not private** at a release."""
+    """Log density of `knorm_draw` at w, up to a public constant; **not private** at a release.
+
+    Args:
+      quadratic: utility.
+      w: (k,).
+      l2_clip_norm: C.
+      epsilon: in [1e-4, 1e4].
+      relation: neighbouring relation.
+    """
     noise = quadratic.num_units * uncolor(quadratic.precision, w) + quadratic.whitened_sum
     return -jnp.linalg.norm(noise) / _knorm_scale(l2_clip_norm, epsilon, relation)
 
@@ -89,11 +99,19 @@ def knorm_expected_excess(
 ) -> float:
     """Mean excess of the quadratic loss per record that the noise costs: k (k+1) Delta^2 / (2 N^2 epsilon^2).
 
+    Args:
+      dim: k.
+      l2_clip_norm: C.
+      epsilon: in [1e-4, 1e4].
+      relation: neighbouring relation.
+      num_units: N, public.
+
     >>> round(knorm_expected_excess(10, 1.0, 1.0, NeighboringRelation.REPLACE_SPECIAL, 1000), 8)
     5.5e-05
     """
     dim = arguments.count("dim", dim)
     num_units = arguments.count("num_units", num_units)
+    # k (k+1) is E[length^2] of Gamma(k).
     return dim * (dim + 1) * _knorm_scale(l2_clip_norm, epsilon, relation) ** 2 / (2 * num_units**2)
 
 
@@ -105,7 +123,16 @@ def knorm_excess_quantile(
     relation: NeighboringRelation,
     num_units: int,
 ) -> float:
-    """The exact quantile of the same excess, a squared Gamma(k) variable."""
+    """The exact quantile of the same excess, a squared Gamma(k) variable.
+
+    Args:
+      probability: in (0, 1).
+      dim: k.
+      l2_clip_norm: C.
+      epsilon: in [1e-4, 1e4].
+      relation: neighbouring relation.
+      num_units: N, public.
+    """
     probability = arguments.proportion("probability", probability)
     dim = arguments.count("dim", dim)
     num_units = arguments.count("num_units", num_units)
@@ -113,11 +140,11 @@ def knorm_excess_quantile(
     return length**2 / (2 * num_units**2)
 
 
-def _knorm_scale(l2_clip_norm, epsilon, relation):
+def _knorm_scale(l2_clip_norm: float, epsilon: float, relation: NeighboringRelation) -> float:
+    """Delta / epsilon."""
     clip_norm = arguments.positive("l2_clip_norm", l2_clip_norm)
-    return accounting.sensitivity(clip_norm, arguments.neighboring_relation(relation)) / accounting.check_epsilon(
-        epsilon
-    )
+    delta = accounting.sensitivity(clip_norm, arguments.neighboring_relation(relation))
+    return delta / accounting.check_epsilon(epsilon)
 
 
 class Ball(NamedTuple):
@@ -187,11 +214,13 @@ def calibrate_ball(
     sum_bound = largest_sum if sum_bound is None else min(arguments.positive("sum_bound", sum_bound), largest_sum)
     radius = sum_bound / num_units if radius is None else arguments.positive("radius", radius)
 
-    def spent(beta):
+    def spent(beta: float) -> float:
         return exact_epsilon(dim, num_units, delta, radius, sum_bound, beta)
 
-    target, textbook = (1 - 2 * _ERROR_SHARE) * epsilon, epsilon / (2 * radius * delta)
-    concentration, centre = 2 * textbook * num_units * radius**2, sum_bound / (num_units * radius)
+    target = (1 - 2 * _ERROR_SHARE) * epsilon
+    textbook = epsilon / (2 * radius * delta)
+    concentration = 2 * textbook * num_units * radius**2
+    centre = sum_bound / (num_units * radius)
     # Enough cells for twice the textbook's beta, which is more than any.
     eta = truncated.density_error(dim, concentration, centre, num_cells=1)
     cells = max(_LEAST_CELLS, math.ceil(math.sqrt(eta / (_ERROR_SHARE * epsilon))))
@@ -203,14 +232,24 @@ def calibrate_ball(
     concentration = beta * num_units * radius**2
     error = truncated.density_error(dim, concentration, centre, cells)
     mu = delta * math.sqrt(beta / num_units)
-    rho = (2 * beta * radius * delta + 4 * error) ** 2 / 8  # bounded range
+    # Log-ratios lie in an interval of length at most 2 beta r Delta: bounded range, which is zCDP.
+    rho = (2 * beta * radius * delta + 4 * error) ** 2 / 8
     return Ball(dim, num_units, radius, sum_bound, beta, spent(beta) + 2 * error, error, mu, rho, cells)
 
 
 def exact_epsilon(
     dim: int, num_units: int, delta: float, radius: float, sum_bound: float, inverse_temperature: float
 ) -> float:
-    """beta r Delta + log Z(B) - log Z(B - Delta): the pure epsilon of the exact ball law at beta; Delta is `delta`."""
+    """beta r Delta + log Z(B) - log Z(B - Delta): the pure epsilon of the exact ball law.
+
+    Args:
+      dim: k.
+      num_units: N.
+      delta: Delta, the sensitivity of S; no probability.
+      radius: r.
+      sum_bound: B.
+      inverse_temperature: beta.
+    """
     dim = arguments.count("dim", dim)
     num_units = arguments.count("num_units", num_units)
     delta = arguments.positive("delta", delta)
@@ -218,7 +257,10 @@ def exact_epsilon(
     sum_bound = arguments.positive("sum_bound", sum_bound)
     inverse_temperature = arguments.positive("inverse_temperature", inverse_temperature)
     concentration = inverse_temperature * num_units * radius**2
-    upper, lower = (s / (num_units * radius) for s in (sum_bound, max(0.0, sum_bound - delta)))
+    # Sums are no shorter than zero; B is less than Delta where it is given small.
+    lowest_sum = max(0.0, sum_bound - delta)
+    upper = sum_bound / (num_units * radius)
+    lower = lowest_sum / (num_units * radius)
     # log Z(s) = log int exp(-kappa |y - m|^2 / 2) + kappa m^2 / 2, with m = s / (N r).
     masses = truncated.log_mass(dim, concentration, upper) - truncated.log_mass(dim, concentration, lower)
     squares = concentration / 2 * (upper - lower) * (upper + lower)
@@ -250,8 +292,10 @@ def ball_draw(key: jax.Array, quadratic: Quadratic, ball: Ball) -> jax.Array:
     return release_step(quadratic, -ball.num_units * x)
 
 
-def _bounded(total, sum_bound):
+def _bounded(total: jax.Array, sum_bound: float) -> jax.Array:
+    """The nearest point with norm at most B."""
     norm = jnp.linalg.norm(total)
+    # `maximum` keeps a sum of zero from a division by zero.
     return total * jnp.minimum(1, sum_bound / jnp.maximum(norm, jnp.finfo(total.dtype).tiny))
 
 
@@ -262,9 +306,11 @@ def ball_log_density(ball: Ball, quadratic: Quadratic, w: jax.Array) -> jax.Arra
     """
     total = _bounded(quadratic.whitened_sum, ball.sum_bound)
     concentration = ball.inverse_temperature * ball.num_units * ball.radius**2
-    x, centre = uncolor(quadratic.precision, w), jnp.linalg.norm(total) / (ball.num_units * ball.radius)
+    x = uncolor(quadratic.precision, w)
+    centre = jnp.linalg.norm(total) / (ball.num_units * ball.radius)
     distance = jnp.sum((x / ball.radius + total / (ball.num_units * ball.radius)) ** 2)
-    return -concentration / 2 * distance - truncated.log_mass(ball.dim, concentration, float(centre))
+    log_normaliser = truncated.log_mass(ball.dim, concentration, float(centre))
+    return -concentration / 2 * distance - log_normaliser
 
 
 def ball_expected_excess(ball: Ball, sum_norm: float) -> float:

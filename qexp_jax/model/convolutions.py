@@ -17,9 +17,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Jaxpr, Literal, jaxpr_as_fun
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
-_ALL, _DIFFERENTIATED = ("cpu",), ("gpu",)
+_ALL = ("cpu",)  # where all convolutions are rewritten
+_DIFFERENTIATED = ("gpu",)  # where those are that are differentiated
 _MOST_TAPS = 64  # kernels larger than 8 x 8 would be too many slices
 
 
@@ -32,15 +33,18 @@ def as_products(fn: Callable[..., Any]) -> Callable[..., Any]:
         is.
     """
     device = jax.default_backend()
-    return _rewritten(fn, device in _ALL) if device in _ALL + _DIFFERENTIATED else fn
+    if device not in _ALL + _DIFFERENTIATED:
+        return fn
+    return _rewritten(fn, rewrite_all=device in _ALL)
 
 
-def _rewritten(fn, rewrite_all):
+def _rewritten(fn: Callable[..., Any], rewrite_all: bool) -> Callable[..., Any]:
     @functools.wraps(fn)
-    def run(*args):
+    def run(*args: Any) -> Any:
         closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
-        first = closed.jaxpr.invars[: len(jax.tree.leaves(args[0]))]
-        jaxpr = _rewrite(closed.jaxpr, None if rewrite_all else set(first))
+        num_differentiated = len(jax.tree.leaves(args[0]))
+        moving = None if rewrite_all else set(closed.jaxpr.invars[:num_differentiated])
+        jaxpr = _rewrite(closed.jaxpr, moving)
         if jaxpr is closed.jaxpr:
             return fn(*args)
         results = jaxpr_as_fun(closed.replace(jaxpr=jaxpr))(*jax.tree.leaves(args))
@@ -64,40 +68,52 @@ def _rewrite(jaxpr: Jaxpr, moving: set[Any] | None) -> Jaxpr:
     return jaxpr if same else jaxpr.replace(eqns=equations)
 
 
-def _moves(variable, moving):
-    return moving is None or (not isinstance(variable, Literal) and variable in moving)
+def _moves(variable: Any, moving: set[Any] | None) -> bool:
+    if moving is None:
+        return True
+    # A literal is a number in the text of the trace: it depends on nothing, and is not hashable.
+    return not isinstance(variable, Literal) and variable in moving
 
 
-def _rewrite_equation(equation, moving):
-    name, params = equation.primitive.name, equation.params
+def _rewrite_equation(equation: JaxprEqn, moving: set[Any] | None) -> JaxprEqn:
+    name = equation.primitive.name
+    params = equation.params
     if name == "conv_general_dilated" and _is_plain(equation):
+        # Under jit the product is one equation, which takes the convolution's place among the others.
         product = jax.jit(functools.partial(_product, params=params))
         (call,) = jax.make_jaxpr(product)(*[v.aval for v in equation.invars]).jaxpr.eqns
         return call.replace(invars=equation.invars, outvars=equation.outvars)
     if name in ("jit", "pjit"):
-        called = params["jaxpr"].jaxpr
-        inside = [v for v, x in zip(called.invars, equation.invars, strict=True) if _moves(x, moving)]
-        inner = _rewrite(called, None if moving is None else set(inside))
+        closed = params["jaxpr"]
+        called = closed.jaxpr
+        # The called function has variables of its own: those move that stand for moving arguments.
+        inside = {v for v, x in zip(called.invars, equation.invars, strict=True) if _moves(x, moving)}
+        inner = _rewrite(called, None if moving is None else inside)
         if inner is not called:
-            return equation.replace(params=params | {"jaxpr": params["jaxpr"].replace(jaxpr=inner)})
+            return equation.replace(params=params | {"jaxpr": closed.replace(jaxpr=inner)})
     return equation
 
 
-def _is_plain(equation):
-    params, kernel = equation.params, equation.invars[1].aval
+def _is_plain(equation: JaxprEqn) -> bool:
+    """Whether `_product` can do it: one group, an input that is not dilated, and not too many taps."""
+    params = equation.params
+    kernel: Any = equation.invars[1].aval
     taps = math.prod(kernel.shape[i] for i in params["dimension_numbers"].rhs_spec[2:])
-    grouped = params["feature_group_count"] != 1 or params["batch_group_count"] != 1
-    return not grouped and all(d == 1 for d in params["lhs_dilation"]) and taps <= _MOST_TAPS
+    is_grouped = params["feature_group_count"] != 1 or params["batch_group_count"] != 1
+    is_dilated = any(d != 1 for d in params["lhs_dilation"])  # a transposed convolution
+    return not is_grouped and not is_dilated and taps <= _MOST_TAPS
 
 
-def _product(lhs, rhs, params):
+def _product(lhs: jax.Array, rhs: jax.Array, params: dict[str, Any]) -> jax.Array:
     """The convolution: a strided slice of the input for each tap of the kernel, side by side, times the kernel."""
     spec = params["dimension_numbers"]
     x = jnp.transpose(lhs, (spec.lhs_spec[0], *spec.lhs_spec[2:], spec.lhs_spec[1]))  # records, space, channels
     kernel = jnp.transpose(rhs, (*spec.rhs_spec[2:], spec.rhs_spec[1], spec.rhs_spec[0]))  # space, in, out
+    # `lax.pad` also takes negative padding, which crops, as a convolution does.
     padding = [(0, 0, 0), *[(low, high, 0) for low, high in params["padding"]], (0, 0, 0)]
     x = jax.lax.pad(x, jnp.zeros((), x.dtype), padding)
-    patches = jnp.concatenate([_slice(x, tap, kernel, params) for tap in np.ndindex(*kernel.shape[:-2])], axis=-1)
+    taps = np.ndindex(*kernel.shape[:-2])
+    patches = jnp.concatenate([_slice(x, tap, kernel, params) for tap in taps], axis=-1)
     out = jax.lax.dot_general(
         patches,
         kernel.reshape(-1, kernel.shape[-1]),
@@ -105,12 +121,16 @@ def _product(lhs, rhs, params):
         precision=params["precision"],
         preferred_element_type=params["preferred_element_type"],
     )
-    return jnp.transpose(out, np.argsort((spec.out_spec[0], *spec.out_spec[2:], spec.out_spec[1])).tolist())
+    order = (spec.out_spec[0], *spec.out_spec[2:], spec.out_spec[1])
+    return jnp.transpose(out, np.argsort(order).tolist())  # the inverse permutation
 
 
-def _slice(x, tap, kernel, params):
-    strides, dilation = params["window_strides"], params["rhs_dilation"]
+def _slice(x: jax.Array, tap: tuple[int, ...], kernel: jax.Array, params: dict[str, Any]) -> jax.Array:
+    """What one tap of the kernel meets, in all places: of the padded input (n, *space, channels) at the strides."""
+    strides = params["window_strides"]
+    dilation = params["rhs_dilation"]
     starts = [i * d for i, d in zip(tap, dilation, strict=True)]
+    # Not strict: the kernel's shape ends with its two axes of channels.
     reach = [(k - 1) * d for k, d in zip(kernel.shape, dilation, strict=False)]
     counts = [(size - r - 1) // s + 1 for size, r, s in zip(x.shape[1:-1], reach, strides, strict=True)]
     stops = [a + (c - 1) * s + 1 for a, c, s in zip(starts, counts, strides, strict=True)]

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -19,9 +20,16 @@ Mode = Literal["auto", "reverse", "forward"]
 # Forming one number of a record's gradient takes the time of so many floating-point operations; measured on a CPU.
 _TRAFFIC = 24
 # Directions of which forward mode takes the time of reverse mode, beside d/D and the traffic; on a GPU from an H200.
-_EVEN_ON_CPU, _EVEN_ON_ACCELERATOR = 0.9, 1.2
-_ON_CPU, _ON_CPU_IN_FACTORS, _ON_ACCELERATOR = 32, 128, 8192
-_FAST_BYTES, _CACHED_BYTES, HELD_BYTES = 2**23, 2**27, 2**30
+_EVEN_ON_CPU = 0.9
+_EVEN_ON_ACCELERATOR = 1.2
+# The most records at a time.
+_ON_CPU = 32
+_ON_CPU_IN_FACTORS = 128
+_ON_ACCELERATOR = 8192
+# What the gradients of so many records may take: in factors, whole, and on any device.
+_FAST_BYTES = 2**23
+_CACHED_BYTES = 2**27
+HELD_BYTES = 2**30
 
 
 def projected_gradients(
@@ -46,22 +54,28 @@ def projected_gradients(
       axis_name: mapped device axis, if any; see `records.vary`.
     """
     layout = subspace.layout
-    leaves, loss = vary(tuned_leaves(layout, params), axis_name), _loss_of_leaves(loss_fn, params, layout)
+    leaves = vary(tuned_leaves(layout, params), axis_name)
+    loss = _loss_of_leaves(loss_fn, params, layout)
     if mode == "auto":
         mode = faster_mode(loss_fn, params, subspace, records)
     if mode == "reverse":
 
-        def gradient(record):
+        def gradient(record: Record) -> jax.Array:
             return subspace.operator.project(layout, subspace.arrays, jax.grad(loss)(leaves, record))
 
         return jax.vmap(gradient)(records)
     if mode != "forward":
         raise ValueError(f"Expected mode 'auto', 'reverse' or 'forward', found {mode=}.")
 
-    def derivative(direction):
-        tangent = vary(subspace.operator.lift(layout, subspace.arrays, direction), axis_name)
-        return jax.jvp(lambda tuned: jax.vmap(loss, in_axes=(None, 0))(tuned, records), (leaves,), (tangent,))[1]
+    def losses(tuned: list[jax.Array]) -> jax.Array:
+        return jax.vmap(loss, in_axes=(None, 0))(tuned, records)
 
+    def derivative(direction: jax.Array) -> jax.Array:
+        tangent = vary(subspace.operator.lift(layout, subspace.arrays, direction), axis_name)
+        _, slopes = jax.jvp(losses, (leaves,), (tangent,))
+        return slopes
+
+    # One direction after the other: all at once would hold k tangents of all that the loss forms.
     return jax.lax.map(derivative, jnp.eye(subspace.dim, dtype=layout.dtype)).T
 
 
@@ -78,16 +92,30 @@ def gradient_rows(
 
     That is in a whole space and in reverse mode; else they are one part. The count-sketch of a wide matrix's gradient
     is made of its two factors.
+
+    Args:
+      loss_fn: loss of one record.
+      params: where the gradients are taken.
+      subspace: k directions.
+      records: pytree with leading axis m.
+      mode: of `projected_gradients`.
+      axis_name: mapped device axis, if any; see `records.vary`.
+
+    Returns:
+      Parts of (m, k), side by side: one for each tuned leaf of a whole space, else a single one.
     """
     layout = subspace.layout
     if mode == "auto":
         mode = faster_mode(loss_fn, params, subspace, records)
     if mode != "reverse" or not is_in_factors(subspace):
         return [projected_gradients(loss_fn, params, subspace, records, mode=mode, axis_name=axis_name)]
-    leaves, loss = vary(tuned_leaves(layout, params), axis_name), _loss_of_leaves(loss_fn, params, layout)
+    leaves = vary(tuned_leaves(layout, params), axis_name)
+    loss = _loss_of_leaves(loss_fn, params, layout)
     rows = jax.vmap(lambda record: factored_gradients.gradient(loss, leaves, record, axis_name))(records)
     project_rows = subspace.operator.project_rows
-    return [project_rows(layout, subspace.arrays, rows)] if project_rows else rows_without_held(subspace, rows)
+    if project_rows is None:
+        return rows_without_held(subspace, rows)
+    return [project_rows(layout, subspace.arrays, rows)]
 
 
 def is_in_factors(subspace: Subspace) -> bool:
@@ -100,17 +128,29 @@ def moving_leaves(loss_fn: LossFn, params: Params, layout: Layout, records: Reco
     """Of each tuned leaf, whether the loss's derivative by it can be anything but zero; of shapes alone.
 
     It is zero behind `stop_gradient`, or of a head that the loss does not use.
+
+    Args:
+      loss_fn: loss of one record, hashable.
+      params: all parameters.
+      layout: says which leaves are tuned.
+      records: pytree with a leading axis.
     """
     record = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], jnp.result_type(x)), records)
     leaves, treedef = jax.tree.flatten((params, record))
-    return _moving_leaves(loss_fn, layout, treedef, tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves))
+    avals = tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
+    return _moving_leaves(loss_fn, layout, treedef, avals)
 
 
 @functools.lru_cache(maxsize=256)  # a trace takes longer than a small release
-def _moving_leaves(loss_fn, layout, treedef, avals):
+def _moving_leaves(loss_fn: LossFn, layout: Layout, treedef: Any, avals: tuple[Any, ...]) -> tuple[bool, ...]:
+    """`moving_leaves` of what can be hashed; `avals` are the shapes and dtypes of parameters and one record."""
     params, record = jax.tree.unflatten(treedef, [jax.ShapeDtypeStruct(*aval) for aval in avals])
-    loss = lambda leaves, params, record: _loss_of_leaves(loss_fn, params, layout)(leaves, record)
-    return moving_arguments(loss, jax.eval_shape(lambda p: tuned_leaves(layout, p), params), params, record)
+
+    def loss(leaves: list[jax.Array], params: Params, record: Record) -> jax.Array:
+        return _loss_of_leaves(loss_fn, params, layout)(leaves, record)
+
+    tuned = jax.eval_shape(lambda p: tuned_leaves(layout, p), params)
+    return moving_arguments(loss, tuned, params, record)
 
 
 def moved_coordinates(subspace: Subspace, rows: Rows) -> Rows:
@@ -122,9 +162,9 @@ def moved_coordinates(subspace: Subspace, rows: Rows) -> Rows:
     return moved
 
 
-def _loss_of_leaves(loss_fn, params, layout):
+def _loss_of_leaves(loss_fn: LossFn, params: Params, layout: Layout) -> Callable[[list[jax.Array], Record], jax.Array]:
     @as_products
-    def loss(tuned, record):
+    def loss(tuned: list[jax.Array], record: Record) -> jax.Array:
         return loss_fn(with_tuned_leaves(layout, params, tuned), record).astype(layout.dtype)
 
     return loss
@@ -136,12 +176,20 @@ def faster_mode(loss_fn: LossFn, params: Params, subspace: Subspace, records: Re
     With F the operations of one loss and d tuned of D parameters, forward mode takes (1 + k) F a record; reverse mode
     takes 2 F, another F d/D for the gradients of the tuned leaves, and the traffic of forming d numbers. So forward
     mode is for few directions, the fewer the more often the loss uses each parameter.
+
+    Args:
+      loss_fn: loss of one record.
+      params: all parameters.
+      subspace: k directions; its layout says which leaves are tuned.
+      records: pytree with a leading axis; shapes and dtypes alone are looked at.
     """
     record = jax.tree.map(lambda x: x[0], records)
     flops = count_flops(loss_fn, params, record, products_only=True)
-    tuned, total = subspace.layout.num_params, sum(math.prod(shape) for shape in subspace.layout.shapes)
+    tuned = subspace.layout.num_params
+    total = sum(math.prod(shape) for shape in subspace.layout.shapes)
     even = _EVEN_ON_CPU if jax.default_backend() == "cpu" else _EVEN_ON_ACCELERATOR
     has_few = subspace.dim < even + tuned / total + _TRAFFIC * tuned / max(1, flops)
+    # JAX has no forward mode of a `jax.custom_vjp`.
     return "forward" if has_few and not has_reverse_rule(loss_fn, params, record) else "reverse"
 
 
@@ -161,7 +209,8 @@ def at_a_time(loss_fn: LossFn, params: Params, subspace: Subspace, records: Reco
       records: pytree with a leading axis.
       formed: whether gradients in factors are formed all the same.
     """
-    layout, used = subspace.layout, 2 * bytes_of_one(loss_fn, params, records)
+    layout = subspace.layout
+    used = 2 * bytes_of_one(loss_fn, params, records)
     held = 16 * layout.num_params + used
     if jax.default_backend() != "cpu":
         return max(1, min(HELD_BYTES // held, _ON_ACCELERATOR))
@@ -172,7 +221,8 @@ def at_a_time(loss_fn: LossFn, params: Params, subspace: Subspace, records: Reco
     return max(1, min(HELD_BYTES // held, most))
 
 
-def _power_of_two(most):
+def _power_of_two(most: int) -> int:
+    """The largest up to `most`, at least 2."""
     return 2 ** int(math.log2(max(2, most)))
 
 

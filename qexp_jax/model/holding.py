@@ -70,6 +70,7 @@ def rows_without_held(subspace: Subspace, rows: Rows) -> Rows:
 
 def _row_without_held(moved: Any, part: Any) -> Any:
     """Of one leaf's part of the gradients, whole (n, size) or in factors."""
+    # Gradients in factors are those of a wide matrix, for which what moves is in factors as well.
     if isinstance(part, Outer):
         return Outer(*(jnp.where(m, x, 0) for m, x in zip(moved, part, strict=True)))
 

@@ -5,6 +5,8 @@ refused.
 """
 
 import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,12 +64,14 @@ def check_loss(loss_fn: LossFn, layout: Layout, params: Params, records: Record)
         what `jax.vmap` may not do to each record alone.
     """
     dtypes = [layout.dtype if tuned else dtype for dtype, tuned in zip(layout.dtypes, layout.tuned, strict=True)]
-    anchor = jax.tree.unflatten(jax.tree.structure(params), list(map(jax.ShapeDtypeStruct, layout.shapes, dtypes)))
+    avals_of_params = list(map(jax.ShapeDtypeStruct, layout.shapes, dtypes))
+    shapes = jax.tree.unflatten(jax.tree.structure(params), avals_of_params)
     record = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x)[1:], jnp.result_type(x)), records)
-    leaves, treedef = jax.tree.flatten((anchor, record))
+    leaves, treedef = jax.tree.flatten((shapes, record))
+    # The parameters' leaves come first; those of the record are never differentiated.
     moves = layout.tuned + (False,) * (len(leaves) - len(layout.tuned))
     try:
-        hash(loss_fn)
+        hash(loss_fn)  # what is found of it is remembered
     except TypeError:
         raise ValueError(f"Expected a hashable loss_fn, found {type(loss_fn).__name__}.") from None
     avals = tuple((x.shape, x.dtype) for x in leaves)
@@ -76,36 +80,49 @@ def check_loss(loss_fn: LossFn, layout: Layout, params: Params, records: Record)
 
 
 @functools.lru_cache(maxsize=256)
-def _check_traced(loss_fn, treedef, moves, avals, key_dtype) -> None:
-    """`key_dtype`, of the keys that a loss makes, is there for the cache: the same loss is another under another."""
+def _check_traced(
+    loss_fn: LossFn, treedef: Any, moves: tuple[bool, ...], avals: tuple[Any, ...], key_dtype: Any
+) -> None:
+    """`check_loss` of what can be hashed.
+
+    Args:
+      loss_fn: loss of one record.
+      treedef: of parameters and one record.
+      moves: for each of their leaves, whether the loss is differentiated by it.
+      avals: their shapes and dtypes.
+      key_dtype: of the keys that a loss makes, for the cache alone: with another the same loss is another one.
+    """
     loss = _loss_of_leaves(loss_fn, treedef, moves)
     moving = [jax.ShapeDtypeStruct(*aval) for aval, moved in zip(avals, moves, strict=True) if moved]
     fixed = [jax.ShapeDtypeStruct(*aval) for aval, moved in zip(avals, moves, strict=True) if not moved]
 
-    def derivative(leaves, others, tangents):
+    def derivative(leaves: list[Any], others: list[Any], tangents: list[Any]) -> Any:
         return jax.jvp(lambda x: loss(x, others), (leaves,), (tangents,))
 
     _isolated(loss, moving, fixed)
     _isolated(derivative, moving, fixed, moving)
-    first, second = (_isolated(jax.value_and_grad(loss), moving, fixed) for _ in range(2))
+    # A counter or a generator outside the loss shows when it is traced twice.
+    first = _isolated(jax.value_and_grad(loss), moving, fixed)
+    second = _isolated(jax.value_and_grad(loss), moving, fixed)
     if not _are_same(first, second):
         raise ValueError(f"loss_fn: {_ISOLATION}; two traces of it differ, so that it reads a changing state.")
 
 
-def _loss_of_leaves(loss_fn, treedef, moves):
+def _loss_of_leaves(loss_fn: LossFn, treedef: Any, moves: tuple[bool, ...]) -> Callable[..., jax.Array]:
     """The loss as a function of the leaves that it is differentiated by, and of the others."""
 
-    def loss(moving, fixed):
-        leaves, others = iter(moving), iter(fixed)
-        anchor, record = jax.tree.unflatten(treedef, [next(leaves if moved else others) for moved in moves])
-        value = loss_fn(anchor, record)
+    def loss(moving: list[Any], fixed: list[Any]) -> jax.Array:
+        leaves = iter(moving)
+        others = iter(fixed)
+        params, record = jax.tree.unflatten(treedef, [next(leaves if moved else others) for moved in moves])
+        value = loss_fn(params, record)
         _check_scalar(value)
         return value
 
     return loss
 
 
-def _check_scalar(value):
+def _check_scalar(value: Any) -> None:
     is_traced = isinstance(value, jax.core.Tracer)
     if is_traced and value.shape == () and jnp.issubdtype(value.dtype, jnp.floating):
         return
@@ -114,14 +131,14 @@ def _check_scalar(value):
     raise ValueError(f"Expected loss_fn to return one floating-point scalar, found {_described(value)}{reason}.")
 
 
-def _described(value):
+def _described(value: Any) -> str:
     """Structure, types and shapes; no values."""
     leaves, structure = jax.tree.flatten(value)
     found = [f"{x.dtype}{list(x.shape)}" if hasattr(x, "dtype") else type(x).__name__ for x in leaves]
     return found[0] if jax.tree_util.all_leaves([value]) else f"{structure} of {found}"
 
 
-def _isolated(run, *arguments):
+def _isolated(run: Callable[..., Any], *arguments: Any) -> jax_core.ClosedJaxpr:
     """The trace; raises unless it does only what is done to each record alone."""
     try:
         # A new function each time, as JAX remembers the traces of old ones.
@@ -134,13 +151,16 @@ def _isolated(run, *arguments):
     return closed
 
 
-def _are_same(first, second):
+def _are_same(first: jax_core.ClosedJaxpr, second: jax_core.ClosedJaxpr) -> bool:
     """Whether two traces are equal; their text says nothing of constants."""
-    a, b = list(_constants(first)), list(_constants(second))
-    return str(first) == str(second) and len(a) == len(b) and all(map(_is_same, a, b))
+    if str(first) != str(second):
+        return False
+    a = list(_constants(first))
+    b = list(_constants(second))
+    return len(a) == len(b) and all(map(_is_same, a, b))
 
 
-def _refused(closed):
+def _refused(closed: jax_core.ClosedJaxpr) -> Iterator[str]:
     """Names of the primitives, effects and key types that may mix records, and what was kept from another trace."""
     threefry = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32")).dtype
     for jaxpr, constants in _jaxprs(closed):
@@ -151,11 +171,12 @@ def _refused(closed):
             variables += equation.outvars
             if equation.primitive.name not in _ROW_BY_ROW:
                 yield equation.primitive.name
+        # Other generators draw with the first record's key for all records under vmap.
         dtypes = {getattr(variable.aval, "dtype", None) for variable in variables}
         yield from (str(x) for x in dtypes if _is_key(x) and x != threefry)
 
 
-def _constants(closed):
+def _constants(closed: jax_core.ClosedJaxpr) -> Iterator[Any]:
     """All arrays that a trace holds, also in the functions that it calls and as literals."""
     for jaxpr, constants in _jaxprs(closed):
         yield from constants
@@ -164,30 +185,35 @@ def _constants(closed):
             yield from (x for x in _parts(equation) if isinstance(x, np.ndarray | jax.Array))
 
 
-def _is_same(a, b):
+def _is_same(a: Any, b: Any) -> bool:
     """Bit by bit, as NaN may be a constant too; what is one object is not looked at."""
     if a is b:
         return True
-    a, b = _on_host(a), _on_host(b)
-    same_kind = a.dtype == b.dtype and a.shape == b.shape
-    return same_kind and np.array_equal(a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8))
+    first = _on_host(a)
+    second = _on_host(b)
+    if first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    return np.array_equal(first.reshape(-1).view(np.uint8), second.reshape(-1).view(np.uint8))
 
 
-def _on_host(x):
+def _on_host(x: Any) -> np.ndarray:
     data = jax.random.key_data(x) if _is_key(getattr(x, "dtype", None)) else x
     return np.ascontiguousarray(data)
 
 
-def _is_key(dtype):
+def _is_key(dtype: Any) -> bool:
     return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
-def _jaxprs(closed):
+def _jaxprs(closed: jax_core.ClosedJaxpr) -> Iterator[tuple[jax_core.Jaxpr, Any]]:
     """A jaxpr and all that its equations call, each once, with the constants of each."""
-    seen, waiting = set(), [closed]
+    seen: set[int] = set()
+    waiting: list[Any] = [closed]
     while waiting:
         part = waiting.pop()
-        jaxpr, constants = (part.jaxpr, part.consts) if isinstance(part, jax_core.ClosedJaxpr) else (part, ())
+        is_closed = isinstance(part, jax_core.ClosedJaxpr)
+        jaxpr = part.jaxpr if is_closed else part
+        constants = part.consts if is_closed else ()
         if id(jaxpr) in seen:
             continue
         seen.add(id(jaxpr))
@@ -196,9 +222,10 @@ def _jaxprs(closed):
             waiting += [x for x in _parts(equation) if _is_jaxpr(x)]
 
 
-def _parts(equation):
+def _parts(equation: jax_core.JaxprEqn) -> list[Any]:
+    """All that an equation holds: functions that it calls, alone or in tuples as branches are, and arrays."""
     return jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr)
 
 
-def _is_jaxpr(x):
+def _is_jaxpr(x: Any) -> bool:
     return isinstance(x, jax_core.Jaxpr | jax_core.ClosedJaxpr)

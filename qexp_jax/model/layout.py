@@ -64,6 +64,7 @@ def layout_of(params: Params, where: str | None = None) -> Layout:
     for name, shape, dtype, is_tuned in zip(names, shapes, dtypes, tuned, strict=True):
         if is_tuned and not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"Only real floating-point leaves can be tuned, found {name} of {dtype=}, {shape=}.")
+    # At least float32: half precision would round away a step that is small beside its parameter.
     tuned_dtypes = [dtype for dtype, is_tuned in zip(dtypes, tuned, strict=True) if is_tuned]
     work = functools.reduce(jnp.promote_types, tuned_dtypes, jnp.float32)
     return Layout(treedef=treedef, shapes=shapes, dtypes=dtypes, tuned=tuned, dtype=np.dtype(work))
@@ -84,6 +85,7 @@ def without_still_leaves(layout: Layout, moves: tuple[bool, ...]) -> Layout:
     if not any(moves):
         raise ValueError("Expected a loss that depends on parameters that are tuned, found a gradient that is zero.")
     each = iter(moves)
+    # `and` takes the next entry for tuned leaves only.
     tuned = tuple(is_tuned and next(each) for is_tuned in layout.tuned)
     return dataclasses.replace(layout, tuned=tuned)
 

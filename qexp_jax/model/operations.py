@@ -4,12 +4,14 @@ XLA's own count of operations leaves out how often a loop turns.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Literal, jaxprs_in_params
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, jaxprs_in_params
 
+# Primitives that copy and rearrange numbers, and compute none.
 _MOVES = {
     "broadcast_in_dim", "reshape", "squeeze", "transpose", "slice", "dynamic_slice", "dynamic_update_slice",
     "concatenate", "pad", "gather", "select_n", "convert_element_type", "copy", "iota", "rev", "bitcast_convert_type",
@@ -57,17 +59,19 @@ def moving_arguments(function: Any, arguments: list[Any], *others: Any) -> tuple
     (True, False)
     """
 
-    def slopes(cotangent, arguments, *others):
-        return jax.vjp(lambda x: function(x, *others), arguments)[1](cotangent)[0]
+    def slopes(cotangent: Any, arguments: list[Any], *others: Any) -> Any:
+        _, pull_back = jax.vjp(lambda x: function(x, *others), arguments)
+        return pull_back(cotangent)[0]
 
     result = jax.eval_shape(function, arguments, *others)
+    # A derivative that is not zero for all numbers is a function of the cotangent, the first argument.
     jaxpr = jax.make_jaxpr(slopes)(result, arguments, *others).jaxpr
     return _reached(jaxpr, jaxpr.invars[:1])
 
 
-def _reached(jaxpr, variables):
+def _reached(jaxpr: Jaxpr, variables: list[Any]) -> tuple[bool, ...]:
     """Which results depend on one of the variables; a function that is called depends on all that it is given."""
-    seen = set(variables)
+    seen: set[Any] = set(variables)
     for equation in jaxpr.eqns:
         if any(not isinstance(x, Literal) and x in seen for x in equation.invars):
             seen.update(equation.outvars)
@@ -79,43 +83,54 @@ def has_reverse_rule(function: Any, *args: Any) -> bool:
     return _has_reverse_rule(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def _has_reverse_rule(jaxpr):
+def _has_reverse_rule(jaxpr: Jaxpr) -> bool:
     inner = (x for equation in jaxpr.eqns for x in jaxprs_in_params(equation.params))
     return any(e.primitive.name == "custom_vjp_call" for e in jaxpr.eqns) or any(map(_has_reverse_rule, inner))
 
 
-def _total(jaxpr, count):
+def _total(jaxpr: Jaxpr, count: Callable[[JaxprEqn], int]) -> int:
     return sum(_count(equation, count) for equation in jaxpr.eqns)
 
 
-def _count(equation, count):
-    name, params = equation.primitive.name, equation.params
-    inner = [_total(jaxpr, count) for jaxpr in jaxprs_in_params(params)]
-    if inner:
-        return params["length"] * sum(inner) if name == "scan" else max(inner) if name == "cond" else sum(inner)
-    return count(equation)
+def _count(equation: JaxprEqn, count: Callable[[JaxprEqn], int]) -> int:
+    name = equation.primitive.name
+    inner = [_total(jaxpr, count) for jaxpr in jaxprs_in_params(equation.params)]
+    if not inner:
+        return count(equation)
+    if name == "scan":
+        return equation.params["length"] * sum(inner)
+    if name == "cond":
+        return max(inner)
+    return sum(inner)
 
 
-def _bytes(equation):
-    shaped = [v.aval for v in equation.outvars if hasattr(v.aval, "shape") and hasattr(v.aval.dtype, "itemsize")]
+def _bytes(equation: JaxprEqn) -> int:
+    # Tokens of effects have neither shape nor bytes.
+    avals: list[Any] = [v.aval for v in equation.outvars]
+    shaped = [aval for aval in avals if hasattr(aval, "shape") and hasattr(aval.dtype, "itemsize")]
     return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in shaped)
 
 
-def _flops(equation):
-    out = equation.outvars[0].aval if equation.outvars else None
+def _flops(equation: JaxprEqn) -> int:
+    out: Any = equation.outvars[0].aval if equation.outvars else None
     if out is None or equation.primitive.name in _MOVES or not jnp.issubdtype(out.dtype, jnp.floating):
         return 0
+    # What is not a product counts one operation a number, be it a sum or a tangent.
     return _product_flops(equation) or math.prod(out.shape)
 
 
-def _product_flops(equation):
-    name, params = equation.primitive.name, equation.params
+def _product_flops(equation: JaxprEqn) -> int:
+    name = equation.primitive.name
+    params = equation.params
     out = equation.outvars[0].aval if equation.outvars else None
+    factors: list[Any] = [v.aval for v in equation.invars]
     size = math.prod(getattr(out, "shape", ()))
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
-        return 2 * size * math.prod(equation.invars[0].aval.shape[i] for i in contracted)
+        return 2 * size * math.prod(factors[0].shape[i] for i in contracted)
     if name == "conv_general_dilated":
-        kernel = equation.invars[1].aval.shape
-        return 2 * size * math.prod(kernel) // kernel[params["dimension_numbers"].rhs_spec[0]]
+        kernel = factors[1].shape
+        channels_out = kernel[params["dimension_numbers"].rhs_spec[0]]
+        # Each number of the result takes a product with the part of the kernel that belongs to its channel.
+        return 2 * size * math.prod(kernel) // channels_out
     return 0

@@ -24,6 +24,7 @@ from qexp_jax.model import sketching
 from qexp_jax.model.factored_gradients import Rows
 from qexp_jax.model.layout import Layout
 
+# P^T is the exact adjoint of P only where neither is computed with fewer bits, as accelerators do by default.
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -75,7 +76,7 @@ class Subspace:
 def split(layout: Layout, _: None, w: jax.Array) -> list[jax.Array]:
     """Coordinates (d,) as the tuned leaves."""
     sizes = [int(np.prod(s)) for s in layout.tuned_shapes]
-    parts = jnp.split(w, np.cumsum(sizes)[:-1])
+    parts = jnp.split(w, np.cumsum(sizes)[:-1])  # the last end is no cut
     return [x.reshape(s) for x, s in zip(parts, layout.tuned_shapes, strict=True)]
 
 
@@ -117,8 +118,10 @@ def from_key(kind: str, dim: int) -> Operator:
     """
     lift = getattr(sketching, f"{kind}_lift")
     project = getattr(sketching, f"{kind}_project")
+    # Not every kind has these two.
     gram = getattr(sketching, f"{kind}_gram", None)
     project_rows = getattr(sketching, f"{kind}_project_rows", None)
+    # Lambdas compare by identity, hence the cache: a new one would compile everything anew.
     return Operator(
         lift=lambda layout, key, w: lift(layout.tuned_shapes, key, w),
         project=lambda layout, key, leaves: project(layout.tuned_shapes, key, dim, leaves),
@@ -132,6 +135,7 @@ def from_key(kind: str, dim: int) -> Operator:
 
 def _composed_lift(layout: Layout, arrays: tuple[Subspace, jax.Array], w: jax.Array) -> list[jax.Array]:
     outer, basis = arrays
+    # Through the outer coordinates: the product of both maps, (d, k), is never formed.
     inside = jnp.matmul(basis, w, precision=_HIGHEST)
     return outer.operator.lift(layout, outer.arrays, inside)
 

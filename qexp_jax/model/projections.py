@@ -8,7 +8,7 @@ from qexp_jax.model import operators, sketching
 from qexp_jax.model.layout import Layout, layout_of
 from qexp_jax.model.operators import Subspace
 
-_STORED_BYTES = 2**30
+_STORED_BYTES = 2**30  # beyond, Gaussian directions are made again from their key at each use
 
 
 # --- stored bases, one (k, *shape) array per tuned leaf ---
@@ -20,6 +20,7 @@ def is_stored(subspace: Subspace) -> bool:
 
 
 def _dense(layout: Layout, basis: list[jax.Array], *, orthonormal: bool, name: str) -> Subspace:
+    """Of a basis in memory, a (k, *shape) array for each tuned leaf."""
     return Subspace(
         dim=len(basis[0]),
         layout=layout,
@@ -41,6 +42,7 @@ def orthonormal(key: jax.Array, params: Params, dim: int, *, where: str | None =
     """
     layout = layout_of(params, where)
     _check_dim(layout, dim)
+    # Q of a Gaussian matrix spans a uniformly random subspace, whatever signs the factorisation gives its columns.
     columns, _ = jnp.linalg.qr(jax.random.normal(key, (layout.num_params, dim), layout.dtype))
     basis = jax.vmap(lambda column: operators.split(layout, None, column))(columns.T)
     return _dense(layout, basis, orthonormal=True, name="orthonormal")
@@ -56,11 +58,13 @@ def span(params: Params, directions: Params, *, where: str | None = None, orthon
       orthonormal: the caller's word that P^T P = I; otherwise `gram` computes it.
     """
     layout = layout_of(params, where)
-    leaves = [jnp.asarray(x, layout.dtype) for x, t in zip(jax.tree.leaves(directions), layout.tuned, strict=True) if t]
+    pairs = zip(jax.tree.leaves(directions), layout.tuned, strict=True)
+    leaves = [jnp.asarray(x, layout.dtype) for x, is_tuned in pairs if is_tuned]
+    dim = len(leaves[0])
     for x, shape in zip(leaves, layout.tuned_shapes, strict=True):
-        if x.shape[1:] != shape or len(x) != len(leaves[0]):
-            raise ValueError(f"Expected directions of shape ({len(leaves[0])}, *{shape}), found {x.shape}.")
-    _check_dim(layout, len(leaves[0]))
+        if x.shape[1:] != shape or len(x) != dim:
+            raise ValueError(f"Expected directions of shape ({dim}, *{shape}), found {x.shape}.")
+    _check_dim(layout, dim)
     return _dense(layout, leaves, orthonormal=orthonormal, name="span")
 
 
@@ -68,6 +72,7 @@ def span(params: Params, directions: Params, *, where: str | None = None, orthon
 
 
 def _regenerated(kind: str, layout: Layout, key: jax.Array, dim: int, *, orthonormal: bool) -> Subspace:
+    """Of a key alone: its numbers are made again at each use, by the functions of `sketching` of that kind."""
     return Subspace(
         dim=dim,
         layout=layout,

@@ -15,12 +15,13 @@ dealt to the buckets and their products never formed.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from qexp_jax.model.factored_gradients import Outer, Rows
 
@@ -75,32 +76,37 @@ class _Deal(NamedTuple):
     scale: jax.Array
 
 
-def _deal(key: jax.Array, size: int, dim: int, dtype) -> _Deal:
+def _deal(key: jax.Array, size: int, dim: int, dtype: DTypeLike) -> _Deal:
+    """The count-sketch of `size` coordinates in `dim` buckets."""
     sign_key, shift_key = jax.random.split(key)
     num_blocks = -(-size // dim)
     words = jax.random.bits(sign_key, (num_blocks, -(-dim // 32)), jnp.uint32)
     shifts = jax.random.randint(shift_key, (num_blocks,), 0, dim)
+    # Every whole block puts one coordinate into each bucket, the last block only `rest` of them.
     rest = size - (num_blocks - 1) * dim
     counts = num_blocks - 1 + ((jnp.arange(dim) - shifts[-1]) % dim < rest)
     return _Deal(words, shifts, 1 / jnp.sqrt(counts.astype(dtype)))
 
 
-def _signs_and_shifts(deal: _Deal, block, count: int, dtype) -> tuple[jax.Array, jax.Array]:
+def _signs_and_shifts(deal: _Deal, block: Any, count: int, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
     """Signs (count, k) and shifts (count, 1) of consecutive blocks."""
+    # By dynamic slices, as the first block may be a traced loop index.
     words = jax.lax.dynamic_slice(deal.words, (block, 0), (count, deal.words.shape[1]))
     bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
     signs = 1 - 2 * bits.reshape(count, -1)[:, : len(deal.scale)].astype(dtype)
-    return signs, jax.lax.dynamic_slice(deal.shifts, (block,), (count,))[:, None]
+    shifts = jax.lax.dynamic_slice(deal.shifts, (block,), (count,))
+    return signs, shifts[:, None]
 
 
-def _into_buckets(deal, rows, block):
+def _into_buckets(deal: _Deal, rows: jax.Array, block: Any) -> jax.Array:
     """The sum of blocks (count, k), signed and shifted, (k,)."""
     dim = rows.shape[1]
     signs, shifts = _signs_and_shifts(deal, block, len(rows), rows.dtype)
-    return jnp.sum(_turned(rows * signs, (jnp.arange(dim) - shifts) % dim), axis=0)
+    source = (jnp.arange(dim) - shifts) % dim
+    return jnp.sum(_turned(rows * signs, source), axis=0)
 
 
-def _turned(rows, index):
+def _turned(rows: jax.Array, index: jax.Array) -> jax.Array:
     """Each row at its own index, both (count, k)."""
     if jax.default_backend() != "gpu":
         return jnp.take_along_axis(rows, index, axis=1)
@@ -110,10 +116,12 @@ def _turned(rows, index):
     return jnp.take_along_axis(rows, index + zero, axis=1, mode="promise_in_bounds")
 
 
-def _out_of_buckets(deal, w, block, count):
+def _out_of_buckets(deal: _Deal, w: jax.Array, block: Any, count: int) -> jax.Array:
     """The blocks (count, k) whose coordinates are w's, signed and shifted."""
+    dim = len(w)
     signs, shifts = _signs_and_shifts(deal, block, count, w.dtype)
-    return w[(jnp.arange(len(w)) + shifts) % len(w)] * signs
+    bucket = (jnp.arange(dim) + shifts) % dim
+    return w[bucket] * signs
 
 
 def _panels(num_blocks: int, dim: int) -> tuple[int, int, int]:
@@ -122,45 +130,51 @@ def _panels(num_blocks: int, dim: int) -> tuple[int, int, int]:
     return per_panel, num_blocks // per_panel, num_blocks % per_panel
 
 
-def _run_into_buckets(deal, flat, run, dim):
+def _run_into_buckets(deal: _Deal, flat: jax.Array, run: _Run, dim: int) -> jax.Array:
+    """The part (k,) of P^T x that comes from a run's coordinates `flat` (length,), not scaled yet."""
     if run.length < dim:
-        row = jnp.zeros((1, dim), flat.dtype).at[0, run.position : run.position + run.length].set(flat)
+        end = run.position + run.length
+        row = jnp.zeros((1, dim), flat.dtype).at[0, run.position : end].set(flat)
         return _into_buckets(deal, row, run.block)
 
-    def add(total, block, count):
+    def add(total: Any, block: Any, count: int) -> jax.Array:
         rows = jax.lax.dynamic_slice(flat, (block * dim,), (count * dim,)).reshape(count, dim)
         return total + _into_buckets(deal, rows, run.block + block)
 
     return _add_panels(add, 0, run.length // dim, dim)
 
 
-def _add_panels(add, total, num_blocks, dim):
-    """Of all blocks to a total; `add(total, block, count)` adds `count` of them."""
+def _add_panels(add: Callable[[Any, Any, int], jax.Array], total: Any, num_blocks: int, dim: int) -> jax.Array:
+    """All blocks added to a total, a panel at a time; `add(total, block, count)` adds `count` of them."""
     per_panel, panels, left = _panels(num_blocks, dim)
     # The carry starts from a panel, not from zeros, so that it varies over a mapped axis where the panels do.
     total = add(total, 0, per_panel)
-    total, _ = jax.lax.scan(lambda total, i: (add(total, i * per_panel, per_panel), None), total, jnp.arange(1, panels))
+    step = lambda total, i: (add(total, i * per_panel, per_panel), None)
+    total, _ = jax.lax.scan(step, total, jnp.arange(1, panels))
     return add(total, panels * per_panel, left) if left else total
 
 
-def _run_out_of_buckets(deal, w, run):
+def _run_out_of_buckets(deal: _Deal, w: jax.Array, run: _Run) -> jax.Array:
+    """A run's coordinates of P w, (length,)."""
     dim = len(w)
     if run.length < dim:
-        return _out_of_buckets(deal, w, run.block, 1)[0, run.position : run.position + run.length]
+        row = _out_of_buckets(deal, w, run.block, 1)[0]
+        return row[run.position : run.position + run.length]
     per_panel, panels, left = _panels(run.length // dim, dim)
-    rows = jax.lax.map(
-        lambda i: _out_of_buckets(deal, w, run.block + i * per_panel, per_panel), jnp.arange(panels)
-    ).reshape(-1)
+    panel = lambda i: _out_of_buckets(deal, w, run.block + i * per_panel, per_panel)
+    rows = jax.lax.map(panel, jnp.arange(panels)).reshape(-1)
     if not left:
         return rows
-    return jnp.concatenate([rows, _out_of_buckets(deal, w, run.block + panels * per_panel, left).reshape(-1)])
+    last = _out_of_buckets(deal, w, run.block + panels * per_panel, left)
+    return jnp.concatenate([rows, last.reshape(-1)])
 
 
 def count_sketch_lift(shapes: Shapes, key: jax.Array, w: jax.Array) -> list[jax.Array]:
     """P w: from (k,) to arrays of the given shapes."""
     dim = len(w)
     deal = _deal(key, size_of(shapes), dim, w.dtype)
-    w, arrays = w * deal.scale, []
+    w = w * deal.scale
+    arrays = []
     for shape, (size, offset) in zip(shapes, _arrays(shapes), strict=True):
         runs = [_run_out_of_buckets(deal, w, run) for run in _runs(size, offset, dim)]
         arrays.append(jnp.concatenate(runs).reshape(shape) if runs else jnp.zeros(shape, w.dtype))
@@ -168,22 +182,39 @@ def count_sketch_lift(shapes: Shapes, key: jax.Array, w: jax.Array) -> list[jax.
 
 
 def count_sketch_project(shapes: Shapes, key: jax.Array, dim: int, arrays: list[jax.Array]) -> jax.Array:
-    """P^T x: from arrays to (k,), the exact adjoint of the lift."""
+    """P^T x: from arrays to (k,), the exact adjoint of the lift.
+
+    Args:
+      shapes: of the arrays.
+      key: of P.
+      dim: k.
+      arrays: x, in this order.
+    """
     deal = _deal(key, size_of(shapes), dim, arrays[0].dtype)
     parts = zip(arrays, _arrays(shapes), strict=True)
     return sum(_array_into_buckets(deal, x, *at, dim) for x, at in parts) * deal.scale
 
 
-def _array_into_buckets(deal, x, size, offset, dim):
-    flat, total = x.ravel(), jnp.zeros(dim, x.dtype)
+def _array_into_buckets(deal: _Deal, x: jax.Array, size: int, offset: int, dim: int) -> jax.Array:
+    """The part (k,) of P^T x that comes from one array, whose first coordinate is number `offset`, not scaled yet."""
+    flat = x.ravel()
+    total = jnp.zeros(dim, x.dtype)
     for run in _runs(size, offset, dim):
         total += _run_into_buckets(deal, flat[run.start : run.start + run.length], run, dim)
     return total
 
 
 def count_sketch_project_rows(shapes: Shapes, key: jax.Array, dim: int, rows: Rows) -> jax.Array:
-    """P^T g of each of m gradients, (m, k); they are those of arrays of the given shapes, in parts."""
-    deal, products = _deal(key, size_of(shapes), dim, jax.tree.leaves(rows)[0].dtype), []
+    """P^T g of each of m gradients, (m, k).
+
+    Args:
+      shapes: of the arrays that the gradients belong to.
+      key: of P.
+      dim: k.
+      rows: the gradients in parts, one for each array.
+    """
+    deal = _deal(key, size_of(shapes), dim, jax.tree.leaves(rows)[0].dtype)
+    products = []
     total: Any = 0
     for part, (size, offset) in zip(rows, _arrays(shapes), strict=True):
         if isinstance(part, Outer):
@@ -198,29 +229,33 @@ def count_sketch_project_rows(shapes: Shapes, key: jax.Array, dim: int, rows: Ro
     return total.T * deal.scale
 
 
-def _add_products(total, deal, left, right, run, dim):
+def _add_products(total: Any, deal: _Deal, left: jax.Array, right: jax.Array, run: _Run, dim: int) -> jax.Array:
     """To a total (k, m) a run of the coordinates left_i right_j, of (a, m) and (b, m), one block after the other."""
 
-    def add_block(total, i, j, weights):
+    def add_block(total: Any, i: jax.Array, j: jax.Array, weights: jax.Array) -> jax.Array:
         return total + left[i] * right[j] * weights[:, None]
 
-    def add(total, block, count):
+    def add(total: Any, block: Any, count: int) -> jax.Array:
         rows = _sources(deal, run, len(right), block, count)
         total = add_block(total, *(x[0] for x in rows))  # before the scan, as in `_add_panels`
-        return jax.lax.scan(lambda total, row: (add_block(total, *row), None), total, [x[1:] for x in rows])[0]
+        step = lambda total, row: (add_block(total, *row), None)
+        total, _ = jax.lax.scan(step, total, [x[1:] for x in rows])
+        return total
 
     return _add_panels(add, total, max(1, run.length // dim), dim)
 
 
-def _sources(deal, run, width, block, count):
+def _sources(deal: _Deal, run: _Run, width: int, block: Any, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Row, column and sign of the entry that each bucket gets from each of a run's blocks, (count, k); 0 for none."""
     dim = len(deal.scale)
     signs, shifts = _signs_and_shifts(deal, run.block + block, count, deal.scale.dtype)
     source = (jnp.arange(dim) - shifts) % dim
     place = (block + jnp.arange(count)[:, None]) * dim + source - run.position
     is_in_run = (place >= 0) & (place < run.length)
+    # A bucket that gets nothing reads the run's first entry, with weight 0, rather than one of another run.
     i, j = jnp.divmod(run.start + jnp.where(is_in_run, place, 0), width)
-    return i, j, jnp.where(is_in_run, jnp.take_along_axis(signs, source, axis=1), 0)
+    weights = jnp.where(is_in_run, jnp.take_along_axis(signs, source, axis=1), 0)
+    return i, j, weights
 
 
 # --- Gaussian ---
@@ -232,57 +267,88 @@ def _slabs(shapes: Shapes, dim: int) -> list[tuple[int, int, int]]:
     return [(size, min(width, size), -(-size // width)) for size, _ in _arrays(shapes)]
 
 
-def _entries(key, array, slab, dim, width, dtype):
+def _entries(key: jax.Array, array: int, slab: Any, dim: int, width: int, dtype: DTypeLike) -> jax.Array:
     """Columns of P^T (k, width) for one slab of one array."""
-    return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, array), slab), (dim, width), dtype)
+    # A key for each slab, so that lift, project and gram, which take them in different loops, see the same P.
+    slab_key = jax.random.fold_in(jax.random.fold_in(key, array), slab)
+    return jax.random.normal(slab_key, (dim, width), dtype)
 
 
 def gaussian_lift(shapes: Shapes, key: jax.Array, w: jax.Array) -> list[jax.Array]:
     """P w for iid entries N(0, 1/d)."""
-    dim, arrays = len(w), []
+    dim = len(w)
+    arrays = []
     for i, (shape, (size, width, slabs)) in enumerate(zip(shapes, _slabs(shapes, dim), strict=True)):
-        rows = jax.lax.map(
-            lambda j, i=i, width=width: jnp.matmul(w, _entries(key, i, j, dim, width, w.dtype), precision=_HIGHEST),
-            jnp.arange(slabs),
-        )
+
+        def product(j: jax.Array, i: int = i, width: int = width) -> jax.Array:
+            return jnp.matmul(w, _entries(key, i, j, dim, width, w.dtype), precision=_HIGHEST)
+
+        rows = jax.lax.map(product, jnp.arange(slabs))
         arrays.append(rows.ravel()[:size].reshape(shape) / np.sqrt(size_of(shapes)))
     return arrays
 
 
 def gaussian_project(shapes: Shapes, key: jax.Array, dim: int, arrays: list[jax.Array]) -> jax.Array:
-    """P^T x, the exact adjoint of the lift."""
+    """P^T x, the exact adjoint of the lift.
+
+    Args:
+      shapes: of the arrays.
+      key: of P.
+      dim: k.
+      arrays: x, in this order.
+    """
     total = jnp.zeros(dim, arrays[0].dtype)
     for i, (x, (size, width, slabs)) in enumerate(zip(arrays, _slabs(shapes, dim), strict=True)):
         if not size:
             continue
         rows = jnp.pad(x.ravel(), (0, slabs * width - size)).reshape(slabs, width)
 
-        def product(j, i=i, rows=rows):
+        def product(j: Any, i: int = i, rows: jax.Array = rows) -> jax.Array:
             return jnp.matmul(_entries(key, i, j, dim, rows.shape[1], rows.dtype), rows[j], precision=_HIGHEST)
 
         # The carry starts from a product, not from zeros, so that it varies over a mapped axis where the rows do.
         step = lambda part, j, product=product: (part + product(j), None)
-        total += jax.lax.scan(step, product(0), jnp.arange(1, slabs))[0]
+        part, _ = jax.lax.scan(step, product(0), jnp.arange(1, slabs))
+        total += part
     return total / np.sqrt(size_of(shapes))
 
 
-def gaussian_columns(shapes: Shapes, key: jax.Array, dim: int, dtype) -> list[jax.Array]:
-    """The columns of P, an array (k, *shape) for each shape: what lift and project make again at each call."""
+def gaussian_columns(shapes: Shapes, key: jax.Array, dim: int, dtype: DTypeLike) -> list[jax.Array]:
+    """The columns of P, an array (k, *shape) for each shape: what lift and project make again at each call.
+
+    Args:
+      shapes: of the arrays.
+      key: of P.
+      dim: k.
+      dtype: of the entries.
+    """
     columns = []
     for i, (shape, (size, width, slabs)) in enumerate(zip(shapes, _slabs(shapes, dim), strict=True)):
-        entries = jax.lax.map(lambda j, i=i, width=width: _entries(key, i, j, dim, width, dtype), jnp.arange(slabs))
+        slab = lambda j, i=i, width=width: _entries(key, i, j, dim, width, dtype)
+        entries = jax.lax.map(slab, jnp.arange(slabs))
         rows = jnp.moveaxis(entries, 1, 0).reshape(dim, -1)[:, :size]
         columns.append(rows.reshape(dim, *shape) / np.sqrt(size_of(shapes)))
     return columns
 
 
-def gaussian_gram(shapes: Shapes, key: jax.Array, dim: int, dtype) -> jax.Array:
-    """P^T P (k, k), each entry of P made once."""
+def gaussian_gram(shapes: Shapes, key: jax.Array, dim: int, dtype: DTypeLike) -> jax.Array:
+    """P^T P (k, k), each entry of P made once.
+
+    Args:
+      shapes: of the arrays.
+      key: of P.
+      dim: k.
+      dtype: of the entries.
+    """
     total = jnp.zeros((dim, dim), dtype)
     for i, (size, width, slabs) in enumerate(_slabs(shapes, dim)):
 
-        def step(total, j, i=i, size=size, width=width):
-            x = _entries(key, i, j, dim, width, dtype) * (j * width + jnp.arange(width) < size)
+        def step(
+            total: jax.Array, j: jax.Array, i: int = i, size: int = size, width: int = width
+        ) -> tuple[jax.Array, None]:
+            # The last slab is longer than what is left of the array.
+            is_in_array = j * width + jnp.arange(width) < size
+            x = _entries(key, i, j, dim, width, dtype) * is_in_array
             return total + jnp.matmul(x, x.T, precision=_HIGHEST), None
 
         total, _ = jax.lax.scan(step, total, jnp.arange(slabs))

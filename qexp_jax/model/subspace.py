@@ -37,6 +37,8 @@ from qexp_jax.model.operators import Subspace
 from qexp_jax.model.projections import count_sketch, count_sketch_of, gaussian, is_stored, orthonormal, span
 from qexp_jax.privacy.subspace_names import BASE_NAME, DIRECTIONS, TOP
 
+_ORTHONORMALISED_UP_TO = 2048  # directions, for a dense factorisation on the host
+
 __all__ = [
     "Layout",
     "Subspace",
@@ -101,7 +103,7 @@ def gram(subspace: Subspace) -> jax.Array:
     if subspace.operator.gram is not None:
         return subspace.operator.gram(subspace.layout, subspace.arrays)
     columns = jax.lax.map(lambda e: project(subspace, lift(subspace, e)), eye)
-    return (columns + columns.T) / 2
+    return (columns + columns.T) / 2  # rounding leaves it not quite symmetric
 
 
 def is_whole(subspace: Subspace) -> bool:
@@ -161,6 +163,7 @@ def certified_name(subspace: Subspace) -> str:
     'directions in full'
     """
     name = subspace.name
+    # Who makes an operator may call it anything: only the words of `subspace_names` go into a certificate.
     if subspace.operator.lift is not operators.COMPOSED.lift:
         return name if re.fullmatch(BASE_NAME, name) else "given operator"
     outer, _ = subspace.arrays
@@ -168,9 +171,6 @@ def certified_name(subspace: Subspace) -> str:
     if subspace.dim == outer.dim:  # other columns of the same space
         return within
     return f"{TOP if name.startswith(TOP) else DIRECTIONS}{within}"
-
-
-_ORTHONORMALISED_UP_TO = 2048
 
 
 def orthonormalise(subspace: Subspace) -> Subspace:
@@ -183,6 +183,7 @@ def orthonormalise(subspace: Subspace) -> Subspace:
         return subspace
     if subspace.dim > _ORTHONORMALISED_UP_TO:
         raise ValueError(f"Expected orthonormal columns where k > {_ORTHONORMALISED_UP_TO}, found k = {subspace.dim}.")
+    # In float64, as the condition number of P^T P is the square of that of P.
     matrix = np.asarray(_gram(subspace), np.float64)
     try:
         basis = np.linalg.inv(np.linalg.cholesky(matrix)).T
@@ -191,6 +192,7 @@ def orthonormalise(subspace: Subspace) -> Subspace:
             f"Expected linearly independent directions, found a singular P^T P, {matrix.shape=}."
         ) from None
     spanned = compose(subspace, jnp.asarray(basis, subspace.layout.dtype), name=subspace.name)
+    # `compose` would want an orthonormal basis within an orthonormal subspace; here they make up for each other.
     return dataclasses.replace(spanned, orthonormal=True)
 
 

@@ -14,7 +14,8 @@ import numpy as np
 
 BITS = 20
 _BASE = 2**BITS
-_TOGETHER, _LOW_WORDS = 2**8, 2**10  # numbers up to 2^22, and low words, that one sum in 32 bits takes
+_TOGETHER = 2**8  # numbers up to 2^22 that one sum in 32 bits takes
+_LOW_WORDS = 2**10  # low words that one does
 
 
 class Words(NamedTuple):
@@ -49,6 +50,7 @@ def total(numbers: jax.Array) -> Words:
     count = len(numbers)
     if count <= _TOGETHER:
         return normalised(Words(jnp.zeros_like(numbers[0]), _sum(numbers)))
+    # Each sum of so many numbers just fits into 32 bits; from there on in two words.
     whole = count // _TOGETHER * _TOGETHER
     sums = _sum(numbers[:whole].reshape(-1, _TOGETHER, *numbers.shape[1:]), axis=1)
     found = _total_of_words(_split(sums))
@@ -60,19 +62,21 @@ def total_of_floats(numbers: jax.Array) -> Words:
     return _total_of_words(_split(jnp.rint(numbers).astype(jnp.int32)))
 
 
-def _sum(numbers, axis=0):
+def _sum(numbers: jax.Array, axis: int = 0) -> jax.Array:
     return jnp.sum(numbers, axis=axis, dtype=jnp.int32)  # also where 64 bits are enabled
 
 
-def _split(numbers):
+def _split(numbers: jax.Array) -> Words:
+    # The shift keeps the sign and rounds down, so that the low word is never negative.
     return Words(numbers >> BITS, numbers & (_BASE - 1))
 
 
-def _total_of_words(words):
+def _total_of_words(words: Words) -> Words:
     """Over the leading axis; as many low words at a time as 32 bits hold."""
     count = len(words.low)
     if count > _LOW_WORDS:
-        first, others = (Words(*(x[part] for x in words)) for part in (slice(_LOW_WORDS), slice(_LOW_WORDS, None)))
+        first = Words(*(x[:_LOW_WORDS] for x in words))
+        others = Words(*(x[_LOW_WORDS:] for x in words))
         return add(_total_of_words(first), _total_of_words(others))
     return normalised(Words(*map(_sum, words)))
 
@@ -80,6 +84,7 @@ def _total_of_words(words):
 def from_float(x: jax.Array) -> Words:
     """Floats of absolute value below 2^50, each rounded to a whole number."""
     x = jnp.rint(x)
+    # Both words are exact: a division by a power of two rounds nothing, nor does the difference.
     high = jnp.floor(x / _BASE)
     return Words(high.astype(jnp.int32), (x - high * _BASE).astype(jnp.int32))
 

@@ -12,12 +12,16 @@ def fresh_key() -> jax.Array:
 
     `jax.random.key(seed)` of a small seed is for demonstrations: whoever tries all seeds knows the noise. The key is as
     secret as the private records, from the draw on for as long as the release is out: its repr shows its bits, so never
-    print, log or store it. In several processes, one draws it and broadcasts it.
+    print or log it. In several processes, one draws it and broadcasts it.
+
+    A release that is to go on from a checkpoint in another process needs the same key: keep `jax.random.key_data(key)`
+    where the private records are, as unreadable to others as they are, and delete it once the release is done.
 
     >>> key = fresh_key()
     >>> key.shape, key.dtype == jax.random.key(0).dtype, bool(key == fresh_key())
     ((), True, False)
     """
+    # How many words a key has depends on the default generator, which is a setting of JAX.
     shape = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
     words = np.frombuffer(os.urandom(4 * int(np.prod(shape))), np.uint32).reshape(shape)
     return jax.random.wrap_key_data(jnp.asarray(words))
@@ -36,6 +40,7 @@ def as_threefry(key: jax.Array) -> jax.Array:
     """
     words = jax.random.key_data(key).ravel()
     found = jax.random.wrap_key_data(words[:2], impl="threefry2x32")
+    # A generator of longer keys: to drop words would make equal noise of different keys.
     for word in words[2:]:
         found = jax.random.fold_in(found, word)
     return found

@@ -21,7 +21,7 @@ is `float(number)`, and all arithmetic is Python's.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,9 @@ EPSILON_RANGE = 1e-4, 1e4
 DELTA_RANGE = 1e-30, 0.999
 # Relative, of mu and rho: more than the rounding of a conversion and of the noise multiplier made from it.
 _MARGIN = 2e-14
-_LARGEST_MU, _LARGEST_RHO = 1e6, 1e12  # a larger one has no epsilon that double precision resolves
+# Larger ones have no epsilon that double precision resolves.
+_LARGEST_MU = 1e6
+_LARGEST_RHO = 1e12
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(64)
 _TAIL = 40.0  # what the integral leaves out is below exp(-40) of it
 
@@ -64,17 +66,19 @@ def delta_from_mu(mu: float, epsilon: float) -> float:
     scaled = 0.5 * math.exp(-a * a / 2)
     if a <= 0 and scaled == 0:
         return 0.0
+    # The two terms of a small mu are nearly equal, and their difference would lose digits.
     if a <= 0 and mu < 1:
         return scaled * _erfcx_drop(-a / math.sqrt(2), mu / math.sqrt(2))
     upper = ndtr(a) if a > 0 else scaled * erfcx(-a / math.sqrt(2))
     return float(max(0.0, upper - scaled * erfcx(-b / math.sqrt(2))))
 
 
-def _erfcx_drop(u, step):
+def _erfcx_drop(u: float, step: float) -> float:
     """erfcx(u) - erfcx(u + step), u >= 0, 0 < step < 1, as the integral of a positive function: no difference cancels.
 
     erfcx(u) = 2/sqrt(pi) int_0^inf exp(-s^2 - 2 u s) ds.
     """
+    # Here the exponent s^2 + 2 u s reaches _TAIL; written so that nothing cancels for large u.
     reach = _TAIL / (u + math.sqrt(u * u + _TAIL))
     s = reach * (_NODES + 1) / 2
     heights = np.exp(-s * (s + 2 * u)) * -np.expm1(-2 * step * s)
@@ -90,12 +94,13 @@ def mu_from_budget(epsilon: float, delta: float) -> float:
     return _largest(delta_from_mu, epsilon, delta, least=1e-12)
 
 
-def _largest(delta_from, epsilon, delta, least):
+def _largest(delta_from: Callable[[float, float], float], epsilon: float, delta: float, least: float) -> float:
     """The largest parameter at which an increasing `delta_from(parameter, epsilon)` is at most delta."""
     epsilon, delta = check_budget(epsilon, delta)
     upper = 1.0
     while delta_from(upper, epsilon) < delta:
         upper *= 2
+    # In logarithms, so that the tolerance is relative: parameters range over many powers of ten.
     log_root = brentq(
         lambda x: delta_from(math.exp(x), epsilon) - delta,
         math.log(least),
@@ -119,21 +124,22 @@ def epsilon_from_mu(mu: float, delta: float) -> float:
     return _smallest_epsilon(delta_from_mu, mu, delta)
 
 
-def _up_to(name, parameter, largest):
+def _up_to(name: str, parameter: Any, largest: float) -> float:
     number = arguments.positive(name, parameter)
     if number > largest:
         raise ValueError(f"Expected {name} in (0, {largest:g}], found {number}.")
     return number
 
 
-def _smallest_epsilon(delta_from, parameter, delta):
+def _smallest_epsilon(delta_from: Callable[[float, float], float], parameter: float, delta: float) -> float:
     delta = _check_delta(delta)
     if delta_from(parameter, 0.0) <= delta:
         return 0.0
     upper = 1.0
     while delta_from(parameter, upper) > delta:
         upper *= 2
-    root = float(brentq(lambda epsilon: delta_from(parameter, epsilon) - delta, 0.0, upper, xtol=1e-18, rtol=1e-13))
+    excess = lambda epsilon: delta_from(parameter, epsilon) - delta
+    root = float(brentq(excess, 0.0, upper, xtol=1e-18, rtol=1e-13))
     while delta_from(parameter, root) > delta:  # never below what is known by the root's last bits
         root += 1e-13 * max(root, 1e-4)
     return root
@@ -152,14 +158,17 @@ def delta_from_rho(rho: float, epsilon: float) -> float:
     rho = arguments.positive("rho", rho)
     epsilon = arguments.not_negative("epsilon", epsilon)
 
-    def slope(x):  # x = log(alpha - 1); log(1 - 1/alpha) = -log(1 + 1/(alpha - 1))
+    def slope(x: float) -> float:  # x = log(alpha - 1); log(1 - 1/alpha) = -log(1 + 1/(alpha - 1))
         return (1 + 2 * math.exp(x)) * rho - epsilon - math.log1p(math.exp(-x))
 
+    # exp(700) is still a double. Any order is sound, so that the best one is not needed to the last bit.
     if slope(-700.0) >= 0:
         return 1.0
-    x = 700.0 if slope(700.0) <= 0 else brentq(slope, -700.0, 700.0, xtol=1e-12)  # any order is sound
-    excess, alpha = math.exp(x), 1 + math.exp(x)
-    return min(1.0, math.exp(excess * (alpha * rho - epsilon) - alpha * math.log1p(1 / excess) - x))
+    x = 700.0 if slope(700.0) <= 0 else brentq(slope, -700.0, 700.0, xtol=1e-12)
+    excess = math.exp(x)
+    alpha = 1 + excess
+    log_delta = excess * (alpha * rho - epsilon) - alpha * math.log1p(1 / excess) - x
+    return min(1.0, math.exp(log_delta))
 
 
 def rho_from_budget(epsilon: float, delta: float) -> float:
@@ -202,7 +211,7 @@ def check_epsilon(epsilon: Any) -> float:
     return epsilon
 
 
-def _check_delta(delta):
+def _check_delta(delta: Any) -> float:
     delta = arguments.real("delta", delta)
     least, most = DELTA_RANGE
     if not least <= delta <= most:
@@ -220,7 +229,8 @@ def mu_from_noise(noise_multiplier: float, relation: NeighboringRelation) -> flo
     return _unit_sensitivity(relation) / arguments.positive("noise_multiplier", noise_multiplier)
 
 
-def _unit_sensitivity(relation):
+def _unit_sensitivity(relation: NeighboringRelation) -> float:
+    """In units of the clip norm."""
     return sensitivity(1.0, relation)
 
 

@@ -32,13 +32,14 @@ MECHANISMS = {
     True: "exponential mechanism with quadratic utility on an integer grid: one exact discrete Gaussian draw a round, "
     + _POST_PROCESSING,
 }
-ONE_RECORD, ONE_ID = "one record", "all records with one unit id"
+ONE_RECORD = "one record"
+ONE_ID = "all records with one unit id"
 TILT_SCHEMA = "qexp_jax/tilt_certificate/1"
 TILT_MECHANISM = (
     "exponential mechanism with quadratic utility: one exact multivariate normal draw of a mean of features; weights "
     "of public records are functions of it"
 )
-PRIVACY_UNITS = ONE_RECORD, ONE_ID
+PRIVACY_UNITS = (ONE_RECORD, ONE_ID)
 PRNG_IMPL = "threefry2x32"  # all noise is made by it
 _NOT_INSTALLED = "not installed"  # run from a source tree
 VERSIONS = re.compile(
@@ -58,6 +59,7 @@ _HARDENED_ASSUMPTIONS = (
     "The noise is OpenDP's exact discrete Gaussian; its random bits are a cryptographic generator's, seeded by the "
     "operating system, and taken for random.",
 )
+# Of the budget's epsilon: where the certificate says delta.
 _CURVE = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 
@@ -90,7 +92,7 @@ def make_provenance(params: Any, public: Any, subspace_arrays: Any) -> dict[str,
     """Digests of the public inputs from which subspace, curvature and clip norm were made.
 
     Args:
-      params: the anchor.
+      params: pretrained.
       public: the records that the plan read (`plan.looked_at`).
       subspace_arrays: the numbers of the subspace, as given, or None.
     """
@@ -137,6 +139,7 @@ def make_certificate(
     hardened = discrete_noise is not None
     share = _share("gradient", noise_multiplier, relation, hardened)
     budget = [dict(share) for _ in range(rounds)]
+    # The tilt comes first, as it is drawn before the rounds.
     if tilt is not None:
         budget.insert(0, _share("tilt", tilt["noise_multiplier"], relation, hardened))
     return {
@@ -197,25 +200,30 @@ def make_tilt_certificate(
     }
 
 
-def _promise(epsilon, delta, relation, budget, hardened):
+def _promise(
+    epsilon: float, delta: float, relation: NeighboringRelation, budget: list[dict[str, Any]], hardened: bool
+) -> dict[str, Any]:
     """The budget asked for, what its shares add up to, and the curve that follows."""
     epsilon, delta = accounting.check_budget(epsilon, delta)
     mu = accounting.compose([accounting.mu_from_noise(part["noise_multiplier"], relation) for part in budget])
     rho = accounting.zcdp_rho(mu)
+
+    def point(epsilon: float) -> dict[str, float]:
+        delta = accounting.delta_from_rho(rho, epsilon) if hardened else accounting.delta_from_mu(mu, epsilon)
+        return {"epsilon": epsilon, "delta": delta}
+
     return {
         "epsilon": epsilon,
         "delta": delta,
+        # Discrete Gaussian noise is not mu-GDP for the mu of its continuous twin.
         "mu": None if hardened else mu,
         "zcdp_rho": rho,
-        "privacy_curve": [
-            {"epsilon": e, "delta": accounting.delta_from_rho(rho, e) if hardened else accounting.delta_from_mu(mu, e)}
-            for e in (epsilon * factor for factor in _CURVE)
-        ],
+        "privacy_curve": [point(epsilon * factor) for factor in _CURVE],
         "budget": budget,
     }
 
 
-def _neighbors(relation, unit, num_units, num_units_from):
+def _neighbors(relation: NeighboringRelation, unit: str, num_units: int, num_units_from: str) -> dict[str, Any]:
     """Between which datasets the promise holds."""
     return {
         "neighboring_relation": relation.name,
@@ -226,12 +234,12 @@ def _neighbors(relation, unit, num_units, num_units_from):
     }
 
 
-def _of_tilt(tilt):
-    """Its noise multiplier stands in the budget."""
+def _of_tilt(tilt: dict[str, Any]) -> dict[str, Any]:
+    """What the field says of a tilt; its noise multiplier stands in the budget."""
     return {name: x for name, x in tilt.items() if name != "noise_multiplier"}
 
 
-def _share(purpose, noise_multiplier, relation, hardened):
+def _share(purpose: str, noise_multiplier: float, relation: NeighboringRelation, hardened: bool) -> dict[str, Any]:
     """One draw's part of the budget."""
     mu = accounting.mu_from_noise(noise_multiplier, relation)
     return {
@@ -242,12 +250,12 @@ def _share(purpose, noise_multiplier, relation, hardened):
     }
 
 
-def _versions():
+def _versions() -> dict[str, str]:
     return {name: _version(name) for name in ("qexp_jax", "jax", "dp_accounting")}
 
 
-@functools.cache
-def _version(name):
+@functools.cache  # a look into the file system
+def _version(name: str) -> str:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

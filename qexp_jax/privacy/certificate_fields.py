@@ -60,6 +60,7 @@ _SUBSPACE = _Kind("a name of a subspace of this library", lambda x: isinstance(x
 _VERSION = _Kind("the number of a version", lambda x: isinstance(x, str) and VERSIONS.fullmatch(x) is not None)
 _FLAG = _Kind("true or false", lambda x: isinstance(x, bool))
 
+# Exactly these: a field that is unknown could promise what nobody checks.
 FIELDS: dict[str, Any] = {
     "schema": _Kind(repr(SCHEMA), lambda x: isinstance(x, str) and x == SCHEMA),
     "mechanism": _TEXT,
@@ -139,6 +140,7 @@ def conform(value: Any, expected: Any, field: str) -> None:
       expected: a kind, a list of one, or a mapping of names to either.
       field: its name, for the error.
     """
+    # Of a certificate from outside nothing is taken for granted: its type is looked at before anything else.
     if isinstance(expected, _Kind):
         if not expected.holds(value):
             raise ValueError(f"Certificate field {field!r}: expected {expected.words}, found {value!r}.")
@@ -150,7 +152,8 @@ def conform(value: Any, expected: Any, field: str) -> None:
     else:
         if not isinstance(value, dict):
             raise ValueError(f"Certificate field {field!r}: expected a mapping, found {type(value).__name__}.")
-        for name in set(expected) ^ set(value):
+        # In one order, so that the same certificate is refused in the same words.
+        for name in sorted(set(expected) ^ set(value), key=str):
             wrong = "missing" if name in expected else "unknown"
             raise ValueError(f"Certificate field {name!r} of {field!r} is {wrong}.")
         for name, inner in expected.items():

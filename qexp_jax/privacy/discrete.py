@@ -12,7 +12,8 @@ from qexp_jax.data import arguments
 from qexp_jax.privacy import accounting
 
 INTEGER_CLIP_NORM = 2**20
-_MOST_COORDINATES, _LARGEST_SCALE = 2**22, 2**53  # sums of squares stay below 2^63, a scale is exact as a double
+_MOST_COORDINATES = 2**22  # sums of squares stay below 2^63
+_LARGEST_SCALE = 2**53  # exact as a double
 
 
 class DiscreteNoise(NamedTuple):
@@ -58,6 +59,7 @@ def discrete_noise(noise_multiplier: float, dim: int) -> DiscreteNoise:
     noise_multiplier = arguments.real("noise_multiplier", noise_multiplier)
     if not 0 < noise_multiplier < _LARGEST_SCALE / INTEGER_CLIP_NORM:
         raise ValueError(f"Expected a noise multiplier in (0, 2^33) of a hardened release, found {noise_multiplier}.")
+    # Upwards: the noise is never less than what was accounted for.
     scale = math.ceil(noise_multiplier * INTEGER_CLIP_NORM)
     if dim > _MOST_COORDINATES:
         raise ValueError(f"Expected at most {_MOST_COORDINATES} coordinates of a hardened release, found k = {dim}.")

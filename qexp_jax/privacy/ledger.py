@@ -41,7 +41,7 @@ from qexp_jax.data import arguments
 from qexp_jax.privacy import accounting, ledger_file
 from qexp_jax.privacy.ledger_file import SCHEMA
 
-_ROUNDING = 1e-9
+_ROUNDING = 1e-9  # relative, of delta: the parts of a budget add up to it but for rounding
 
 
 class BudgetExceeded(ValueError):
@@ -120,7 +120,17 @@ def open(path: str | os.PathLike[str]) -> Ledger:
       ValueError: if there is none, it was changed, or others may read its secret.
     """
     ledger = _at(path)
-    spent(ledger)
+    spent(ledger)  # reads the file, which checks it
+    return ledger
+
+
+def opened(ledger: Ledger | str | os.PathLike[str] | None) -> Ledger | None:
+    """A ledger as it was given to a release: itself, or by its path, or none."""
+    if ledger is None:
+        return None
+    if isinstance(ledger, str | os.PathLike):
+        return open(ledger)
+    check(ledger)
     return ledger
 
 
@@ -201,9 +211,17 @@ def debit(
 
 
 def holds(ledger: Ledger, key: jax.Array, *, mu: float, hardened: bool) -> bool:
-    """Whether a release with this key and these terms was entered, such that it may go on; see `debit`."""
+    """Whether a release with this key and these terms was entered, such that it may go on; see `debit`.
+
+    Args:
+      ledger: of the dataset.
+      key: the release's.
+      mu: of all its rounds together.
+      hardened: whether it is rho-zCDP only.
+    """
     with ledger_file.locked(ledger.path):
         entry = _entry(ledger_file.read(ledger.path), key_tag(ledger, key))
+    # An entry of the first schema has no draws, so that nobody can tell which of its rounds were drawn.
     if entry is None or "draws" not in entry:
         return False
     return entry["mu"] == float(mu) and entry["hardened"] == bool(hardened)
@@ -252,17 +270,20 @@ def _draw_tag(ledger: Ledger, tag: str, number: int, array: np.ndarray) -> str:
 
 def _entry(body: dict[str, Any], tag: str) -> dict[str, Any] | None:
     """The entry of a release, None where there is none."""
+    # By compare_digest, so that the time it takes tells nothing of the tags.
     found = [entry for entry in body["entries"] if hmac.compare_digest(entry["key"], tag)]
     return found[0] if found else None
 
 
 def _compose(body: dict[str, Any]) -> Spent:
+    """What the entries of a ledger's file compose to."""
     entries = body["entries"]
     epsilon = body["epsilon"]
     if not entries:
         return Spent(releases=0, mu=0.0, zcdp_rho=0.0, delta=0.0)
     mu = accounting.compose(entry["mu"] for entry in entries)
     rho = accounting.zcdp_rho(mu)
+    # Every Gaussian release is zCDP as well, but no discrete one is mu-GDP: a single one decides for all.
     if any(entry["hardened"] for entry in entries):
         return Spent(len(entries), mu=None, zcdp_rho=rho, delta=accounting.delta_from_rho(rho, epsilon))
     return Spent(len(entries), mu=mu, zcdp_rho=rho, delta=accounting.delta_from_mu(mu, epsilon))
@@ -277,4 +298,5 @@ def _key_bytes(key: Any) -> bytes:
     is_key = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     if not is_key or key.shape != ():
         raise ValueError(f"Expected one typed key from jax.random.key, found {arguments.described(key)}.")
+    # With the generator's name: the same words are another key under another generator.
     return f"{jax.random.key_impl(key)} ".encode() + np.asarray(jax.random.key_data(key)).tobytes()

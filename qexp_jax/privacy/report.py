@@ -23,8 +23,10 @@ def report(certificate: Any) -> str:
     Formal guarantee: a function of the certificate, which is public; it checks nothing, `verify` does.
     """
     certificate = getattr(certificate, "certificate", certificate)
-    unit, change = _UNITS[certificate["privacy_unit"]], _CHANGES[certificate["neighboring_relation"]]
-    epsilon, delta = certificate["epsilon"], certificate["delta"]
+    unit = _UNITS[certificate["privacy_unit"]]
+    change = _CHANGES[certificate["neighboring_relation"]]
+    epsilon = certificate["epsilon"]
+    delta = certificate["delta"]
     return (
         f"What was released is ({epsilon:g}, {delta:g})-differentially private: whoever sees it could hardly tell had "
         f"{unit} {change}. Whatever they believed before, their odds on that change by a factor of at most "
@@ -34,14 +36,16 @@ def report(certificate: Any) -> str:
     )
 
 
-def _factor(epsilon):
+def _factor(epsilon: float) -> str:
     """e^epsilon as a person reads it."""
-    return f"{math.exp(min(epsilon, 50)):.3g}"
+    # Beyond an epsilon of 709 the exponential is no double; a factor of e^50 is already as good as none.
+    return f"{math.exp(epsilon):.3g}" if epsilon <= 50 else "more than 10^21"
 
 
-def _spent(certificate):
+def _spent(certificate: dict[str, Any]) -> str:
     """How often the data was used."""
     draws = len(certificate["budget"])
     noise = "exact discrete Gaussian noise" if certificate["hardened"] else "Gaussian noise"
     count = f"{certificate['num_units']:,}"
-    return f"The data of {count} units was used in {draws} noisy {'sum' if draws == 1 else 'sums'}, each with {noise}."
+    sums = "sum" if draws == 1 else "sums"
+    return f"The data of {count} units was used in {draws} noisy {sums}, each with {noise}."

@@ -2,7 +2,8 @@
 
 import re
 
-DIRECTIONS, TOP = "directions in ", "top eigenspace in "
+DIRECTIONS = "directions in "
+TOP = "top eigenspace in "
 # The regular expression of `where` is a user's text, quoted as Python quotes it.
 _QUOTED = r"""'([^'\\\n]|\\[^\n])*'|"([^"\\\n]|\\[^\n])*\""""
 BASE_NAME = rf"full|leaves matching ({_QUOTED})|orthonormal|span|gaussian|count_sketch|given operator"

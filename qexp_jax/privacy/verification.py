@@ -36,8 +36,10 @@ from qexp_jax.privacy.discrete import INTEGER_CLIP_NORM
 
 _RELATIVE = 1e-9
 _PLD_DELTA_FROM = 1e-12  # below, a privacy loss distribution is lost in the rounding of its convolutions
+# Of the privacy loss distributions: how fine a share's is, and how long that of all of them may become.
 _CELLS_PER_MU = 1000
 _MOST_CELLS = 1e6
+# Of RDP: the best one is near 1 for a large epsilon and far from it for a small one.
 _ORDERS = (1 + np.geomspace(1e-3, 1e10, 400)).tolist()
 
 
@@ -80,6 +82,7 @@ def _expect(field: str, found: Any, expected: Any, relative: float = _RELATIVE) 
       expected: from the other fields.
       relative: tolerance of numbers.
     """
+    # To Python True equals 1, so that what is not a number must be of the same type too.
     are_numbers = is_number(expected) and is_number(found)
     is_close = are_numbers and math.isclose(found, expected, rel_tol=relative)
     is_same = type(found) is type(expected) and found == expected
@@ -98,6 +101,7 @@ def _check_words(certificate: dict[str, Any], relation: NeighboringRelation) -> 
 
 
 def _check_counts(certificate: dict[str, Any]) -> None:
+    # Counted from the budget: the number of rounds is what was paid for.
     shares_of_rounds = [share for share in certificate["budget"] if share["purpose"] == "gradient"]
     _expect("rounds", certificate["rounds"], len(shares_of_rounds))
     if certificate["most_rounds"] < certificate["rounds"]:
@@ -153,6 +157,7 @@ def _check_discrete_noise(certificate: dict[str, Any]) -> None:
     conform(noise, DISCRETE_NOISE, "discrete_noise")
     _expect("discrete_noise.l2_clip_norm", noise["l2_clip_norm"], INTEGER_CLIP_NORM)
     _expect("discrete_noise.scale", noise["scale"] / noise["l2_clip_norm"], certificate["noise_multiplier"])
+    # The sampler takes a scale in whole steps, for the tilt's draw as for those of the rounds.
     for i, share in enumerate(certificate["budget"]):
         steps = share["noise_multiplier"] * noise["l2_clip_norm"]
         _expect(f"budget[{i}].noise_multiplier", steps, float(round(steps)))

@@ -21,7 +21,7 @@ The grid, the places and the bound are ours.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,9 +70,10 @@ def clip(
     return jnp.where(finite, gradient * factor, 0), was_clipped, finite
 
 
-def _share(norm, l2_clip_norm):
+def _share(norm: jax.Array, l2_clip_norm: jax.Array | float) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What is kept of a gradient that is finite, whether that is less than all, and whether it is finite."""
     finite = jnp.isfinite(norm)
+    # A norm of zero divides nothing; all its gradient is kept.
     factor = jnp.minimum(1, l2_clip_norm / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
     return jnp.where(finite, factor, 0), finite & (norm > l2_clip_norm), finite
 
@@ -118,7 +119,7 @@ def unit_sum(
     Args:
       loss_fn: loss of one unit (`records.unit_loss` for units of several records). It sees no other unit, which is
         what isolates them from each other.
-      params: the anchor theta_t: public, or an earlier release.
+      params: theta_t, where gradients are taken: public, or an earlier release.
       subspace: public.
       precision: public.
       units: pytree with leading axis n.
@@ -144,19 +145,22 @@ def unit_sum(
     size = min(microbatch_size or at_a_time(loss_fn, params, subspace, units, formed=exact), max(1, n))
     batches, masks = microbatches(units, size, mask)
 
-    def step(carry, batch):
+    def step(carry: tuple[Words, ClipInfo], batch: tuple[Record, jax.Array]) -> tuple[tuple[Words, ClipInfo], None]:
         total, info = carry
         records, keep = batch
         rows = gradient_rows(loss_fn, params, subspace, records, mode=mode, axis_name=axis_name)
         parts, norms = coordinates(precision, rows, 1 / jnp.asarray(l2_clip_norm, subspace.layout.dtype))
         parts = [whole(parts)] if exact else parts
+        # Rounding has its part of C beforehand, so that C is what holds.
         kept = 1 - rounding(precision, exact or not any(isinstance(x, Outer) for x in parts))
         shares, was_clipped, finite = _share(norms, jnp.maximum(kept, 0))
         counts = ClipInfo(jnp.sum(keep), jnp.sum(keep & was_clipped), jnp.sum(keep & ~finite))
         added = _in_steps(parts, shares / step_size(precision, l2_clip_norm), keep & finite)
         return (integers.add(total, added), jax.tree.map(jnp.add, info, counts)), None
 
-    zeros = integers.zeros(precision.num_coordinates), ClipInfo(*[jnp.sum(masks[:0], dtype=int)] * 3)
+    # A zero of the mask has the mask's sharding, which the carry of a scan must have from the start.
+    zero = jnp.sum(masks[:0], dtype=int)
+    zeros = integers.zeros(precision.num_coordinates), ClipInfo(zero, zero, zero)
     result, _ = jax.lax.scan(step, vary(zeros, axis_name), (batches, masks))
     total, info = result if axis_name is None else jax.lax.psum(result, axis_name)
     return integers.normalised(total), info
@@ -165,7 +169,7 @@ def unit_sum(
 def _in_steps(parts: Rows, weights: jax.Array, keep: jax.Array) -> Words:
     """The sum of the rows times `weights` (m,), in whole steps; of rows that are not kept nothing is looked at."""
 
-    def total(part):
+    def total(part: Any) -> Words:
         if isinstance(part, Outer):
             return integers.total_of_floats(grouped_sums(part, weights, keep, _TOGETHER))
         # A select, not a product: 0 * NaN is NaN.
@@ -183,13 +187,13 @@ def clipped_sum(
     units: Record,
     *,
     l2_clip_norm: jax.Array | float,
-    **options,
+    **options: Any,
 ) -> tuple[jax.Array, ClipInfo]:
     """`unit_sum`, whitened: S (k,), **not private** without noise, and `ClipInfo`, not private at all.
 
     Args:
       loss_fn: loss of one unit.
-      params: the anchor theta_t: public, or an earlier release.
+      params: theta_t, where gradients are taken: public, or an earlier release.
       subspace: public.
       precision: public.
       units: pytree with leading axis n.

@@ -29,7 +29,20 @@ def unit_steps(
     l2_clip_norm: float,
     mode: Mode = "reverse",
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One unit's whitened, clipped gradient in steps of the grid, int32 (k,), whether clipped, whether finite."""
+    """One unit's whitened, clipped gradient in steps of the grid; one program for all units, whatever their number.
+
+    Args:
+      loss_fn: loss of one unit.
+      params: where gradients are taken: public, or an earlier release.
+      subspace: public.
+      precision: public.
+      unit: without a leading axis.
+      l2_clip_norm: C > 0, public, in the whitened norm.
+      mode: see `gradients.projected_gradients`.
+
+    Returns:
+      int32 (k,), **not private**; whether it was clipped; whether it was finite.
+    """
     record = jax.tree.map(lambda x: jnp.asarray(x)[None], unit)
     whitened = whiten(precision, projected_gradients(loss_fn, params, subspace, record, mode=mode)[0])
     clipped, was_clipped, finite = clip(whitened, norms([whitened[None]])[0], l2_clip_norm)
@@ -70,7 +83,7 @@ def integer_sum(
 
     Args:
       loss_fn: loss of one unit.
-      params: the anchor: public, or an earlier release.
+      params: where gradients are taken: public, or an earlier release.
       subspace: public.
       precision: public.
       units: pytree with leading axis n < 2^40.
@@ -90,10 +103,12 @@ def integer_sum(
     if n > _MOST_UNITS:
         raise ValueError(f"Expected at most {_MOST_UNITS} units, found {n}.")
     units = jax.tree.map(lambda x: x if is_key(x) else np.asarray(x), units)
-    total, counts = np.zeros(subspace.dim, np.int64), np.zeros(2, np.int64)
+    total = np.zeros(subspace.dim, np.int64)
+    counts = np.zeros(2, np.int64)
     size = microbatch_size or 32
     for start in range(0, n, size):
         members = [jax.tree.map(operator.itemgetter(i), units) for i in range(start, min(n, start + size))]
+        # All are launched before the first is waited for.
         launched = [unit_steps(loss_fn, params, subspace, precision, unit, l2_clip_norm, mode) for unit in members]
         steps, clipped, finite = (np.stack([np.asarray(x) for x in part]) for part in zip(*launched, strict=True))
         total += np.sum(within_norm(steps), axis=0)

@@ -12,13 +12,12 @@ Sums are of integers, so that no order, split or length rounds anything away. Pa
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from qexp_jax.data import records as record_trees
 from qexp_jax.data import stream as streams
@@ -27,11 +26,10 @@ from qexp_jax.model.gradients import Mode
 from qexp_jax.model.subspace import Subspace
 from qexp_jax.numerics import integers
 from qexp_jax.numerics.integers import Words
+from qexp_jax.private_pass import devices
 from qexp_jax.private_pass.clipping import ClipInfo, unit_sum
 from qexp_jax.private_pass.exact_clipping import integer_sum
 from qexp_jax.quadratic.precision import Precision
-
-AXIS = "data"
 
 
 class Partial(NamedTuple):
@@ -55,52 +53,43 @@ class Linearisation(NamedTuple):
     l2_clip_norm: jax.Array | float
 
 
-def empty(num_coordinates: int, hardened: bool = False) -> Partial:
-    """The sum over no batch."""
-    total = np.zeros(num_coordinates, np.int64) if hardened else integers.zeros(num_coordinates)
-    return Partial(total, ClipInfo(*[jnp.zeros((), int)] * 3))
+class BatchSum(Protocol):
+    """The exact sum over a batch of units, **not private**, and its counts."""
+
+    def __call__(
+        self,
+        loss_fn: LossFn,
+        linearisation: Linearisation,
+        units: Record,
+        mask: Any,
+        *,
+        microbatch_size: int | None,
+        mode: Mode,
+        exact: bool,
+        mesh: Mesh | None,
+    ) -> tuple[Any, ClipInfo]:
+        """See `device_sum`."""
+        ...
 
 
-def num_coordinates(linearisation: Linearisation, hardened: bool) -> int:
-    """Of a pass's sum; a hardened one is whitened unit by unit."""
-    return linearisation.subspace.dim if hardened else linearisation.precision.num_coordinates
+def empty(zeros: Any) -> Partial:
+    """The sum over no batch.
+
+    Args:
+      zeros: total of no unit, `Noise.zeros`.
+    """
+    return Partial(zeros, ClipInfo(*[jnp.zeros((), int)] * 3))
 
 
 def resized(partial: Partial, num_coordinates: int) -> Partial:
     """A partial sum with zeros added to its coordinates, or taken away again."""
 
-    def to_size(x):
+    def to_size(x: Any) -> np.ndarray:
         x = np.asarray(x)[:num_coordinates]
         return np.pad(x, (0, num_coordinates - len(x)))
 
     total = jax.tree.map(to_size, partial.total)
     return partial._replace(total=total if isinstance(total, np.ndarray) else jax.tree.map(jnp.asarray, total))
-
-
-def local_mesh(mesh: Mesh | None) -> Mesh | None:
-    """This process's part of a mesh.
-
-    Raises:
-      ValueError: without an axis `AXIS`, or where it leaves a process out.
-    """
-    if mesh is None:
-        return None
-    if AXIS not in mesh.axis_names:
-        raise ValueError(f"Expected a mesh with an axis {AXIS!r}, found axes {mesh.axis_names}.")
-    if spans_processes(mesh) and len({d.process_index for d in mesh.devices.flat}) != jax.process_count():
-        raise ValueError(f"Expected a mesh over one or all of {jax.process_count()} processes, found {mesh}.")
-    local = mesh.local_mesh
-    return Mesh(local.devices, local.axis_names)  # axes of type Auto
-
-
-def spans_processes(mesh: Mesh | None) -> bool:
-    """Whether a mesh has devices of other processes."""
-    return mesh is not None and mesh.devices.size != mesh.local_mesh.devices.size
-
-
-def num_shares(mesh: Mesh | None) -> int:
-    """Devices that share a batch."""
-    return 1 if mesh is None else mesh.shape[AXIS]
 
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "microbatch_size", "mode", "exact", "mesh"))
@@ -115,12 +104,27 @@ def device_sum(
     exact: bool = False,
     mesh: Mesh | None = None,
 ) -> tuple[Words, ClipInfo]:
-    """`clipping.unit_sum` of units that lie on one device, or along the axis `AXIS` of a local mesh.
+    """`clipping.unit_sum` of units that lie on one device, or along the axis `devices.AXIS` of a local mesh.
 
     Other axes of the mesh are left to the compiler, so that parameters may be sharded over them.
+
+    Args:
+      loss_fn: loss of one unit.
+      linearisation: where gradients are taken and how they are clipped; public.
+      units: pytree with a leading axis n.
+      mask: bool (n,), which of them count; None where all do.
+      microbatch_size: see `clipping.unit_sum`.
+      mode: see `gradients.projected_gradients`.
+      exact: whether each unit is rounded by itself, see `clipping.unit_sum`.
+      mesh: a local mesh, or None.
+
+    Returns:
+      The sum in whole steps, and counts; **not private** both.
     """
 
-    def shard(linearisation, units, mask, axis_name=AXIS):
+    def shard(
+        linearisation: Linearisation, units: Record, mask: jax.Array | None, axis_name: str | None = devices.AXIS
+    ) -> tuple[Words, ClipInfo]:
         return unit_sum(
             loss_fn,
             linearisation.params,
@@ -137,16 +141,40 @@ def device_sum(
 
     if mesh is None:
         return shard(linearisation, units, mask, None)
-    whole, split = PartitionSpec(), PartitionSpec(AXIS)
-    return jax.shard_map(
-        shard, mesh=mesh, in_specs=(whole, split, split), out_specs=whole, axis_names=frozenset({AXIS})
-    )(linearisation, units, mask)
+    whole = PartitionSpec()
+    split = PartitionSpec(devices.AXIS)
+    sharded = jax.shard_map(
+        shard, mesh=mesh, in_specs=(whole, split, split), out_specs=whole, axis_names=frozenset({devices.AXIS})
+    )
+    return sharded(linearisation, units, mask)
 
 
-def exact_sum(
-    loss_fn: LossFn, linearisation: Linearisation, units: Record, mask: Any, *, microbatch_size: int | None, mode: Mode
+def host_sum(
+    loss_fn: LossFn,
+    linearisation: Linearisation,
+    units: Record,
+    mask: Any,
+    *,
+    microbatch_size: int | None,
+    mode: Mode,
+    exact: bool = True,
+    mesh: Mesh | None = None,
 ) -> tuple[np.ndarray, ClipInfo]:
-    """`exact_clipping.integer_sum` of the units that the mask keeps; one unit after the other, on one device."""
+    """`exact_clipping.integer_sum` of the units that the mask keeps; one unit after the other, on one device.
+
+    Args:
+      loss_fn: loss of one unit.
+      linearisation: where gradients are taken and how they are clipped; public.
+      units: pytree with a leading axis n.
+      mask: bool (n,), which of them count; None where all do.
+      microbatch_size: units whose integers are held at a time.
+      mode: see `gradients.projected_gradients`.
+      exact: each unit is rounded by itself in any case.
+      mesh: each process uses one device, whatever it has.
+
+    Returns:
+      The sum (k,) int64 in whole steps, and counts; **not private** both.
+    """
     if mask is not None:
         units = record_trees.take(units, np.flatnonzero(mask))
     return integer_sum(
@@ -169,15 +197,8 @@ def add(partial: Partial, total: Any, info: ClipInfo) -> Partial:
 
 
 @jax.jit
-def _add_words(partial, total, info):
+def _add_words(partial: Partial, total: Words, info: ClipInfo) -> Partial:
     return Partial(integers.add(partial.total, total), jax.tree.map(jnp.add, partial.info, info))
-
-
-def place(mesh: Mesh | None, units: Record, mask: Any) -> tuple[Record, Any]:
-    """Units and mask, whose number is a multiple of the shares, on the devices that will read them."""
-    if mesh is None:
-        return units, mask
-    return jax.device_put((units, mask), NamedSharding(mesh, PartitionSpec(AXIS)))
 
 
 def partial_sums(
@@ -198,64 +219,16 @@ def partial_sums(
       partial: `empty`, or what `skip` batches have given.
       skip: batches that `partial` holds already; they are read and passed over.
     """
-    for i, (units, mask) in enumerate(streams.batches(stream, num_shares(mesh)), start=1):
+    for i, (units, mask) in enumerate(streams.batches(stream, devices.num_shares(mesh)), start=1):
         if i > skip:
-            ahead = add(partial, *batch_sum(linearisation, *place(mesh, units, mask)))
+            ahead = add(partial, *batch_sum(linearisation, *devices.place(mesh, units, mask)))
             # One batch computes while the next is read: without this wait all of them would queue on the device.
             jax.block_until_ready(partial)
             partial = ahead
         yield i, partial, (units, mask)
 
 
-def over_processes(tree: Any, mesh: Mesh | None) -> Any:
-    """Sums over the processes of a mesh, in the order of their numbers: the same bits in each process."""
-    if not spans_processes(mesh):
-        return tree
-
-    def gathered_sum(x):
-        x = np.atleast_1d(np.asarray(x))
-        # As bytes: JAX would cut int64 to int32.
-        parts = multihost_utils.process_allgather(np.frombuffer(x.tobytes(), np.uint8)).view(x.dtype)
-        return np.sum(parts, axis=0, dtype=x.dtype)
-
-    return jax.tree.map(lambda x: gathered_sum(x).reshape(np.shape(x)), tree)
-
-
 def whole_sum(total: Any, info: ClipInfo, mesh: Mesh | None) -> tuple[Any, ClipInfo]:
     """A sum and its counts over all processes of a mesh."""
-    total, info = over_processes((total, info), mesh)
+    total, info = devices.over_processes((total, info), mesh)
     return integers.normalised(total) if isinstance(total, Words) else total, info
-
-
-def one_key(key: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """The key of the first process, in every process of a mesh: noise is the same in each, and added once."""
-    if not spans_processes(mesh):
-        return key
-    data = multihost_utils.broadcast_one_to_all(np.asarray(jax.random.key_data(key)))
-    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
-
-
-def furthest(mesh: Mesh | None, round_number: int, walk: Any) -> tuple[int, Any]:
-    """Where the process that has come furthest stands: a round that it drew, all had summed."""
-    if not spans_processes(mesh):
-        return round_number, walk
-    rounds = multihost_utils.process_allgather(np.asarray(round_number))
-    if rounds.min() == rounds.max():
-        return round_number, walk
-    is_source = jax.process_index() == int(rounds.argmax())
-    found = multihost_utils.broadcast_one_to_all(jax.tree.map(np.asarray, walk), is_source=is_source)
-    return int(rounds.max()), jax.tree.map(jnp.asarray, found)
-
-
-def replicate(mesh: Mesh | None, tree: Any) -> Any:
-    """Arrays on every device of a local mesh; those that lie on it already, sharded or not, stay as they are."""
-    if mesh is None:
-        return tree
-    devices = set(mesh.devices.flat)
-
-    def put(x):
-        if not isinstance(x, jax.Array) or x.sharding.device_set == devices:
-            return x
-        return jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
-
-    return jax.tree.map(put, tree)

@@ -27,11 +27,17 @@ from qexp_jax.model.subspace import Subspace, displace
 from qexp_jax.quadratic.averages import mean_loss
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-_EVALUATIONS, _CLOSE = 24, 1.1
+_MOST_EVALUATIONS = 24
+_CLOSE = 1.1  # the ratio of two noise scales between which a power law is trusted
 
 
 def expected_excess(dim: int, noise_std: float, num_units: int) -> float:
-    """Mean excess of the quadratic loss per record that the noise of one draw costs.
+    """Mean excess of the quadratic loss per record that the noise of one draw costs (T3).
+
+    Args:
+      dim: k.
+      noise_std: C z, in units of whitened gradients.
+      num_units: N.
 
     >>> expected_excess(dim=100, noise_std=5.0, num_units=1000)
     0.00125
@@ -42,11 +48,11 @@ def expected_excess(dim: int, noise_std: float, num_units: int) -> float:
 
 
 def excess_quantile(probability: float, mean: float, degrees: float) -> float:
-    """The quantile of such an excess: of a chi-square with these degrees of freedom, scaled to this mean.
+    """The quantile of such an excess (T3): of a chi-square with these degrees of freedom, scaled to this mean.
 
     Args:
       probability: in (0, 1).
-      mean: from `expected_excess`, or of `noise_cost`.
+      mean: loss per record, from `expected_excess`, or of `noise_cost`.
       degrees: k, where the law is exact; or of `noise_cost`.
 
     >>> round(excess_quantile(0.95, mean=0.00125, degrees=100), 6)
@@ -73,13 +79,20 @@ def noise_cost(curvature: Any, multiples: Any, dims: Any, *, noise_std: float, n
       noise_std: C z.
       num_units: N.
 
+    Returns:
+      The mean, and the degrees of freedom, as `excess_quantile` takes them.
+
     >>> noise_cost([2.0], [0.5], [100], noise_std=5.0, num_units=1000)
     (0.000625, 100.0)
     """
-    curvature, multiples, dims = (np.asarray(x, np.float64) for x in (curvature, multiples, dims))
+    curvature = np.asarray(curvature, np.float64)
+    multiples = np.asarray(multiples, np.float64)
+    dims = np.asarray(dims, np.float64)
     weights = curvature * multiples**2
     total = float(dims @ weights)
-    return expected_excess(1, noise_std, num_units) * total, total**2 / float(dims @ weights**2)
+    mean = expected_excess(1, noise_std, num_units) * total
+    degrees = total**2 / float(dims @ weights**2)
+    return mean, degrees
 
 
 def subspace_bias(gradient: jax.Array, full_precision: jax.Array, basis: jax.Array) -> jax.Array:
@@ -90,17 +103,23 @@ def subspace_bias(gradient: jax.Array, full_precision: jax.Array, basis: jax.Arr
       full_precision: Hf (d, d), damped.
       basis: P (d, k); the precision in the subspace is H = P^T Hf P, so that the same damping enters both.
     """
-    inside = jnp.matmul(basis.T, jnp.matmul(full_precision, basis, precision=_HIGHEST), precision=_HIGHEST)
+    times_basis = jnp.matmul(full_precision, basis, precision=_HIGHEST)
+    inside = jnp.matmul(basis.T, times_basis, precision=_HIGHEST)
     reduced = jnp.matmul(basis.T, gradient, precision=_HIGHEST)
-    gain = jnp.vdot(gradient, jnp.linalg.solve(full_precision, gradient), precision=_HIGHEST)
-    return (gain - jnp.vdot(reduced, jnp.linalg.solve(inside, reduced), precision=_HIGHEST)) / 2
+    full_step = jnp.linalg.solve(full_precision, gradient)
+    gain = jnp.vdot(gradient, full_step, precision=_HIGHEST)
+    step_inside = jnp.linalg.solve(inside, reduced)
+    gain_inside = jnp.vdot(reduced, step_inside, precision=_HIGHEST)
+    return (gain - gain_inside) / 2
 
 
 def clipping_bias(whitened: np.ndarray, l2_clip_norm: float) -> float:
     """Quadratic loss per record by which clipping shifts the minimiser, `|mean v - mean clip(v)|^2 / 2`; v (n, k)."""
     l2_clip_norm = arguments.positive("l2_clip_norm", l2_clip_norm)
-    norms = np.maximum(np.linalg.norm(whitened, axis=1, keepdims=True), np.finfo(whitened.dtype).tiny)
-    lost = whitened * (1 - np.minimum(1, l2_clip_norm / norms))
+    norms = np.linalg.norm(whitened, axis=1, keepdims=True)
+    # A gradient of zero loses nothing, whatever it is divided by.
+    divisors = np.maximum(norms, np.finfo(whitened.dtype).tiny)
+    lost = whitened * (1 - np.minimum(1, l2_clip_norm / divisors))
     return float(np.sum(np.mean(lost, axis=0) ** 2) / 2)
 
 
@@ -118,7 +137,7 @@ def taylor_ratio(
 
     Args:
       loss_fn: loss of one record.
-      params: the anchor.
+      params: initial parameters theta_0.
       subspace: k directions.
       steps: (m, k) steps w of the size that a draw will have.
       gradient: (k,) mean gradient of the same records.
@@ -133,9 +152,12 @@ def taylor_ratio(
 
     def change(w):
         moved = mean_loss(loss_fn, displace(subspace, params, w), records, **batching)
-        return moved - start - jnp.vdot(gradient, w, precision=_HIGHEST)
+        linear = jnp.vdot(gradient, w, precision=_HIGHEST)
+        return moved - start - linear
 
-    return jax.lax.map(change, steps) / quadratic
+    # One step after the other: each forms a copy of the parameters.
+    changes = jax.lax.map(change, steps)
+    return changes / quadratic
 
 
 def noise_tolerance(cost: Callable[[float], float], limit: float) -> float:
@@ -148,20 +170,30 @@ def noise_tolerance(cost: Callable[[float], float], limit: float) -> float:
     0.1
     """
     limit = arguments.positive("limit", limit)
-    low, high, below, above = 1e-8, 1e4, 0.0, math.inf
+    low = 1e-8
+    high = 1e4
+    cost_at_low = 0.0
+    cost_at_high = math.inf
     aim = math.sqrt(low * high)
-    for _ in range(_EVALUATIONS):
+    for _ in range(_MOST_EVALUATIONS):
         found = cost(aim)
-        if found <= limit:
-            low, below = aim, found
+        is_tolerated = found <= limit  # false of NaN
+        if is_tolerated:
+            low = aim
+            cost_at_low = found
         else:
-            high, above = aim, found
-        has_ends = below > 0 and math.isfinite(above)
-        power = math.log(above / below) / math.log(high / low) if has_ends else 2.0
+            high = aim
+            cost_at_high = found
+        has_ends = cost_at_low > 0 and math.isfinite(cost_at_high)
+        power = 2.0
+        if has_ends:
+            power = math.log(cost_at_high / cost_at_low) / math.log(high / low)
         reached = aim * (limit / found) ** (1 / power) if found > 0 else 0.0
         if has_ends and high < _CLOSE * low:
             return reached
         # A little beyond, so that both ends close in.
-        aim = reached * _CLOSE ** (0.25 if found <= limit else -0.25)
-        aim = aim if low < aim < high else math.sqrt(low * high)
+        beyond = 0.25 if is_tolerated else -0.25
+        aim = reached * _CLOSE**beyond
+        if not low < aim < high:
+            aim = math.sqrt(low * high)
     return low

@@ -39,18 +39,22 @@ def mean_over_records(
     size = min(microbatch_size, max(1, num_records(records)))
     batches, masks = microbatches(records, size, mask)
     first = jax.tree.map(lambda x: x[0], (batches, masks))
-    if len(masks) == 1:  # XLA's CPU convolutions are ten times slower inside a scan, even of one step
+    if len(masks) == 1:
+        # XLA's CPU convolutions are ten times slower inside a scan, even of one step.
         total = batch_sum(*first)
     else:
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(batch_sum, *first))
+        shapes = jax.eval_shape(batch_sum, *first)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
         def step(total, batch):
             return jax.tree.map(jnp.add, total, batch_sum(*batch)), None
 
+        # A carry must vary over the devices as what is added to it does.
         total, _ = jax.lax.scan(step, vary(zeros, axis_name or column_axis), (batches, masks))
     count = jnp.sum(masks)
     if axis_name is not None:
         total, count = jax.lax.psum((total, count), axis_name)
+    # Of no record the mean is 0, not a NaN.
     return jax.tree.map(lambda x: x / jnp.maximum(1, count).astype(x.dtype), total)
 
 
@@ -65,7 +69,7 @@ def mean_loss(loss_fn: LossFn, params: Params, records: Record, **batching: Any)
 
 
 def mean_gradient(loss_fn: LossFn, params: Params, subspace: Subspace, records: Record, **batching: Any) -> jax.Array:
-    """P^T grad of the mean loss (k,).
+    """P^T grad of the mean loss (k,): (1) with neither metric nor clipping, for public records alone.
 
     Args:
       loss_fn: loss of one record.
@@ -75,6 +79,7 @@ def mean_gradient(loss_fn: LossFn, params: Params, subspace: Subspace, records: 
       **batching: as in `mean_over_records`.
     """
     layout = subspace.layout
+    # Else the gradient by replicated leaves would be summed over the devices where it is formed.
     leaves = vary(tuned_leaves(layout, params), batching.get("axis_name"))
     loss = batch_loss(loss_fn, params, layout)
     gradient = mean_over_records(lambda batch, mask: jax.grad(loss)(leaves, batch, mask), records, **batching)
@@ -92,3 +97,24 @@ def batch_loss(loss_fn: LossFn, params: Params, layout: Layout) -> Callable[[Any
         return jnp.sum(jnp.where(mask, jax.vmap(record_loss, in_axes=(None, 0))(leaves, records), 0))
 
     return loss
+
+
+def in_chunks(rows: Callable[[Any], jax.Array], xs: Any, size: int) -> jax.Array:
+    """`rows` of chunks of the leading axis, one chunk after the other.
+
+    Args:
+      rows: `(size, ...) -> (size, ...)`; also of a last chunk that is shorter.
+      xs: pytree with a leading axis (n, ...).
+      size: of a chunk.
+    """
+    count = num_records(xs)
+    size = min(size, count)
+    whole = count // size * size
+    chunks = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), xs)
+    found = jax.lax.map(rows, chunks)
+    found = found.reshape(whole, *found.shape[2:])
+    if whole == count:
+        return found
+    # By itself: padding it would cost as many products as a whole chunk.
+    last = jax.tree.map(lambda x: x[whole:], xs)
+    return jnp.concatenate([found, rows(last)])

@@ -1,4 +1,4 @@
-"""Public curvature: `P^T Curv P` at the anchor, the mean over **public** records.
+"""Public curvature: `P^T Curv P` at theta_0, the mean over **public** records.
 
     hessian             by `jax.hessian` in w: small k
     projected_hessian   by Hessian-vector products along the k directions
@@ -23,7 +23,7 @@ from qexp_jax.model import subspace as subspaces
 from qexp_jax.model.convolutions import as_products
 from qexp_jax.model.gradients import HELD_BYTES, bytes_of_one, projected_gradients
 from qexp_jax.model.subspace import Layout, Subspace, tuned_leaves, with_tuned_leaves
-from qexp_jax.quadratic.averages import BATCH, batch_loss, mean_gradient, mean_loss, mean_over_records
+from qexp_jax.quadratic.averages import BATCH, batch_loss, in_chunks, mean_gradient, mean_loss, mean_over_records
 from qexp_jax.quadratic.eigenspace import top_eigenspace
 
 __all__ = [
@@ -41,17 +41,24 @@ __all__ = [
 ]
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-_COLUMNS, _GGN_BATCH, _FISHER_BATCH = 16, 32, 64
+_COLUMNS = 16  # directions that are followed together on a CPU
+_GGN_BATCH = 32  # records at a time on a CPU
+_FISHER_BATCH = 64  # records at a time
 
 
 def hessian(loss_fn: LossFn, params: Params, subspace: Subspace, records: Record) -> jax.Array:
     """P^T H P (k, k) by `jax.hessian` of `w -> mean loss(theta + P w)` at 0; for small k and few records.
 
-    Arguments as in `projected_hessian`.
+    Args:
+      loss_fn: loss of one record.
+      params: initial parameters theta_0.
+      subspace: k directions.
+      records: public records, all of which are held at once.
     """
 
     def loss(w):
-        return jnp.mean(jax.vmap(loss_fn, in_axes=(None, 0))(subspaces.displace(subspace, params, w), records))
+        moved = subspaces.displace(subspace, params, w)
+        return jnp.mean(jax.vmap(loss_fn, in_axes=(None, 0))(moved, records))
 
     return jax.hessian(loss)(jnp.zeros(subspace.dim, subspace.layout.dtype))
 
@@ -68,7 +75,7 @@ def hessian_product(
 
     Args:
       loss_fn: loss of one record.
-      params: the anchor.
+      params: initial parameters theta_0.
       subspace: k directions.
       direction: (k,) e.
       records: public records.
@@ -83,7 +90,8 @@ def hessian_product(
     def batch_sum(batch, mask):
         return jax.jvp(lambda x: jax.grad(loss)(x, batch, mask), (leaves,), (tangent,))[1]
 
-    return subspace.operator.project(layout, subspace.arrays, mean_over_records(batch_sum, records, **batching))
+    product = mean_over_records(batch_sum, records, **batching)
+    return subspace.operator.project(layout, subspace.arrays, product)
 
 
 def projected_hessian(
@@ -104,7 +112,7 @@ def projected_hessian(
 
     Args:
       loss_fn: loss of one record.
-      params: the anchor.
+      params: initial parameters theta_0.
       subspace: k directions.
       records: public records.
       columns_per_batch: directions that are followed together.
@@ -133,7 +141,7 @@ def hessian_columns(
 
     Args:
       loss_fn: loss of one record.
-      params: the anchor.
+      params: initial parameters theta_0.
       subspace: k directions.
       records: public records.
       directions: (c, k).
@@ -153,7 +161,7 @@ def _columns(
     size: int | None,
     **batching: Any,
 ) -> jax.Array:
-    """P^T H P e for rows e, lifted where `lifted` does not hold P e already."""
+    """P^T H P e for rows e of `directions`, lifted where `lifted` does not hold P e already."""
     layout = subspace.layout
     axis_name = batching.get("axis_name") or batching.get("column_axis")
     leaves = vary(tuned_leaves(layout, params), axis_name)
@@ -166,11 +174,12 @@ def _columns(
         _, push = jax.linearize(lambda x: jax.grad(loss)(x, batch, mask), leaves)
 
         def rows(chunk):
-            tangents = vary(_lift_each(subspace, chunk) if lifted is None else chunk, axis_name)
+            tangents = _lift_each(subspace, chunk) if lifted is None else chunk
+            tangents = vary(tangents, axis_name)
             products = jax.lax.map(push, tangents) if in_turn else jax.vmap(push)(tangents)
             return jax.vmap(lambda x: subspace.operator.project(layout, subspace.arrays, x))(products)
 
-        return _in_chunks(rows, directions if lifted is None else lifted, size)
+        return in_chunks(rows, directions if lifted is None else lifted, size)
 
     return mean_over_records(batch_sum, records, **batching)
 
@@ -181,41 +190,33 @@ def _columns(
 
 
 def _columns_at_a_time(loss_fn: LossFn, params: Params, layout: Layout, records: Record, num_directions: int) -> int:
+    """Directions that are followed together: on an accelerator those that leave room for all records at once."""
     if jax.default_backend() == "cpu":
         return _COLUMNS
-    each = _pairs_held(loss_fn, params, records) // max(1, num_records(records))
-    return max(1, min(num_directions, HELD_BYTES // (16 * layout.num_params), max(_COLUMNS, each)))
+    of_all_records = _pairs_held(loss_fn, params, records) // max(1, num_records(records))
+    wanted = max(_COLUMNS, of_all_records)
+    gradients_held = HELD_BYTES // (16 * layout.num_params)
+    return max(1, min(num_directions, gradients_held, wanted))
 
 
 def _records_at_a_time(
     function: Callable[..., Any], params: Params, records: Record, num_directions: int, on_cpu: int
 ) -> int:
+    """Records that are followed together, each in `num_directions`; `on_cpu` of them on a CPU."""
     if jax.default_backend() == "cpu":
         return on_cpu
-    return max(1, min(num_records(records), _pairs_held(function, params, records) // num_directions))
+    most = _pairs_held(function, params, records) // num_directions
+    return max(1, min(num_records(records), most))
 
 
 def _pairs_held(function: Callable[..., Any], params: Params, records: Record) -> int:
+    """Pairs of a record and a direction."""
     return HELD_BYTES // (2 * bytes_of_one(function, params, records))
 
 
 def _lift_each(subspace: Subspace, directions: jax.Array) -> Any:
     """P e for rows e, as leaves with a leading axis."""
     return jax.vmap(lambda e: subspace.operator.lift(subspace.layout, subspace.arrays, e))(directions)
-
-
-def _in_chunks(rows: Callable[[Any], jax.Array], xs: Any, size: int) -> jax.Array:
-    """`rows` of chunks of the leading axis, one chunk after the other."""
-    count = num_records(xs)
-    size = min(size, count)
-    whole = count // size * size
-    chunks = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), xs)
-    found = jax.lax.map(rows, chunks)
-    found = found.reshape(whole, *found.shape[2:])
-    if whole == count:
-        return found
-    last = jax.tree.map(lambda x: x[whole:], xs)
-    return jnp.concatenate([found, rows(last)])
 
 
 def projected_ggn(
@@ -231,7 +232,7 @@ def projected_ggn(
     Args:
       model_fn: `(params, record) -> outputs`, an array.
       output_loss_fn: `(outputs, record) -> scalar`, convex in the outputs; the loss is their composition.
-      params: the anchor.
+      params: initial parameters theta_0.
       subspace: k directions.
       records: public records.
       **batching: as in `averages.mean_over_records`.
@@ -270,7 +271,14 @@ def projected_fisher(
 
     Replace the label of each public record by a draw from the model first (`jax.random.categorical` of the logits);
     with observed labels this is the *empirical* Fisher, which is not a curvature: for a squared loss it is off by
-    the residual variance. Arguments as in `projected_hessian`.
+    the residual variance.
+
+    Args:
+      loss_fn: loss of one record.
+      params: initial parameters theta_0.
+      subspace: k directions.
+      records: public records.
+      **batching: as in `averages.mean_over_records`.
     """
 
     def batch_sum(batch, mask):

@@ -24,10 +24,13 @@ from qexp_jax.quadratic.raw_features import Raw, raw_each
 
 _INPUT_AXES = 64
 _MOST_COLUMNS = 4096  # beyond, columns are added up in groups with random signs
-_BUCKETS, _FIRST_TOKEN = 256, 256
-_MOST_LABEL_LEAVES, _MOST_VALUES = 4, 64
+_BUCKETS = 256
+_FIRST_TOKEN = 256  # whole numbers below it may be pixels
+_MOST_LABEL_LEAVES = 4
+_MOST_VALUES = 64  # of a label
 _CONSTANT = 0.5  # beside input axes whose squares sum to one on average
 _LEAST_SPREAD = 0.1  # of a column, in root mean squares of all columns' spreads
+_LEAST_TOTAL = 1e-30  # so that what does not vary is divided by something
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -37,10 +40,15 @@ def fit(key: jax.Array, sample: Record) -> tuple[Raw, Any]:
     Args:
       key: public randomness: which signs.
       sample: public records, pytree with a leading axis.
+
+    Returns:
+      The function, cached by what kinds of leaves there are, and its `arrays`.
     """
     leaves = jax.tree.leaves(sample)
-    scalars = sum(_is_number(x) and _is_scalar(x) for x in leaves)
-    kinds = tuple(_kind(x, scalars <= _MOST_LABEL_LEAVES) for x in leaves)
+    num_scalars = sum(_is_number(x) and _is_scalar(x) for x in leaves)
+    # Beyond a few they are the columns of a table, one leaf each.
+    may_be_labels = num_scalars <= _MOST_LABEL_LEAVES
+    kinds = tuple(_kind(x, may_be_labels) for x in leaves)
     fitted = tuple(_FIT[kind](x) for kind, x in zip(kinds, leaves, strict=True))
     if not {"numbers", "tokens"} & set(kinds):
         return _crossed(kinds), (fitted, None, None)
@@ -50,7 +58,9 @@ def fit(key: jax.Array, sample: Record) -> tuple[Raw, Any]:
         signs = jax.random.rademacher(key, columns.shape[1:], jnp.float32)
         columns = _folded(columns, signs)
     axes, spread = principal_axes(columns, min(_INPUT_AXES, *columns.shape))
-    axes = axes / jnp.maximum(jnp.linalg.norm(spread), jnp.finfo(jnp.float32).tiny)
+    # All axes over one number, so that the constant weighs as much beside inputs of any units.
+    total = jnp.linalg.norm(spread)
+    axes = axes / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
     return _crossed(kinds), (fitted, signs, axes)
 
 
@@ -67,13 +77,14 @@ def _is_scalar(leaf: Any) -> bool:
 
 
 def _kind(leaf: Any, may_be_label: bool) -> str:
-    """What a leaf holds, of the public records alone."""
+    """What a leaf holds, of the public records alone, whose values may be branched on."""
     if not _is_number(leaf):
         return "nothing"
     values = np.asarray(leaf)
     if _is_scalar(leaf) and may_be_label:
         if values.min() == values.max():
             return "nothing"
+        # Real numbers hardly repeat, so that an indicator of each value would say nothing.
         return "quarters" if jnp.issubdtype(leaf.dtype, jnp.floating) else "values"
     is_sequence = leaf.ndim == 2 and jnp.issubdtype(leaf.dtype, jnp.integer)
     if is_sequence and values.min() >= 0 and values.max() >= _FIRST_TOKEN:
@@ -88,19 +99,24 @@ def _fit_numbers(leaf: Any) -> tuple[jax.Array, jax.Array]:
     spread = values.std(axis=0)
     whole = np.sqrt(np.mean(spread**2))
     is_table = values.ndim <= 2
-    # Else a column that hardly varies in public would outweigh all others of a record in which it does.
-    spread = np.maximum(spread, _LEAST_SPREAD * whole) if is_table else np.full_like(spread, whole)
-    scale = np.divide(1, spread, out=np.zeros_like(spread), where=spread > 0)
-    total = np.sqrt(np.sum((values.std(axis=0) * scale) ** 2))
-    return jnp.asarray(mean, jnp.float32), jnp.asarray(scale / max(total, 1e-30), jnp.float32)
+    # Else a column that hardly varies in public would outweigh all others of a record in which it does; of an image,
+    # pixels at the edge hardly vary, and over their own spreads would count as much as all others.
+    divisors = np.maximum(spread, _LEAST_SPREAD * whole) if is_table else np.full_like(spread, whole)
+    scale = np.divide(1, divisors, out=np.zeros_like(divisors), where=divisors > 0)
+    # Over the spread of all columns together, so that no leaf weighs more for having more of them.
+    total = np.sqrt(np.sum((spread * scale) ** 2))
+    scale = scale / max(total, _LEAST_TOTAL)
+    return jnp.asarray(mean, jnp.float32), jnp.asarray(scale, jnp.float32)
 
 
 def _fit_tokens(leaf: Any) -> tuple[jax.Array, jax.Array]:
     """Mean shares of the buckets, and one over their spread."""
     tokens = np.asarray(leaf).reshape(len(leaf), -1) % _BUCKETS
-    shares = np.stack([np.bincount(row, minlength=_BUCKETS) for row in tokens]) / tokens.shape[1]
+    counts = np.stack([np.bincount(row, minlength=_BUCKETS) for row in tokens])
+    shares = counts / tokens.shape[1]
     total = np.sqrt(np.sum(shares.var(axis=0)))
-    return jnp.asarray(shares.mean(axis=0), jnp.float32), jnp.asarray(1 / max(total, 1e-30), jnp.float32)
+    scale = 1 / max(total, _LEAST_TOTAL)
+    return jnp.asarray(shares.mean(axis=0), jnp.float32), jnp.asarray(scale, jnp.float32)
 
 
 def _fit_values(leaf: Any) -> tuple[jax.Array, jax.Array]:
@@ -113,7 +129,8 @@ def _fit_values(leaf: Any) -> tuple[jax.Array, jax.Array]:
 
 def _fit_quarters(leaf: Any) -> jax.Array:
     """The edges between them (3,)."""
-    return jnp.asarray(np.quantile(np.asarray(leaf, np.float64), [0.25, 0.5, 0.75]), jnp.float32)
+    edges = np.quantile(np.asarray(leaf, np.float64), [0.25, 0.5, 0.75])
+    return jnp.asarray(edges, jnp.float32)
 
 
 _FIT: dict[str, Callable[[Any], Any]] = {
@@ -128,7 +145,8 @@ _FIT: dict[str, Callable[[Any], Any]] = {
 def _numbers(fitted: tuple[jax.Array, jax.Array], leaf: jax.Array) -> jax.Array:
     """(size,), centred and over the spread."""
     mean, scale = fitted
-    if leaf.shape != mean.shape:  # of a record of another shape nothing is said
+    if leaf.shape != mean.shape:
+        # Of a record of another shape nothing is said.
         return jnp.zeros(mean.size)
     return ((leaf.astype(jnp.float32) - mean) * scale).ravel()
 
@@ -136,7 +154,8 @@ def _numbers(fitted: tuple[jax.Array, jax.Array], leaf: jax.Array) -> jax.Array:
 def _tokens(fitted: tuple[jax.Array, jax.Array], leaf: jax.Array) -> jax.Array:
     """(256,) shares of the buckets, centred and over the spread."""
     mean, scale = fitted
-    shares = jnp.mean(leaf.reshape(-1, 1) % _BUCKETS == jnp.arange(_BUCKETS), axis=0, dtype=jnp.float32)
+    is_in_bucket = leaf.reshape(-1, 1) % _BUCKETS == jnp.arange(_BUCKETS)
+    shares = jnp.mean(is_in_bucket, axis=0, dtype=jnp.float32)
     return (shares - mean) * scale
 
 
@@ -144,13 +163,15 @@ def _values(fitted: tuple[jax.Array, jax.Array], leaf: jax.Array) -> jax.Array:
     """An indicator of each value."""
     values, modulus = fitted
     value = leaf.ravel()[0].astype(jnp.int32)
+    # The modulus, 0 where values are few, is traced: one function serves all rules of the same kinds.
     told_apart = jnp.where(modulus > 0, value % jnp.maximum(modulus, 1), value)
     return (told_apart == values).astype(jnp.float32)
 
 
 def _quarters(edges: jax.Array, leaf: jax.Array) -> jax.Array:
     """An indicator of each quarter, (4,)."""
-    quarter = jnp.sum(leaf.ravel()[0].astype(jnp.float32) > edges)
+    value = leaf.ravel()[0].astype(jnp.float32)
+    quarter = jnp.sum(value > edges)
     return (quarter == jnp.arange(4)).astype(jnp.float32)
 
 

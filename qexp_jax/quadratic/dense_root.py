@@ -13,7 +13,8 @@ from qexp_jax.quadratic.roots import Root, as_it_is, of_one_size, with_norms
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 # Rows of a block. One block is solved after the other: an accelerator needs few and large ones.
-_ON_CPU, _ON_ACCELERATOR = 256, 2048
+_ON_CPU = 256
+_ON_ACCELERATOR = 2048
 
 
 class Factor(NamedTuple):
@@ -49,8 +50,9 @@ def _whiten(factor: Factor, g: jax.Array) -> jax.Array:
     solved: list[jax.Array] = []
     for block, panel in zip(factor.inverses, factor.panels, strict=True):
         size = len(block)
-        solved.append(jnp.matmul(g[:size], block, precision=_HIGHEST))
-        g = g[size:] - jnp.matmul(solved[-1], panel, precision=_HIGHEST)
+        part = jnp.matmul(g[:size], block, precision=_HIGHEST)
+        solved.append(part)
+        g = g[size:] - jnp.matmul(part, panel, precision=_HIGHEST)
     return jnp.concatenate(solved)
 
 
@@ -61,7 +63,8 @@ def _color(factor: Factor, x: jax.Array) -> jax.Array:
     for block, panel in zip(factor.inverses[::-1], factor.panels[::-1], strict=True):
         start = end - len(block)
         rest = x[start:end] - jnp.matmul(panel, solved, precision=_HIGHEST)
-        solved = jnp.concatenate([jnp.matmul(block, rest, precision=_HIGHEST), solved])
+        part = jnp.matmul(block, rest, precision=_HIGHEST)
+        solved = jnp.concatenate([part, solved])
         end = start
     return solved
 
@@ -80,7 +83,8 @@ def _uncolor(factor: Factor, w: jax.Array) -> jax.Array:
 
 def _coordinates(factor: Factor, rows: Rows, scale: jax.Array | float) -> tuple[Rows, jax.Array]:
     """Whitened vectors: what is added is what the norm is taken of."""
-    return with_norms(jax.vmap(lambda g: _whiten(factor, g))(whole(rows)), scale)
+    whitened = jax.vmap(lambda g: _whiten(factor, g))(whole(rows))
+    return with_norms(whitened, scale)
 
 
 DENSE = Root(

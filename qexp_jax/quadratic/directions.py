@@ -80,10 +80,16 @@ def combine(directions: Directions | jax.Array, coefficients: jax.Array) -> jax.
     # From the left: XLA's CPU product with the transpose takes up to ten times as long.
     if not isinstance(directions, Directions):
         return _product(coefficients, directions)
-    others = iter(_split(_product(coefficients, directions.others), _other_sizes(directions)))
+    in_others = _product(coefficients, directions.others)
+    others = iter(_split(in_others, _other_sizes(directions)))
     parts = []
     for axes in directions.factors:
-        parts.append(next(others) if axes is None else _sum_of_products(*axes, coefficients).ravel())
+        if axes is None:
+            part = next(others)
+        else:
+            left, right = axes
+            part = _sum_of_products(left, right, coefficients).ravel()
+        parts.append(part)
     return jnp.concatenate(parts)
 
 
@@ -93,23 +99,31 @@ def along_each(directions: Directions | jax.Array, rows: Rows) -> jax.Array:
     if not isinstance(directions, Directions):
         return _product(directions, whole(rows).T).T
     if len(rows) == 1 < len(directions.shapes):
+        # Formed gradients come in one part.
         rows = _split(rows[0], [math.prod(s) for s in directions.shapes])
-    pairs = list(zip(rows, directions.factors, directions.shapes, strict=True))
-    others = [part for part, axes, _ in pairs if axes is None]
-    found = [_along_products(part, axes, shape) for part, axes, shape in pairs if axes is not None]
-    start: Any = _product(directions.others, whole(others).T).T if others else 0
+    parts = list(zip(rows, directions.factors, directions.shapes, strict=True))
+    others = [part for part, axes, _ in parts if axes is None]
+    found = [_along_products(part, axes, shape) for part, axes, shape in parts if axes is not None]
+    start: Any = 0
+    if others:
+        start = _product(directions.others, whole(others).T).T
     return sum(found, start=start)
 
 
 def rounding(directions: Directions | jax.Array, rows: Rows) -> float:
     """A bound on the error of `along_each` over a gradient's norm, |U g computed - U g| / |g|; of shapes alone."""
+    rank = len(directions)
     if not isinstance(directions, Directions):
-        return _rounding(directions.shape[1], len(directions))
-    others = directions.others.shape[1]
-    found = [_rounding(others, len(directions))] if others else []
+        return _rounding(directions.shape[1], rank)
+    num_others = directions.others.shape[1]
+    found = []
+    if num_others:
+        found.append(_rounding(num_others, rank))
     for i, axes in enumerate(directions.factors):
-        is_outer = len(rows) > 1 and isinstance(rows[i], Outer)
-        found += [_rounding_along_products(axes, len(directions), is_outer)] if axes else []
+        if axes:
+            is_outer = len(rows) > 1 and isinstance(rows[i], Outer)
+            found.append(_rounding_along_products(axes, rank, is_outer))
+    # Each part's error is met by the gradient's norm in that part, and by Cauchy and Schwarz these bound the sum.
     return math.hypot(*found)
 
 
@@ -141,16 +155,22 @@ def leading(rows: Rows, rank: int) -> Directions | jax.Array:
     blocks: list[Any] = [_principal_products(x, rank) for x in rows if isinstance(x, Outer)]
     if others:
         blocks.append(_principal_directions(whole(others), rank))
-    energies = [x for x, _ in blocks]
+    energies = [energy for energy, _ in blocks]
     _, chosen = jax.lax.top_k(jnp.concatenate(energies), rank)
     starts = np.cumsum([0, *map(len, energies)])
-    picked = iter([_picked(vectors, chosen - i) for i, (_, vectors) in zip(starts, blocks, strict=False)])
+    # Every block has a column for each direction, zero where another block holds it: shapes must not depend on values.
+    columns = [_picked(vectors, chosen - start) for start, (_, vectors) in zip(starts, blocks, strict=False)]
+    picked = iter(columns)
     factors = tuple(next(picked) if isinstance(x, Outer) else None for x in rows)
-    return Directions(
-        others=next(picked).T if others else jnp.zeros((rank, 0), energies[0].dtype),
-        factors=factors,
-        shapes=tuple((x.left.shape[1], x.right.shape[1]) if isinstance(x, Outer) else x.shape[1:] for x in rows),
-    )
+    in_others = next(picked).T if others else jnp.zeros((rank, 0), energies[0].dtype)
+    return Directions(others=in_others, factors=factors, shapes=tuple(_part_shape(x) for x in rows))
+
+
+def _part_shape(part: jax.Array | Outer) -> tuple[int, ...]:
+    """(a, b) of gradients of a wide matrix, or (size,)."""
+    if isinstance(part, Outer):
+        return part.left.shape[1], part.right.shape[1]
+    return part.shape[1:]
 
 
 def _principal_directions(rows: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
@@ -163,18 +183,22 @@ def _principal_directions(rows: jax.Array, rank: int) -> tuple[jax.Array, jax.Ar
 def _principal_products(part: Outer, rank: int) -> tuple[jax.Array, tuple[_Axis, ...]]:
     """Those of the products of two principal axes: second moments (c,), and the axes, with a column for each."""
     dim = max(_AXES, -(-rank // min(x.shape[1] for x in part)))  # as many as leave the rank
-    axes = _principal_axes(part.left * _norm(part.right), dim), _principal_axes(part.right * _norm(part.left), dim)
-    squares = [_product(_inside(basis, x), rotation) ** 2 for x, (basis, rotation) in zip(part, axes, strict=True)]
-    moments = _product(squares[0].T, squares[1])
+    # A record counts in one factor as much as its gradient is long, and so with the norm of the other.
+    left = _principal_axes(part.left * _norm(part.right), dim)
+    right = _principal_axes(part.right * _norm(part.left), dim)
+    left_squares = _product(_inside(left.basis, part.left), left.picks) ** 2
+    right_squares = _product(_inside(right.basis, part.right), right.picks) ** 2
+    moments = _product(left_squares.T, right_squares)
     energies, chosen = jax.lax.top_k(moments.ravel(), min(rank, moments.size))
-    pairs = jnp.divmod(chosen, moments.shape[1])
-    return energies, tuple(_Axis(axis.basis, axis.picks[:, i]) for axis, i in zip(axes, pairs, strict=True))
+    of_left, of_right = jnp.divmod(chosen, moments.shape[1])
+    return energies, (_Axis(left.basis, left.picks[:, of_left]), _Axis(right.basis, right.picks[:, of_right]))
 
 
 def _principal_axes(x: jax.Array, dim: int) -> _Axis:
     """Of rows x (n, a), in descending order."""
     basis = leading_basis(x, min(dim, *x.shape)) if x.shape[1] > dim else None
-    return _Axis(basis, _eigen(_inside(basis, x))[1])
+    _, rotation = _eigen(_inside(basis, x))
+    return _Axis(basis, rotation)
 
 
 def _eigen(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -187,8 +211,10 @@ def _picked(vectors: Any, at: jax.Array) -> Any:
     """Columns, zero where `at` (r,) is outside."""
     if isinstance(vectors, tuple):
         return tuple(_Axis(axis.basis, _picked(axis.picks, at)) for axis in vectors)
-    inside = (at >= 0) & (at < vectors.shape[1])
-    return jnp.where(inside, vectors[:, jnp.clip(at, 0, vectors.shape[1] - 1)], 0)
+    count = vectors.shape[1]
+    inside = (at >= 0) & (at < count)
+    columns = vectors[:, jnp.clip(at, 0, count - 1)]
+    return jnp.where(inside, columns, 0)
 
 
 def first(directions: Directions | jax.Array, count: int) -> Directions | jax.Array:
@@ -199,9 +225,8 @@ def first(directions: Directions | jax.Array, count: int) -> Directions | jax.Ar
     def cut(axes):
         return axes and tuple(_Axis(axis.basis, axis.picks[:, :count]) for axis in axes)
 
-    return dataclasses.replace(
-        directions, others=directions.others[:count], factors=tuple(map(cut, directions.factors))
-    )
+    factors = tuple(cut(axes) for axes in directions.factors)
+    return dataclasses.replace(directions, others=directions.others[:count], factors=factors)
 
 
 # --- what directions are made of ---
@@ -232,13 +257,16 @@ def _along_products(part: jax.Array | Outer, axes: tuple[_Axis, _Axis], shape: t
     """(m, r) of gradients of a wide matrix."""
     left, right = axes
     if isinstance(part, Outer):
-        found = [_product(_inside(axis.basis, x), axis.picks) for x, axis in zip(part, axes, strict=True)]
-        return found[0] * found[1]
+        # p^T x y^T q is a product of two numbers, and the matrix x y^T is never formed.
+        along_left = _product(_inside(left.basis, part.left), left.picks)
+        along_right = _product(_inside(right.basis, part.right), right.picks)
+        return along_left * along_right
     x = part.reshape(-1, *shape)
     if left.basis is not None:
         x = jnp.einsum("mab,ap->mpb", x, left.basis, precision=_HIGHEST)
     x = _inside(right.basis, x).reshape(len(part), -1)
-    return _product(x, (left.picks[:, None, :] * right.picks[None]).reshape(-1, left.picks.shape[1]))
+    products = left.picks[:, None, :] * right.picks[None]
+    return _product(x, products.reshape(-1, left.picks.shape[1]))
 
 
 def _sum_of_products(left: _Axis, right: _Axis, coefficients: jax.Array) -> jax.Array:

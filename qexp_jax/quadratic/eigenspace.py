@@ -37,7 +37,7 @@ def top_eigenspace(
 
     Args:
       loss_fn: loss of one record.
-      params: the anchor.
+      params: initial parameters theta_0.
       records: n public records; with labels drawn from the model the matrix is the Fisher information.
       dim: k <= min(n, d).
       within: the space that is searched; by default all parameters.
@@ -52,10 +52,12 @@ def top_eigenspace(
         raise ValueError(f"Expected 1 <= dim <= min({n} records, {within.dim} dimensions), found {dim=}.")
     batches, _ = microbatches(records, microbatch_size)
     rows = jax.lax.map(lambda batch: projected_gradients(loss_fn, params, within, batch), batches)
-    rows = rows.reshape(-1, within.dim)[:n]
+    rows = rows.reshape(-1, within.dim)[:n]  # the last microbatch is padded
     basis = leading_basis(rows, dim)
-    values = jnp.sum(_product(rows, basis / np.sqrt(n)) ** 2, axis=0)
-    return subspaces.compose(within, basis, orthonormal=True, name=f"top eigenspace in {within.name}"), values
+    along = _product(rows, basis / np.sqrt(n))
+    values = jnp.sum(along**2, axis=0)
+    space = subspaces.compose(within, basis, orthonormal=True, name=f"top eigenspace in {within.name}")
+    return space, values
 
 
 def leading_basis(rows: jax.Array, dim: int) -> jax.Array:
@@ -73,7 +75,9 @@ def leading_basis(rows: jax.Array, dim: int) -> jax.Array:
 def principal_axes(rows: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
     """Leading principal axes (d, rank) of centred rows (n, d), and their spreads (rank,)."""
     basis = leading_basis(rows, rank)
-    return basis, jnp.sqrt(jnp.mean(jnp.matmul(rows, basis, precision=_HIGHEST) ** 2, axis=0))
+    along = jnp.matmul(rows, basis, precision=_HIGHEST)
+    spreads = jnp.sqrt(jnp.mean(along**2, axis=0))
+    return basis, spreads
 
 
 def _leading_columns(rows: jax.Array, dim: int) -> jax.Array:
@@ -90,8 +94,10 @@ def _leading_rows(rows: jax.Array, dim: int) -> jax.Array:
 
 def _leading_sketched(rows: jax.Array, dim: int) -> jax.Array:
     """The same within the span of a few random combinations of rows, to which rows rows^T was applied."""
+    # A fixed key: a plan is deterministic given its own, and any random combinations of public rows will do.
     sketch = jax.random.normal(jax.random.key(0), (dim + _OVERSAMPLED, len(rows)), rows.dtype)
-    span = jnp.linalg.qr(_product(_product(sketch, rows), rows.T).T)[0]
+    powered = _product(_product(sketch, rows), rows.T)
+    span = jnp.linalg.qr(powered.T)[0]
     return _leading_rows(_product(span.T, rows), dim)
 
 

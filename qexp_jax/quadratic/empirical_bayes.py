@@ -7,7 +7,7 @@ a public prior (`shift_prior`), half of it on no shift at all, so that where noi
 that the public records had right, and where it does not the data decides. The block of all other directions is
 expected to have half as large a signal for its moments, unless the releases say otherwise.
 
-What the releases say of the gradient *at the anchor* is `pooled_signal`; what is *left* of it after the steps so far,
+What the releases say of the gradient *at theta_0* is `pooled_signal`; what is *left* of it after the steps so far,
 `debiased_energy`.
 
 The priors are ours. Empirical Bayes: Efron and Morris, J. Am. Stat. Assoc. 68 (1973).
@@ -28,7 +28,7 @@ _NUM_SHIFTS = 21
 def shift_prior(num_public: int) -> tuple[np.ndarray, np.ndarray]:
     """Values of tau and log weights: half of it none, else uniform in log tau to .005 and falling as tau^-4 beyond.
 
-    None is the least value, one over the number of public units: the sampling error that the anchor has of its own.
+    None is the least value, one over the number of public units: the sampling error that theta_0 has of its own.
 
     >>> tau, log_weight = shift_prior(2000)
     >>> [round(float(x), 4) for x in (tau[0], tau[-1], log_weight[0], log_weight[-1])]
@@ -50,11 +50,13 @@ def signal(energy: jax.Array, estimate: CurvatureEstimate, noise_var: jax.Array 
       num_units: N, for the sampling error, 1.5 v_j / N: private records vary more than public ones.
     """
     weights, prior, shrunk = _given_each_shift(energy, estimate, noise_var, num_units)
-    return jnp.matmul(weights, shrunk**2 * energy + prior * (1 - shrunk), precision=_HIGHEST)
+    # Of a normal: the square of the posterior mean, and the posterior variance.
+    second_moments = shrunk**2 * energy + prior * (1 - shrunk)
+    return jnp.matmul(weights, second_moments, precision=_HIGHEST)
 
 
 def pooled_signal(posterior: Posterior, estimate: CurvatureEstimate, num_units: int) -> jax.Array:
-    """E[g_j^2] (r + 1,) at the anchor, given all releases."""
+    """E[g_j^2] (r + 1,) at theta_0, given all releases."""
     energy, noise_var = _pooled(posterior, estimate)
     return signal(energy, estimate, noise_var, num_units)
 
@@ -67,7 +69,7 @@ def pooled_shift(posterior: Posterior, estimate: CurvatureEstimate, num_units: i
 
 
 def debiased_energy(posterior: Posterior, estimate: CurvatureEstimate, num_units: int) -> jax.Array:
-    """How much of E[g_j^2] (r + 1,) is left: what the recent releases show, and at most what the anchor had.
+    """How much of E[g_j^2] (r + 1,) is left: what the recent releases show, and at most what theta_0 had.
 
     Of the energy of their mean the noise's is taken off, but for one standard deviation of it, in the leading ones
     together and in all others: without any noise allowed for, states stand still in their first rounds for nothing that
@@ -75,31 +77,44 @@ def debiased_energy(posterior: Posterior, estimate: CurvatureEstimate, num_units
     bias; for the same reason the leading ones together are held to what they had together. Held one by one, what noise
     adds to some would be cut off and what it takes from others kept, and states stand still wherever noise is loud.
     """
+    # The leading ones count together: over its expectation, a mean of r squares of noise varies by sqrt(2 / r).
     dims = estimate.dims.at[:-1].set(len(estimate.directions))
     noise = posterior.recent_var * (1 - jnp.sqrt(2 / jnp.maximum(dims, 1)))
     left = energies(estimate, posterior.recent) - noise
     had = pooled_signal(posterior, estimate, num_units)
     left = jnp.where(posterior.times > 0, left, had)
-    return jnp.where(of_two(in_two(left) < in_two(had), len(left)), left, had)
+    has_less = in_two(left) < in_two(had)
+    return jnp.where(of_two(has_less, len(left)), left, had)
 
 
 def _pooled(posterior: Posterior, estimate: CurvatureEstimate) -> tuple[jax.Array, jax.Array]:
-    """Energy of the anchor's gradient as all releases together give it, and the variance of its noise."""
+    """Energy of the initial gradient as all releases together give it, and the variance of its noise."""
     noise_var = 1 / posterior.weights  # infinite where nothing was seen, which leaves the prior
     factors = jnp.where(posterior.weights > 0, noise_var, 0)
     largest = factors.max()  # before squaring: small units stay within float32
     shares = factors / jnp.where(largest > 0, largest, 1)
-    return shares**2 * energies(estimate, largest * posterior.gradients), noise_var
+    energy = shares**2 * energies(estimate, largest * posterior.gradients)
+    return energy, noise_var
 
 
 def _given_each_shift(
     energy: jax.Array, estimate: CurvatureEstimate, noise_var: jax.Array | float, num_units: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Weights (m,) of the shifts; the variance (m, r + 1) of g_j in each, and its share in what is seen."""
-    prior = estimate.shifts[:, None] * estimate.moments.at[-1].multiply(RULE.others_shift)
+    """Weights (m,) of the shifts; the variance (m, r + 1) of g_j in each, and its share in what is seen.
+
+    Args:
+      energy: (r + 1,) of a released mean gradient.
+      estimate: public.
+      noise_var: variance of its noise.
+      num_units: N, for the sampling error.
+    """
+    moments = estimate.moments.at[-1].multiply(RULE.others_shift)
+    prior = estimate.shifts[:, None] * moments
     error = RULE.sampling * estimate.moments / num_units + noise_var
     # Against tau = 0, so that large blocks do not cancel in float32.
     ratio = prior / error
     shrunk = ratio / (1 + ratio)
-    found = jnp.matmul(energy / error * shrunk - jnp.log1p(ratio), estimate.dims, precision=_HIGHEST)
-    return jax.nn.softmax(estimate.log_prior + found / 2), prior, shrunk
+    in_each = energy / error * shrunk - jnp.log1p(ratio)
+    twice_log_likelihood = jnp.matmul(in_each, estimate.dims, precision=_HIGHEST)
+    weights = jax.nn.softmax(estimate.log_prior + twice_log_likelihood / 2)
+    return weights, prior, shrunk

@@ -26,6 +26,7 @@ from qexp_jax.quadratic.eigenspace import principal_axes
 from qexp_jax.quadratic.raw_features import Raw, at_a_time, of_function, raw_each, takes_params
 
 NUM_AXES = 64  # of a map; at 1000 units and epsilon 1 noise hides more
+_LEAST_SPREAD = 1e-6  # of an axis, over the largest: below it there is rounding alone
 _SAMPLE = 4096  # public records that axes are fitted to
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -79,13 +80,14 @@ def fit(
     rows = raw_each(raw, arrays, params, sample)
     center = jnp.mean(rows, axis=0)
     basis, spread = principal_axes(rows - center, min(NUM_AXES, *rows.shape))
-    largest = float(jnp.max(spread))
+    largest = float(jnp.max(spread))  # public, so it may be branched on
     if not np.isfinite(largest):
         raise ValueError("Expected finite features of the public records, found some that are not.")
     if largest <= 0:
         return None
-    kept = np.asarray(spread) > 1e-6 * largest  # the others are rounding
-    return FeatureMap(raw, arrays, center, (basis / jnp.sqrt(spread))[:, kept], params)
+    kept = np.asarray(spread) > _LEAST_SPREAD * largest
+    axes = basis / jnp.sqrt(spread)
+    return FeatureMap(raw=raw, arrays=arrays, center=center, axes=axes[:, kept], params=params)
 
 
 def apply(features: FeatureMap, record: Record) -> jax.Array:
@@ -94,13 +96,18 @@ def apply(features: FeatureMap, record: Record) -> jax.Array:
     if raw.shape != features.center.shape:
         return jnp.zeros(features.axes.shape[1], features.axes.dtype)
     row = jnp.matmul(raw - features.center, features.axes, precision=_HIGHEST)
-    return row * jnp.minimum(1, features.l2_clip_norm / jnp.maximum(jnp.linalg.norm(row), jnp.finfo(row.dtype).tiny))
+    norm = jnp.maximum(jnp.linalg.norm(row), jnp.finfo(row.dtype).tiny)
+    return row * jnp.minimum(1, features.l2_clip_norm / norm)
 
 
 def apply_each(features: FeatureMap, records: Record) -> np.ndarray:
     """phi (n, k) of n records, on the host."""
-    parts = chunks(records, _SAMPLE)
-    rows = [np.asarray(_apply_each(features.raw, tuple(features[1:]), part))[:count] for part, count in parts]
+    numbers = tuple(features[1:])
+    rows = []
+    # One length for all chunks, so that one program takes them; the last one is padded.
+    for part, count in chunks(records, _SAMPLE):
+        found = np.asarray(_apply_each(features.raw, numbers, part))
+        rows.append(found[:count])
     return np.concatenate(rows)
 
 
@@ -118,7 +125,8 @@ def linear_loss(raw: Raw) -> LossFn:
     """
 
     def loss(params, record):
-        return jnp.vdot(params["axes"], apply(FeatureMap(raw, *params["map"]), record), precision=_HIGHEST)
+        features = FeatureMap(raw, *params["map"])
+        return jnp.vdot(params["axes"], apply(features, record), precision=_HIGHEST)
 
     return loss
 

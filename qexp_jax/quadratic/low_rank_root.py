@@ -29,6 +29,7 @@ def _scale_by(power: float) -> Callable[[_LowRank, jax.Array], jax.Array]:
 
     def apply(arrays: _LowRank, x: jax.Array) -> jax.Array:
         rest, vectors, eigenvalues = arrays
+        # Less that of the rest, which all of x is multiplied by: what lies outside V is never formed.
         change = eigenvalues**power - rest**power
         return rest**power * x + combine(vectors, change * along(vectors, x))
 
@@ -46,9 +47,12 @@ def _coordinates(arrays: _LowRank, rows: Rows, scale: jax.Array | float) -> tupl
     inside = (along_each(vectors, rows) * scale) ** 2
     total = squares(rows, scale)
     outside = jnp.maximum(total - jnp.sum(inside, axis=1), 0)
-    error = _NOT_ORTHONORMAL + 4 * (directions_of.rounding(vectors, rows) + of_sum(max(vectors.shape), BLOCK))
-    slack = (error * total + lost(vectors.shape[1])) / jnp.minimum(rest, eigenvalues.min())
-    return rows, jnp.sqrt(outside / rest + jnp.sum(inside / eigenvalues, axis=1) + slack)
+    relative = directions_of.rounding(vectors, rows) + of_sum(max(vectors.shape), BLOCK)
+    error = _NOT_ORTHONORMAL + 4 * relative
+    smallest = jnp.minimum(rest, eigenvalues.min())
+    slack = (error * total + lost(vectors.shape[1])) / smallest
+    whitened_inside = jnp.sum(inside / eigenvalues, axis=1)
+    return rows, jnp.sqrt(outside / rest + whitened_inside + slack)
 
 
 def _spread(arrays: _LowRank) -> tuple[jax.Array, jax.Array]:
@@ -81,7 +85,8 @@ def _leading_scale_by(power: float) -> Callable[[_Leading, jax.Array], jax.Array
 def _leading_coordinates(arrays: _Leading, rows: Rows, scale: jax.Array | float) -> tuple[Rows, jax.Array]:
     """Along the r directions, whitened: what a gradient is elsewhere is left behind before anything is added."""
     vectors, eigenvalues = arrays
-    return with_norms(along_each(vectors, rows) / jnp.sqrt(eigenvalues), scale)
+    whitened = along_each(vectors, rows) / jnp.sqrt(eigenvalues)
+    return with_norms(whitened, scale)
 
 
 def _leading_whiten_sum(arrays: _Leading, total: jax.Array) -> jax.Array:

@@ -14,7 +14,6 @@ The rule is ours; its numbers are in `rule`. It reads N and the budget, which ar
 key. What else was tried, and what each choice is worth, is in `experiments/ABLATIONS.md`.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -22,25 +21,26 @@ import numpy as np
 
 from qexp_jax.data.records import LossFn, Params, Record, num_records
 from qexp_jax.model.subspace import Layout, Subspace
-from qexp_jax.quadratic import precision as precisions
-from qexp_jax.quadratic import public_curvature, public_samples, step_size
-from qexp_jax.quadratic.accuracy import noise_cost
+from qexp_jax.quadratic import public_curvature, public_samples
+from qexp_jax.quadratic.directions import Directions
 from qexp_jax.quadratic.empirical_bayes import shift_prior
-from qexp_jax.quadratic.posterior import CurvatureEstimate, before_release
+from qexp_jax.quadratic.first_round import first_round
+from qexp_jax.quadratic.posterior import CurvatureEstimate
 from qexp_jax.quadratic.preconditioner import (
+    Candidate,
     Preconditioner,
     candidates,
     choose,
     is_heavy,
     kept_shares,
-    multiples_of,
     precision_of,
 )
 from qexp_jax.quadratic.rule import RULE
+from qexp_jax.quadratic.whitened import Whitened, metric, whiten
 
 __all__ = ["Plan", "Preconditioner", "choose", "is_heavy", "looked_at", "make_plan", "precision_of"]
 
-_SMALLEST_NOISE, _LARGEST_NOISE = 1e-15, 1e11  # of the mean gradient: products of four are within float32
+_LEAST_MOMENT = 1e-9  # over the largest: positive, since signals are measured against it
 
 
 class Plan(NamedTuple):
@@ -89,12 +89,12 @@ def make_plan(
     weights: np.ndarray | None = None,
     unit_weights: np.ndarray | None = None,
 ) -> Plan:
-    """Chooses what is not given.
+    """Chooses what is not given: the metric (T4), clip norms, lengths and the number of rounds.
 
     Args:
       key: public randomness: which records, which trial noise.
       loss_fn: loss of one record, for the curvature.
-      params: the anchor.
+      params: initial parameters theta_0.
       public: public records.
       clip_loss_fn: loss of one unit, whose gradients are clipped.
       public_units: public units; the same as `public` where a unit is a record.
@@ -116,133 +116,117 @@ def make_plan(
       ValueError: if the public curvature is unusable, public losses or what follows from them are not finite, or public
         gradients vanish; no private record has been read then.
     """
-    *keys, trial_key = _keys(key)
+    *measuring_keys, trial_key = _keys(key)
     measured = public_curvature.measure(
-        keys, loss_fn, params, public, clip_loss_fn, public_units,
+        measuring_keys, loss_fn, params, public, clip_loss_fn, public_units,
         precision_rank=precision_rank, layout=layout, subspace=subspace, subspace_dim=subspace_dim,
         weights=weights, unit_weights=unit_weights,
     )  # fmt: skip
-    largest = float(measured.curvature.max())
-    if damping is None:
-        # A whole draw with less damping may end far from where the quadratic holds.
-        damping = largest if one_draw else RULE.damping * largest
-    dims = measured.dims
-    eigenvalues = _metric(measured.curvature, damping, power=1.0 if one_draw else 0.5)
-    # From here on in coordinates whitened by M.
-    leading = measured.leading / np.sqrt(eigenvalues[:-1])
-    squares = measured.squares / eigenvalues
-    as_arrays = functools.partial(_on_device, dtype=measured.directions.dtype)
-
-    root = as_arrays(eigenvalues)
-    precision = precisions.spectral(root[-1], measured.directions, root[:-1])
-    tolerance, cost = public_curvature.tolerated_noise(
-        trial_key, loss_fn, params, measured.subspace, precision, measured.tried, RULE.noise_cost
-    )
-    # Noise of scale s costs a quadratic s^2 tr(K) / 2: a cost that was met tells the trace, and a trace the scale.
-    curvature = _whitened_curvature(measured.curvature / eigenvalues, dims, 2 * cost / tolerance**2)
-    tolerance_of_leading = np.sqrt(2 * cost / np.sum(curvature[:-1]))
-
-    per_unit = float(noise_multiplier) / num_units
-    found = candidates(
-        leading, squares, dims, eigenvalues, curvature, (tolerance, tolerance_of_leading), per_unit, l2_clip_norm
-    )
+    damping = _damping(measured.curvature, damping, one_draw)
+    eigenvalues = metric(measured.curvature, damping, power=1.0 if one_draw else 0.5)
+    whitened = whiten(trial_key, loss_fn, params, measured, eigenvalues)
+    found = candidates(whitened, float(noise_multiplier) / num_units, l2_clip_norm)
     if one_draw:
-        found = [found[0]._replace(bias=np.zeros_like(found[0].bias))]
-        rounds = 1
-    scale = largest + damping if one_draw else 0.0  # M is scaled to a largest eigenvalue of 1
-    clip_norm = found[0].l2_clip_norm
-    _check_noise(clip_norm * per_unit)
-    stacked = jax.tree.map(lambda *x: np.stack(x), *found)._asdict()
-    shares, scales = np.ones(len(found)), np.full(len(found), scale)
-    preconditioners = Preconditioner(**as_arrays(stacked | {"share": shares, "scale": scales}))
-
-    kept = kept_shares(squares @ dims, clip_norm)
-    moments = _moments(squares, kept)
-    shifts, log_prior = shift_prior(num_records(public_units))
-    estimate = CurvatureEstimate(measured.directions, *as_arrays((curvature, moments, dims, shifts, log_prior)))
-    if rounds is None:
-        rounds, most_rounds = RULE.rounds, RULE.heavy_rounds
-    else:
-        most_rounds = rounds
-    first, expected_cost = _first_round(estimate, preconditioners, noise_multiplier, num_units, rounds)
-    evidence = {
-        "largest_curvature": float(curvature.max()),
-        "leading_share_of_energy": float(np.sum(moments[:-1]) / np.sum(dims * moments)),
-        "tolerated_noise": tolerance,
-        "longest_length": float(np.float32(found[0].longest)),
-        "tuned_at_first": int(np.sum(dims * np.asarray(first.tuned))),
-        "public_fraction_clipped": float(np.mean(kept < 1)),
-        "clipping_bias_in_clip_norms": float(np.linalg.norm(found[0].bias)) / clip_norm,
-    }
-    made = Plan(measured.subspace, damping, rounds, most_rounds, estimate, preconditioners, expected_cost, evidence)
-    _check_finite(made)
-    return made
+        found = _uncorrected(found[:1])
+    scale = float(measured.curvature.max()) + damping if one_draw else 0.0
+    preconditioners = _stacked(found, scale, measured.directions.dtype)
+    kept = kept_shares(whitened.squares @ whitened.dims, found[0].l2_clip_norm)
+    moments = _moments(whitened.squares, kept)
+    estimate = _estimate(measured.directions, whitened, moments, num_records(public_units))
+    rounds, most_rounds = _num_rounds(1 if one_draw else rounds)
+    first, expected_cost = first_round(estimate, preconditioners, noise_multiplier, num_units, rounds)
+    evidence = _evidence(whitened, moments, kept, found[0], np.asarray(first.tuned))
+    plan = Plan(measured.subspace, damping, rounds, most_rounds, estimate, preconditioners, expected_cost, evidence)
+    _check_finite(plan)
+    return plan
 
 
-def _metric(curvature: np.ndarray, damping: float, power: float) -> np.ndarray:
-    """Eigenvalues (r + 1,) of M, a power of the damped curvature, scaled to a largest one of 1."""
-    damped = (curvature + damping) / (curvature.max() + damping)
-    return np.sqrt(damped) if power == 0.5 else damped**power
+def _damping(curvature: np.ndarray, given: float | None, one_draw: bool) -> float:
+    """Lambda, in units of curvature: as given, or a share of the largest curvature."""
+    if given is not None:
+        return given
+    largest = float(curvature.max())
+    # A whole draw with less damping may end far from where the quadratic holds.
+    return largest if one_draw else RULE.damping * largest
+
+
+def _uncorrected(found: list[Candidate]) -> list[Candidate]:
+    """The same, but no clipping bias is taken off what they release, so that it is the draw (3) as it stands."""
+    return [candidate._replace(bias=np.zeros_like(candidate.bias)) for candidate in found]
+
+
+def _stacked(found: list[Candidate], scale: float, dtype: np.dtype) -> Preconditioner:
+    """The candidates along a leading axis, on the device; of each, all of C is used until the releases say otherwise.
+
+    Args:
+      found: on the host.
+      scale: A / M, where M has a largest eigenvalue of 1; 0 where the releases decide how far a draw is followed.
+      dtype: of the device's numbers.
+    """
+    numbers = jax.tree.map(lambda *x: np.stack(x), *found)._asdict()
+    numbers["share"] = np.ones(len(found))
+    numbers["scale"] = np.full(len(found), scale)
+    return Preconditioner(**_on_device(numbers, dtype))
 
 
 def _moments(squares: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """v (r + 1,), of clipped gradients; positive, since signals are measured against it."""
+    """v (r + 1,), of gradients as they are clipped, for the releases show no others."""
     moments = np.mean(squares * kept[:, None] ** 2, axis=0)
-    return np.maximum(moments, 1e-9 * moments.max())
+    return np.maximum(moments, _LEAST_MOMENT * moments.max())
 
 
-def _whitened_curvature(curvature: np.ndarray, dims: np.ndarray, trace: float) -> np.ndarray:
-    """K (r + 1,).
-
-    The rest has what the leading directions leave of the trace that the tolerated noise shows, but not less than its
-    second moments say, and not more than a leading direction.
+def _estimate(
+    directions: Directions | jax.Array, whitened: Whitened, moments: np.ndarray, num_public: int
+) -> CurvatureEstimate:
+    """What the rounds need of the public quadratic, and their prior, on the device.
 
     Args:
-      curvature: (r + 1,) as second moments give it, whitened.
-      dims: (r + 1,) how many coordinates each entry stands for.
-      trace: of K.
+      directions: (r, k), on the device already.
+      whitened: on the host.
+      moments: (r + 1,) v.
+      num_public: public units, whose sampling error is the least shift.
     """
-    leading, rest = curvature[:-1], curvature[-1]
-    remainder = (trace - np.sum(leading)) / max(1, dims[-1])
-    curvature = np.append(leading, min(max(rest, remainder), leading.min()))
-    return np.maximum(curvature, 1e-6 * curvature.max())  # positive: J divides by it
+    shifts, log_prior = shift_prior(num_public)
+    numbers = {
+        "curvature": whitened.curvature,
+        "moments": moments,
+        "dims": whitened.dims,
+        "shifts": shifts,
+        "log_prior": log_prior,
+    }
+    return CurvatureEstimate(directions=directions, **_on_device(numbers, directions.dtype))
 
 
-def _first_round(
-    estimate: CurvatureEstimate,
-    preconditioners: Preconditioner,
-    noise_multiplier: float,
-    num_units: int,
-    rounds: int,
-) -> tuple[Preconditioner, float]:
-    """The preconditioner before any release, and what the noise of a round is expected to cost in it."""
-    preconditioner, multiples = _first_step(estimate, preconditioners, noise_multiplier, num_units, rounds)
-    noise_std = float(preconditioner.l2_clip_norm) * noise_multiplier * rounds**0.5
-    cost, _ = noise_cost(estimate.curvature, multiples, estimate.dims, noise_std=noise_std, num_units=num_units)
-    return preconditioner, cost
+def _num_rounds(given: int | None) -> tuple[int, int]:
+    """T, and what it becomes under a heavy shift; a number that is given holds for both."""
+    if given is not None:
+        return given, given
+    return RULE.rounds, RULE.heavy_rounds
 
 
-@jax.jit
-def _first_step(
-    estimate: CurvatureEstimate,
-    preconditioners: Preconditioner,
-    noise_multiplier: jax.Array | float,
-    num_units: int,
-    rounds: jax.Array | int,
-) -> tuple[Preconditioner, jax.Array]:
-    """The preconditioner before any release, and the multiples (r + 1,) of a round in it."""
-    posterior = before_release(estimate)
-    preconditioner, length = choose(posterior, estimate, preconditioners, noise_multiplier, num_units, rounds)
-    multiples, _ = step_size.advance(posterior, estimate, length / rounds, num_units, preconditioner.tuned)
-    return preconditioner, multiples_of(preconditioner, multiples)
+def _evidence(
+    whitened: Whitened, moments: np.ndarray, kept: np.ndarray, whole: Candidate, tuned_at_first: np.ndarray
+) -> dict[str, Any]:
+    """The public numbers that decided.
 
-
-def _check_noise(noise_std: float) -> None:
-    if not _SMALLEST_NOISE <= noise_std <= _LARGEST_NOISE:
-        raise ValueError(
-            f"Expected noise of {_SMALLEST_NOISE} to {_LARGEST_NOISE} in the mean gradient, found {noise_std}: "
-            "multiply the loss by a number that brings its gradients near 1."
-        )
+    Args:
+      whitened: public measurements.
+      moments: (r + 1,) v.
+      kept: (n,) share of each public gradient that clipping keeps.
+      whole: the candidate that tunes all parameters.
+      tuned_at_first: (r + 1,) one, or zero where the first round holds the parameters fixed.
+    """
+    dims = whitened.dims
+    return {
+        "largest_curvature": float(whitened.curvature.max()),
+        "leading_share_of_energy": float(np.sum(moments[:-1]) / np.sum(dims * moments)),
+        "tolerated_noise": whitened.tolerance,
+        # A float32, as the rounds have it.
+        "longest_length": float(np.float32(whole.longest)),
+        "tuned_at_first": int(np.sum(dims * tuned_at_first)),
+        "public_fraction_clipped": float(np.mean(kept < 1)),
+        "clipping_bias_in_clip_norms": float(np.linalg.norm(whole.bias)) / whole.l2_clip_norm,
+    }
 
 
 def _check_finite(plan: Plan) -> None:
@@ -250,7 +234,8 @@ def _check_finite(plan: Plan) -> None:
     numbers = plan.evidence | {"damping": plan.damping, "expected_cost": plan.expected_cost}
     arrays = plan.estimate._asdict() | plan.preconditioners._asdict()
     numbers |= {name: x for name, x in arrays.items() if name not in ("directions", "eigenvalues")}
-    wrong = sorted(name for name, x in numbers.items() if not np.all(np.isfinite(np.asarray(x, np.float64))))
+    is_finite = {name: np.all(np.isfinite(np.asarray(x, np.float64))) for name, x in numbers.items()}
+    wrong = sorted(name for name in numbers if not is_finite[name])
     if wrong:
         raise ValueError(f"Expected a finite plan from the public records, found no finite {', '.join(wrong)}.")
 

@@ -32,11 +32,12 @@ def terms(plan: Plan, roundings: list[float]) -> dict[str, Any]:
 
 def _certified(plan: Plan, roundings: list[float]) -> list[dict[str, Any]]:
     """How many dimensions each tunes, C, and the share of C that holds what rounding adds to a unit's part."""
-    tuned = np.asarray(plan.preconditioners.tuned, np.float64) @ np.asarray(plan.estimate.dims, np.float64)
-    norms = np.asarray(plan.preconditioners.l2_clip_norm)
+    tuned = np.asarray(plan.preconditioners.tuned, np.float64)
+    dims = np.asarray(plan.estimate.dims, np.float64)
+    clip_norms = np.asarray(plan.preconditioners.l2_clip_norm)
     return [
-        {"tuned_dim": round(t), "l2_clip_norm": float(c), "rounding": float(r)}
-        for t, c, r in zip(tuned, norms, roundings, strict=True)
+        {"tuned_dim": round(tuned_dim), "l2_clip_norm": float(clip_norm), "rounding": float(rounding)}
+        for tuned_dim, clip_norm, rounding in zip(tuned @ dims, clip_norms, roundings, strict=True)
     ]
 
 

@@ -40,12 +40,12 @@ class CurvatureEstimate(NamedTuple):
 
 
 class Posterior(NamedTuple):
-    """What the releases so far say of the private gradient at the anchor and of the curvature along it.
+    """What the releases so far say of the private gradient at theta_0 and of the curvature along it.
 
     Attributes:
       gradients: (k,) released mean gradients, summed with the weights `left` over variance; 0 where never tuned.
-      weights: (r + 1,) one over the variance of the anchor's gradient that they give; 0 where never tuned.
-      left: (r + 1,) share of the anchor's gradient that is left after the flow so far.
+      weights: (r + 1,) one over the variance of the initial gradient that they give; 0 where never tuned.
+      left: (r + 1,) share of the initial gradient that is left after the flow so far.
       last: (k,) the latest released mean gradient.
       last_var: variance of its noise in each coordinate.
       followed: (r + 1,) multiples of it that were followed.
@@ -102,19 +102,25 @@ def energies(estimate: CurvatureEstimate, x: jax.Array) -> jax.Array:
     """x_j^2 of the leading coordinates, and the mean square of the others, (k,) -> (r + 1,)."""
     squares = products(estimate.directions, x, x)
     # The others' sum is a difference, which rounding may take below 0.
-    return squares.at[-1].set(jnp.maximum(squares[-1], 0) / jnp.maximum(1, estimate.dims[-1]))
+    of_others = jnp.maximum(squares[-1], 0) / jnp.maximum(1, estimate.dims[-1])
+    return squares.at[-1].set(of_others)
 
 
 def products(directions: Directions | jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
     """x_j y_j of the leading coordinates, and their sum over all others, (k,) and (k,) -> (r + 1,)."""
-    a, b = (along(directions, v) for v in (x, y))
-    return jnp.append(a * b, jnp.vdot(x, y, precision=_HIGHEST) - jnp.vdot(a, b, precision=_HIGHEST))
+    a = along(directions, x)
+    b = along(directions, y)
+    total = jnp.vdot(x, y, precision=_HIGHEST)
+    in_leading = jnp.vdot(a, b, precision=_HIGHEST)
+    return jnp.append(a * b, total - in_leading)
 
 
 def scale(directions: Directions | jax.Array, factors: jax.Array, x: jax.Array) -> jax.Array:
     """x (k,) with its leading coordinates and all others multiplied by `factors` (r + 1,)."""
     rest = factors[-1]
-    return combine(directions, along(directions, x) * (factors[:-1] - rest)) + rest * x
+    # In O(k r): the others' share of x is never formed.
+    change = along(directions, x) * (factors[:-1] - rest)
+    return combine(directions, change) + rest * x
 
 
 def in_two(x: jax.Array) -> jax.Array:

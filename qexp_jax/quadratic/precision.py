@@ -36,6 +36,7 @@ from qexp_jax.quadratic.low_rank_root import LEADING, LOW_RANK
 from qexp_jax.quadratic.roots import Root
 
 
+# The root is static, so that each form has a program of its own without a branch; the numbers are traced.
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["arrays", "log_det"],
@@ -61,7 +62,7 @@ class Precision:
 
 
 def whiten(precision: Precision, gradient: jax.Array) -> jax.Array:
-    """R^{-1} g, (k,) -> (k,)."""
+    """R^{-1} g, (k,) -> (k,): where H is M, v of (1), up to a rotation."""
     return precision.root.whiten(precision.arrays, gradient)
 
 
@@ -97,8 +98,15 @@ def shaped_noise(precision: Precision, x: jax.Array) -> jax.Array:
 
 
 def whiten_sum(precision: Precision, total: Words, step: jax.Array | float) -> jax.Array:
-    """A sum in coordinates, in steps of a grid, as a whitened vector (k,)."""
-    return precision.root.whiten_sum(precision.arrays, integers.to_float(total, precision.log_det.dtype) * step)
+    """A sum in coordinates, in steps of a grid, as a whitened vector (k,): S of (1).
+
+    Args:
+      precision: public.
+      total: (c,) whole numbers.
+      step: of the grid, in units of coordinates.
+    """
+    in_coordinates = integers.to_float(total, precision.log_det.dtype) * step
+    return precision.root.whiten_sum(precision.arrays, in_coordinates)
 
 
 def color(precision: Precision, x: jax.Array) -> jax.Array:
@@ -112,7 +120,7 @@ def uncolor(precision: Precision, w: jax.Array) -> jax.Array:
 
 
 def draw(key: jax.Array, precision: Precision) -> jax.Array:
-    """One exact draw of N(0, H^{-1}), (k,)."""
+    """One exact draw of N(0, H^{-1}), (k,): the noise of (3) over C z / N, where H is both A and M."""
     return color(precision, jax.random.normal(key, (precision.dim,), precision.log_det.dtype))
 
 
@@ -137,6 +145,7 @@ def dense(matrix: jax.Array) -> Precision:
     """
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"Expected a square matrix, found {matrix.shape=}.")
+    # By default an accelerator's products have few bits, and a Cholesky factor of an ill-conditioned H may fail.
     with jax.default_matmul_precision("highest"):
         lower = jnp.linalg.cholesky(matrix)
     log_det = 2 * jnp.sum(jnp.log(jnp.diagonal(lower)))

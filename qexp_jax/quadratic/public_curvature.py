@@ -1,4 +1,4 @@
-"""What public records say of the loss around the anchor: leading directions, curvature, how large gradients are.
+"""What public records say of the loss around theta_0: leading directions, curvature, how large gradients are.
 
 Everything here is public, and it is deterministic given its keys. The curvature is diagonal in directions where
 public gradients are large (`directions`), with their second moments on *other* public records, and equal in all other
@@ -28,8 +28,10 @@ from qexp_jax.quadratic.precision import Precision
 from qexp_jax.quadratic.public_samples import samples
 from qexp_jax.quadratic.tuned_space import held_where_still, orthonormal_space
 
-_TRIED, _NOISE_DRAWS = 512, 3  # records and moves that a trial of noise takes
-_SCALED_DIRECTIONS, SCALING_RECORDS = 8, 256  # that the scale of the curvature is measured with
+_TRIED = 512  # records that a trial of noise takes
+_NOISE_DRAWS = 3  # and moves
+_SCALED_DIRECTIONS = 8  # that the scale of the curvature is measured with
+SCALING_RECORDS = 256  # and records
 
 
 class Measurement(NamedTuple):
@@ -74,7 +76,7 @@ def measure(
     Args:
       keys: three, public randomness: which records, which units, which sketch.
       loss_fn: loss of one record, for the curvature.
-      params: the anchor.
+      params: initial parameters theta_0.
       public: public records.
       clip_loss_fn: loss of one unit, whose gradients are clipped.
       public_units: public units; the same as `public` where a unit is a record.
@@ -98,8 +100,10 @@ def measure(
         _check_losses(loss_fn, params, space, records)
     rank = min(precision_rank, space.dim, num_records(curved))
     directions, moved = leading_directions(loss_fn, params, curved, rank, space)
+    # Second moments of the records that chose the directions would be too large: they are those of others.
     leading, totals, moved_too = _gradients(loss_fn, params, space, directions, held_out)
     space = held_where_still(space, jax.tree.map(jnp.logical_or, moved, moved_too))
+    # Where few parameters move there are fewer directions; the last ones are the least.
     rank = min(rank, max(1, subspaces.num_moved(space)))
     directions = directions_of.first(directions, rank)
     leading = leading[:, :rank]
@@ -116,6 +120,7 @@ def measure(
 
 
 def _check_losses(loss_fn: LossFn, params: Params, space: Subspace, records: Record) -> None:
+    """Raises if a public loss at theta_0 is not finite; `space` says how many records are held together."""
     finite = np.isfinite(np.asarray(_losses(loss_fn, params, space, records)))
     if not np.all(finite):
         raise ValueError(
@@ -132,7 +137,7 @@ def leading_directions(
 
     Args:
       loss_fn: loss of one record.
-      params: the anchor.
+      params: initial parameters theta_0.
       records: n public records.
       rank: r <= min(n, k).
       space: k directions.
@@ -140,6 +145,7 @@ def leading_directions(
     batches, _ = microbatches(records, at_a_time(loss_fn, params, space, records))
     rows = jax.lax.map(lambda batch: gradient_rows(loss_fn, params, space, batch), batches)
     rows = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1])[: num_records(records)], rows)
+    # Coordinates of a projection belong to no parameter that could be held.
     moved = moved_coordinates(space, rows) if subspaces.is_whole(space) else []
     return directions_of.leading(rows, rank), moved
 
@@ -152,14 +158,16 @@ def curvature_along(
 
     Args:
       loss_fn: loss of one record.
-      params: the anchor.
+      params: initial parameters theta_0.
       space: k directions.
       directions: (r, k).
       index: of v.
       records: public.
     """
     size = at_a_time(loss_fn, params, space, records)
-    v = directions_of.combine(directions, jax.nn.one_hot(index, len(directions), dtype=directions.dtype))
+    # The index is traced, so that one program serves all directions.
+    coefficients = jax.nn.one_hot(index, len(directions), dtype=directions.dtype)
+    v = directions_of.combine(directions, coefficients)
     product = hessian_product(loss_fn, params, space, v, records, microbatch_size=size)
     return jnp.vdot(v, product, precision=jax.lax.Precision.HIGHEST)
 
@@ -174,7 +182,8 @@ def _surveyed_gradients(
     def along(batch):
         rows = gradient_rows(loss_fn, params, space, batch)
         moved = moved_coordinates(space, rows) if subspaces.is_whole(space) else []
-        return directions_of.along_each(directions, rows).T, factored_gradients.norms(rows), moved
+        leading = directions_of.along_each(directions, rows).T
+        return leading, factored_gradients.norms(rows), moved
 
     return jax.lax.map(along, batches)
 
@@ -216,12 +225,14 @@ def _curvature(
     along = [curvature_along(loss_fn, params, space, directions, j, few) for j in steepest]
     curved = np.asarray(jax.device_get(along), np.float64)
     if not (np.all(np.isfinite(curved)) and np.all(np.isfinite(moments))):
-        raise ValueError(f"The public curvature is not finite at the anchor, {moments.shape=}.")
+        raise ValueError(f"The public curvature is not finite at the pretrained parameters, {moments.shape=}.")
+    energy = max(np.sum(moments[steepest]), np.finfo(np.float64).tiny)
     with np.errstate(over="ignore"):  # refused below
-        scale = np.sum(np.abs(curved)) / max(np.sum(moments[steepest]), np.finfo(np.float64).tiny)
+        # A step is as ill-advised along a strong negative curvature, as in `curvature.psd_part`.
+        scale = np.sum(np.abs(curved)) / energy
     if not (0 < scale < np.inf and moments.max() > 0):
         raise ValueError(
-            f"Public gradients or curvature vanish at the anchor, {moments.shape=}: there is no quadratic."
+            f"Public gradients or curvature vanish at the pretrained parameters, {moments.shape=}: no quadratic."
         )
     return scale * moments
 
@@ -229,12 +240,12 @@ def _curvature(
 def tolerated_noise(
     key: jax.Array, loss_fn: LossFn, params: Params, space: Subspace, shape: Precision, records: Record, share: float
 ) -> tuple[float, float]:
-    """The largest s for which the anchor moved by s M^{-1/2} xi costs a `share` of the loss's scale, and that cost.
+    """The largest s for which theta_0 moved by s M^{-1/2} xi costs a `share` of the loss's scale, and that cost.
 
     Args:
       key: public randomness: xi.
       loss_fn: loss of one record.
-      params: the anchor.
+      params: initial parameters theta_0.
       space: P.
       shape: M.
       records: public.
@@ -244,6 +255,7 @@ def tolerated_noise(
     limit = share * float(np.sqrt(np.mean(losses**2)))
     moves = _noise_moves(key, shape, space)
 
+    # The same moves at every scale, so that the cost is a smooth function of it.
     def cost(scale):
         moved = _moved_losses(loss_fn, params, space, moves, scale, records)
         return float(np.mean(np.asarray(moved))) - float(np.mean(losses))
@@ -255,11 +267,17 @@ def tolerated_noise(
 def _noise_moves(key: jax.Array, shape: Precision, space: Subspace) -> jax.Array:
     """M^{-1/2} xi, three times, one after the other: (3, k)."""
     keys = jax.random.split(key, _NOISE_DRAWS)
-    return jax.lax.map(lambda k: precisions.color(shape, jax.random.normal(k, (space.dim,), space.layout.dtype)), keys)
+
+    def move(key):
+        noise = jax.random.normal(key, (space.dim,), space.layout.dtype)
+        return precisions.color(shape, noise)
+
+    return jax.lax.map(move, keys)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _losses(loss_fn: LossFn, params: Params, space: Subspace, records: Record) -> jax.Array:
+    """(n,) at theta_0."""
     size = at_a_time(loss_fn, params, space, records)
     return jax.lax.map(lambda record: loss_fn(params, record), records, batch_size=size)
 
@@ -272,6 +290,7 @@ def _moved_losses(
     size = at_a_time(loss_fn, params, space, records)
 
     def moved_loss(move):
-        return mean_loss(loss_fn, subspaces.displace(space, params, scale * move), records, microbatch_size=size)
+        moved = subspaces.displace(space, params, scale * move)
+        return mean_loss(loss_fn, moved, records, microbatch_size=size)
 
     return jax.lax.map(moved_loss, moves)

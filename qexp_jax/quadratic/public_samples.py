@@ -10,7 +10,8 @@ import numpy as np
 from qexp_jax.data.records import Record, num_records, take
 from qexp_jax.numerics.keys import generator
 
-_CURVED, _HELD_OUT = 1024, 2048
+_CURVED = 1024
+_HELD_OUT = 2048
 
 
 def num_curved(num_public: int) -> int:
@@ -40,17 +41,19 @@ def samples(key: jax.Array, records: Record, weights: np.ndarray | None = None) 
     order = generator(key).permutation(n)
     # From halves of the records, so that the samples are disjoint though one of large weight is drawn several times.
     first, second = np.split(order, [max(curved, n // 2)])
-    return (
-        take(records, _drawn(first, weights[first], curved)),
-        take(records, _drawn(second, weights[second], min(_HELD_OUT, n - curved))),
-    )
+    for_directions = _drawn(first, weights[first], curved)
+    held_out = _drawn(second, weights[second], min(_HELD_OUT, n - curved))
+    return take(records, for_directions), take(records, held_out)
 
 
 def _drawn(index: np.ndarray, weights: np.ndarray, size: int) -> np.ndarray:
     """As many of the index, each about as often as its weight says (systematic resampling)."""
     ends = np.cumsum(weights, dtype=np.float64)
-    return index[np.searchsorted(ends, (np.arange(size) + 0.5) / size * ends[-1])]
+    # From the middle of each share, since the index was permuted already: no more randomness is needed.
+    points = (np.arange(size) + 0.5) / size * ends[-1]
+    return index[np.searchsorted(ends, points)]
 
 
 def _order(key: jax.Array, n: int) -> np.ndarray:
+    """Both samples, one after the other, of equal weights."""
     return generator(key).permutation(n)[: num_curved(n) + _HELD_OUT]

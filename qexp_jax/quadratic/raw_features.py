@@ -19,7 +19,14 @@ Raw = Callable[[Any, Params, Record], jax.Array]
 
 @functools.partial(jax.jit, static_argnums=0)
 def raw_each(raw: Raw, arrays: Any, params: Params, records: Record) -> jax.Array:
-    """Those of n records, (n, q)."""
+    """Those of n records, (n, q).
+
+    Args:
+      raw: the function; it is static, so that a new one compiles anew.
+      arrays: its numbers.
+      params: where activations are taken; none where it is of the record alone.
+      records: pytree with a leading axis.
+    """
     return jax.lax.map(lambda record: raw(arrays, params, record), records, batch_size=at_a_time(records))
 
 
@@ -30,8 +37,11 @@ def at_a_time(records: Record) -> int:
 
 def takes_params(features: Callable[..., Any]) -> bool:
     """Whether a function of the caller's own is of `(params, record)`, not of a record alone."""
-    needed = [x for x in inspect.signature(features).parameters.values() if x.default is x.empty]
-    return sum(x.kind in (x.POSITIONAL_ONLY, x.POSITIONAL_OR_KEYWORD) for x in needed) > 1
+    arguments = inspect.signature(features).parameters.values()
+    # A second one with a default is a setting of the features, not the parameters.
+    needed = [x for x in arguments if x.default is x.empty]
+    positional = [x for x in needed if x.kind in (x.POSITIONAL_ONLY, x.POSITIONAL_OR_KEYWORD)]
+    return len(positional) > 1
 
 
 @functools.lru_cache(maxsize=64)
@@ -41,7 +51,8 @@ def of_function(features: Callable[..., Any]) -> Raw:
 
     def raw(arrays, params, record):
         found = features(params, record) if is_of_params else features(record)
+        parts = [jnp.ravel(x).astype(jnp.float32) for x in jax.tree.leaves(found)]
         # Zeros first, so that a function that returns nothing has a row too.
-        return jnp.concatenate([jnp.zeros(0), *(jnp.ravel(x).astype(jnp.float32) for x in jax.tree.leaves(found))])
+        return jnp.concatenate([jnp.zeros(0), *parts])
 
     return raw

@@ -39,8 +39,11 @@ class Root(NamedTuple):
 
 def with_norms(vectors: jax.Array, scale: jax.Array | float) -> tuple[Rows, jax.Array]:
     """Coordinates (m, c) that are whitened already, and bounds (m,) on `scale` times their norms."""
-    error = 2 * of_sum(vectors.shape[1], BLOCK)
-    return [vectors], jnp.sqrt((1 + error) * sum_of_squares(vectors * opaque(scale)) + lost(vectors.shape[1]))
+    length = vectors.shape[1]
+    error = 2 * of_sum(length, BLOCK)
+    # Scaled first: the square of a small or large gradient would leave float32.
+    scaled = sum_of_squares(vectors * opaque(scale))
+    return [vectors], jnp.sqrt((1 + error) * scaled + lost(length))
 
 
 def opaque(scale: jax.Array | float) -> jax.Array:

@@ -9,7 +9,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """The constants of `weighting`, `plan`, `preconditioner`, `empirical_bayes`, `secants` and `step_size`.
+    """The constants of `weighting`, `plan`, `whitened`, `preconditioner`, `empirical_bayes`, `secants`, `step_size`.
 
     Attributes:
       tilt_share: of mu^2 that the draw of a tilt takes.

@@ -26,6 +26,7 @@ from qexp_jax.quadratic.posterior import CurvatureEstimate, Posterior, in_two, o
 from qexp_jax.quadratic.rule import RULE
 
 _STEEPEST = 1000.0  # the largest ratio that is believed
+_DEVIATIONS = 2  # standard deviations of noise that a measurement is doubted by
 
 
 def curvature_ratio(posterior: Posterior, estimate: CurvatureEstimate, num_units: int) -> jax.Array:
@@ -34,15 +35,22 @@ def curvature_ratio(posterior: Posterior, estimate: CurvatureEstimate, num_units
     The prior is normal with mean and standard deviation 2; or, in the leading ones, 1 + sum_j E[g_j^2] / v_j if that is
     larger: second moments V + g g^T, as records have whose mean is g, are at most that many times V.
     """
-    large = 1 + jnp.sum(pooled_signal(posterior, estimate, num_units)[:-1] / estimate.moments[:-1])
-    prior = jnp.stack([jnp.maximum(RULE.curvature_ratio, large), jnp.full_like(large, RULE.curvature_ratio)])
+    signals = pooled_signal(posterior, estimate, num_units)
+    large = 1 + jnp.sum(signals[:-1] / estimate.moments[:-1])
+    of_leading = jnp.maximum(RULE.curvature_ratio, large)
+    of_others = jnp.full_like(large, RULE.curvature_ratio)
+    prior = jnp.stack([of_leading, of_others])
+    # The prior's standard deviation is its mean: it has a weight of 1 / prior^2, and 1 / prior is that times the mean.
     mean = (posterior.slopes[0] + 1 / prior) / (posterior.slopes[1] + 1 / prior**2)
     pair = jnp.clip(jnp.maximum(mean, posterior.largest_ratio), 1.0, _STEEPEST)
     return of_two(pair, len(estimate.curvature))
 
 
 def secant(posterior: Posterior, estimate: CurvatureEstimate, seen: jax.Array) -> jax.Array:
-    """A and B, of the leading coordinates and of all others (2, 2), for a `seen` gradient (k,)."""
+    """A and B, of the leading coordinates and of all others (2, 2), for a `seen` gradient (k,).
+
+    Where nothing was followed yet both are zero.
+    """
     followed = posterior.followed
     noise = posterior.last_var * estimate.dims
     energy = products(estimate.directions, posterior.last, posterior.last)
@@ -75,16 +83,20 @@ def measured_in_round(
     dims = estimate.dims
     last_var = posterior.last_var
     pair = secant(posterior, estimate, seen)
+    measured = pair[0]
+    public = pair[1]
     spread = last_var * jnp.sqrt(2 * in_two(dims * (signal_curvature(estimate) * squares) ** 2))
-    sure = jnp.maximum(pair[1] - 2 * spread, 0)
+    doubt = _DEVIATIONS * spread
+    sure = jnp.maximum(public - doubt, 0)
     energy = products(estimate.directions, posterior.last, posterior.last)
     product = products(estimate.directions, posterior.last, seen)
     variance = in_two((last_var + noise_var) * squares * energy + last_var * noise_var * squares * dims)
     is_seen = in_two(tuned * jnp.ones_like(dims)) > 0
     # Infinite where nothing was followed, so that no quotient is not a number.
-    slopes = jnp.where(is_seen, pair * sure / jnp.where(variance > 0, variance, jnp.inf), 0)
-    error = 2 * jnp.sqrt(variance)
+    divisor = jnp.where(variance > 0, variance, jnp.inf)
+    slopes = jnp.where(is_seen, pair * sure / divisor, 0)
+    error = _DEVIATIONS * jnp.sqrt(variance)
     back = -in_two(posterior.followed * product)
-    passed = is_seen & (back > error) & (pair[1] > 0)
-    least = (pair[0] - error) / jnp.where(passed, pair[1] + 2 * spread, 1)
+    passed = is_seen & (back > error) & (public > 0)
+    least = (measured - error) / jnp.where(passed, public + doubt, 1)
     return slopes, jnp.where(passed, least, 0)

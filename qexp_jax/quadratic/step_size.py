@@ -1,11 +1,11 @@
 """How far to follow the released gradients: the length of a gradient flow.
 
 All of it is post-processing of releases with public numbers (T5), free of budget. A round's release is taken in
-(`observe`), a length is chosen (`best_length`, or far from the anchor `best_step`), and a flow of it is taken
+(`observe`), a length is chosen (`best_length`, or far from theta_0 `best_step`), and a flow of it is taken
 (`advance`).
 
 In whitened coordinates, with public curvature K_j and a private mean gradient g_j that is seen with variance p_j (noise
-and sampling together), gradient flow of length L from the anchor moves by -(1 - exp(-L K_j)) / K_j times what is seen.
+and sampling together), gradient flow of length L from theta_0 moves by -(1 - exp(-L K_j)) / K_j times what is seen.
 Its expected excess over the minimiser of the quadratic is *exactly*
 
     J(L) = sum_j ( E[g_j^2] exp(-2 L K_j) + p_j (1 - exp(-L K_j))^2 ) / (2 K_j).
@@ -23,10 +23,10 @@ round follows its draw for
     (1 - exp(-l c K_j)) / (c K_j)
 
 with l the length of the round: gradient flow on a quadratic c times as steep as the public one, which never passes its
-minimum, however long. The steepest part of a signal is also the first to be consumed; the anchor's gradient is
+minimum, however long. The steepest part of a signal is also the first to be consumed; the initial gradient is
 therefore remembered with weights exp(-L c K_j), those of least variance if c K_j is its decay.
 
-*Far from the anchor* no quadratic tells how much there is to gain, and J is of no use. Under a heavy shift a round asks
+*Far from theta_0* no quadratic tells how much there is to gain, and J is of no use. Under a heavy shift a round asks
 instead how much signal the latest releases show (`empirical_bayes.debiased_energy`) and takes the step that lowers the
 loss most by itself (`best_step`): its gain to first order, less what curvature and noise cost, as a Wiener filter's. It
 shortens as the signal is consumed.
@@ -94,6 +94,7 @@ def observe(
       noise_var: variance of its noise in each coordinate.
       tuned: (r + 1,) one, or zero where the round holds the parameters fixed.
     """
+    # What the round held was not seen, and has no weight.
     left = tuned * posterior.left
     slopes, largest_ratio = secants.measured_in_round(posterior, estimate, seen, noise_var, tuned)
     times = posterior.times + tuned
@@ -121,7 +122,7 @@ def advance(
 ) -> tuple[jax.Array, Posterior]:
     """The multiples (r + 1,) of the latest mean gradient that a flow of `length` subtracts, and the posterior after it.
 
-    Where nothing is tuned, nothing is subtracted.
+    These are F of (5). Where nothing is tuned, nothing is subtracted.
 
     A single flow is no longer than four over the largest curvature, on which nothing of a gradient is left.
 
@@ -162,6 +163,7 @@ def excess(
     length = tuned * length
     left = jnp.exp(-length * curvature)
     sampling = RULE.sampling * estimate.moments / num_units
+    # Sampling errors lie where signals do, noise in all directions alike: each meets a curvature of its own.
     cost = (signals * left**2 + sampling * (1 - left) ** 2) / (2 * curvature)
     cost += noise_var * jnp.expm1(-length * noise_curvature) ** 2 / (2 * noise_curvature)
     return jnp.sum(estimate.dims * cost)
@@ -192,7 +194,7 @@ def best_length(
 
 
 def lengths_up_to(longest: jax.Array | float) -> jax.Array:
-    """The logarithmic grid of lengths, from `longest` / 64."""
+    """The logarithmic grid of lengths (49,), from `longest` / 64."""
     return longest * jnp.geomspace(_SHORTEST, 1.0, _NUM_LENGTHS)
 
 
@@ -221,6 +223,7 @@ def best_step(
     rates = _rates(posterior, estimate, num_units)
     lengths = lengths_up_to(longest)
     multiples = _multiples(lengths[:, None], rates, tuned)
+    # Of one coordinate, over its multiple: the gain less what curvature takes back, and what noise costs.
     change = signals * (rates * multiples / 2 - 1) + estimate.curvature * noise_var * multiples / 2
     changes = jnp.matmul(multiples * change, estimate.dims, precision=_HIGHEST)
     best = jnp.argmin(changes)

@@ -1,10 +1,10 @@
-"""Training the anchor on weighted public records: post-processing of a tilt (T9).
+"""Training the pretrained model on weighted public records: post-processing of a tilt (T9).
 
-The model is trained on the weighted loss less its unweighted slope at the anchor,
+The model is trained on the weighted loss less its unweighted slope at theta_0,
 
     L_w(theta) - <theta - theta_0, grad L_1(theta_0)>,
 
-so that the anchor is where training would stay if all weights were equal, however long or short it was pretrained: what
+so that theta_0 is where training would stay if all weights were equal, however long or short it was pretrained: what
 moves it is the shift alone. Training that does not lower this loss is undone.
 """
 
@@ -28,10 +28,14 @@ from qexp_jax.numerics.keys import generator
 from qexp_jax.quadratic.averages import mean_gradient
 
 CHUNK = 4096  # public records on a device at a time, and those that say whether training worked
-_STEPS, _BATCH, _LEARNING_RATE = 1000, 128, 1e-3
-_MOST_PASSES, _LEAST_STEPS = 9, 40
+_MOST_STEPS = 1000
+_LEAST_STEPS = 40
+_MOST_PASSES = 9  # over the public records
+_BATCH = 128
+_LEARNING_RATE = 1e-3
 _CHUNKS = 10  # of equal length, so that one program trains, and somebody sees how far it is
-_FLOPS_ON_CPU, _FLOPS_ON_ACCELERATOR = 5e11, 5e14
+_FLOPS_ON_CPU = 5e11  # half a minute of a slow core
+_FLOPS_ON_ACCELERATOR = 5e14
 
 
 def num_steps(loss_fn: LossFn, params: Params, record: Record, num_public: int) -> int:
@@ -45,17 +49,18 @@ def num_steps(loss_fn: LossFn, params: Params, record: Record, num_public: int) 
       record: one record or its shapes.
       num_public: public records.
     """
+    # A gradient takes about three times the products of its loss.
     flops = 3 * count_flops(loss_fn, params, record, products_only=True)
     budget = _FLOPS_ON_CPU if jax.default_backend() == "cpu" else _FLOPS_ON_ACCELERATOR
     affordable = budget // max(1, flops * _BATCH)
     if affordable < _LEAST_STEPS:
         return 0
-    wanted = min(_STEPS, affordable, _MOST_PASSES * num_public // _BATCH)
+    wanted = min(_MOST_STEPS, affordable, _MOST_PASSES * num_public // _BATCH)
     return max(_CHUNKS, int(wanted) // _CHUNKS * _CHUNKS)
 
 
 def num_gradients(steps: int, num_public: int) -> int:
-    """Public gradients that training evaluates: the slope at the anchor, and a batch a step."""
+    """Public gradients that training evaluates: the slope at theta_0, and a batch a step."""
     if steps == 0:
         return 0
     return num_public + _CHUNKS * math.prod(batch_shape(steps, num_public))
@@ -71,12 +76,12 @@ def train(
     steps: int,
     progress: Callable[[str], None] | None = None,
 ) -> Params:
-    """The anchor trained on the weighted public records; `params` where that does not lower the weighted loss.
+    """The model trained on the weighted public records; `params` where that does not lower the weighted loss.
 
     Args:
       key: public randomness: the batches.
       loss_fn: loss of one record.
-      params: the anchor, in working precision.
+      params: pretrained, in working precision.
       space: what is tuned.
       public: public records, pytree with a leading axis.
       weights: (n,) mean one.
@@ -96,6 +101,7 @@ def train(
         batches = _batches(public, index)
         carry = train_steps(loss_fn, steps, carry, params, space, slope, batches, jnp.asarray(weights[index]))
     w, _ = carry
+    # By the same records before and after: what they happen to be cancels.
     judge = functools.partial(
         _objective, loss_fn, params, space, slope, records=take(public, judged), weights=jnp.asarray(weights[judged])
     )
@@ -115,11 +121,11 @@ def _batches(public: Record, index: np.ndarray) -> Record:
 def public_slope(
     loss_fn: LossFn, params: Params, space: Subspace, records: Record, count: jax.Array | int
 ) -> jax.Array:
-    """Of the unweighted loss at the anchor (k,), over the first `count` records.
+    """Of the unweighted loss at theta_0 (k,), over the first `count` records.
 
     Args:
       loss_fn: loss of one record.
-      params: the anchor.
+      params: initial parameters theta_0.
       space: k directions.
       records: public, padded to the length that one program is compiled for.
       count: how many are no padding.
@@ -132,7 +138,8 @@ def public_slope(
 def start(space: Subspace, steps: int) -> tuple[jax.Array, optax.OptState]:
     """No displacement w (k,), and the optimiser's state."""
     w = jnp.zeros(space.dim, space.layout.dtype)
-    return w, _optimizer(steps).init(w)
+    state = _optimizer(steps).init(w)
+    return w, state
 
 
 def batch_shape(steps: int, num_public: int) -> tuple[int, int]:
@@ -167,17 +174,21 @@ def train_steps(
       loss_fn: loss of one record.
       steps: of the whole schedule.
       carry: that of `start`, or of the batches before.
-      params: the anchor.
+      params: initial parameters theta_0.
       space: k directions.
-      slope: (k,) of the unweighted loss at the anchor.
+      slope: (k,) of the unweighted loss at theta_0.
       batches: public records, pytree with two leading axes (m, size).
       weights: (m, size) of them.
+
+    Returns:
+      The displacement w (k,) and the optimiser's state, as `start` gives them.
     """
     optimizer = _optimizer(steps)
 
     def step(carry, batch):
         w, state = carry
-        gradient = jax.grad(_tilted_loss)(w, loss_fn, params, space, slope, *batch)
+        records, of_records = batch
+        gradient = jax.grad(_tilted_loss)(w, loss_fn, params, space, slope, records, of_records)
         updates, state = optimizer.update(subspaces.without_held(space, gradient), state, w)
         return (optax.apply_updates(w, updates), state), None
 
@@ -194,6 +205,7 @@ def _objective(
     records: Record,
     weights: jax.Array,
 ) -> jax.Array:
+    """`_tilted_loss`, compiled."""
     return _tilted_loss(w, loss_fn, params, space, slope, records, weights)
 
 
@@ -206,7 +218,7 @@ def _tilted_loss(
     records: Record,
     weights: jax.Array,
 ) -> jax.Array:
-    """L_w - <w, slope> of some records, at the anchor moved by w (k,)."""
+    """L_w - <w, slope> of some records, at theta_0 moved by w (k,)."""
     moved = subspaces.displace(space, params, subspaces.without_held(space, w))
     losses = jax.vmap(as_products(loss_fn), in_axes=(None, 0))(moved, records)
     return jnp.mean(weights * losses) - jnp.vdot(w, slope)

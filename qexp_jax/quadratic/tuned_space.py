@@ -47,12 +47,12 @@ def orthonormal_space(
     subspace: Subspace | None,
     dim: int | None,
 ) -> Subspace:
-    """The space that is tuned in, with orthonormal columns.
+    """The space that is tuned in, with orthonormal columns, so that norms in it are those of the parameters.
 
     Args:
       key: public randomness: the sketch.
       loss_fn: loss of one record.
-      params: the anchor.
+      params: initial parameters theta_0.
       layout: of the tuned leaves.
       curved: the sample of public records that gives the directions.
       public: all of them, where the sample has fewer than `dim`.
@@ -76,6 +76,7 @@ def orthonormal_space(
             f"subspace_dim={dim} needs as many public records, found {num_records(records)}; or give a subspace, "
             "such as count_sketch."
         )
+    # As few as hold the dimension: a gradient of each is stored.
     sample = take(records, slice(0, max(dim, num_records(curved))))
     return _top_eigenspace(loss_fn, params, sample, dim, whole)
 
@@ -84,7 +85,8 @@ def orthonormal_space(
 def _top_eigenspace(loss_fn: LossFn, params: Params, records: Record, dim: int, within: Subspace) -> Subspace:
     """That of `eigenspace.top_eigenspace`, with microbatches that fit."""
     size = at_a_time(loss_fn, params, within, records)
-    return top_eigenspace(loss_fn, params, records, dim, within=within, microbatch_size=size)[0]
+    space, _ = top_eigenspace(loss_fn, params, records, dim, within=within, microbatch_size=size)
+    return space
 
 
 def held_where_still(space: Subspace, moved: Rows) -> Subspace:
@@ -97,4 +99,5 @@ def held_where_still(space: Subspace, moved: Rows) -> Subspace:
     if not subspaces.is_whole(space):
         return space
     held = subspaces.holding(space, jax.tree.map(np.asarray, moved))
+    # A space that holds nothing, or all, is left as it is: there is nothing to gain, or nothing to tune.
     return held if 0 < subspaces.num_moved(held) < space.dim else space

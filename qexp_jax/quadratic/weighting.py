@@ -41,6 +41,8 @@ from qexp_jax.quadratic.features import FeatureMap
 from qexp_jax.quadratic.rule import RULE
 
 _SHIFTS = np.geomspace(1e-4, 1, 41)  # the grid of tau
+_BISECTIONS = 30
+_LEAST_VARIANCE = 1e-12  # of a feature in which public records do not differ
 
 
 class Tilt(NamedTuple):
@@ -84,17 +86,19 @@ def share(num_units: int, mu: float) -> float:
 
 def clip_norm(features: np.ndarray) -> float:
     """C: the .95 quantile of the public features' norms, a float32."""
-    return float(np.float32(np.quantile(np.linalg.norm(features, axis=1), RULE.clip_quantile)))
+    norms = np.linalg.norm(features, axis=1)
+    return float(np.float32(np.quantile(norms, RULE.clip_quantile)))
 
 
 def clipped(features: np.ndarray, l2_clip_norm: float) -> np.ndarray:
     """Rows of norm at most C."""
     norms = np.linalg.norm(features, axis=1, keepdims=True)
-    return features * np.minimum(1, l2_clip_norm / np.maximum(norms, np.finfo(np.float32).tiny))
+    divisors = np.maximum(norms, np.finfo(np.float32).tiny)
+    return features * np.minimum(1, l2_clip_norm / divisors)
 
 
 def fit(features: np.ndarray, mean: np.ndarray, noise_std: float, num_units: int) -> Tilt:
-    """The weights of public records whose clipped features are `features`, from the released private mean of them.
+    """The weights of public records whose clipped features are `features`, from the released private mean (T9).
 
     Args:
       features: (n, k) of the public records, clipped as the private ones were.
@@ -109,10 +113,12 @@ def fit(features: np.ndarray, mean: np.ndarray, noise_std: float, num_units: int
     >>> tilted.accepted, round(float(np.mean(tilted.weights * rows[:, 0])), 1)
     (True, 0.2)
     """
+    # Centred anew: the mean of features is no longer 0 once they are clipped.
     center = np.asarray(np.mean(features, axis=0, dtype=np.float64))
     rows = np.asarray(features - center, np.float32)
     mean = np.asarray(mean, np.float64) - center
-    spreads = np.maximum(np.mean(np.square(rows), axis=0, dtype=np.float64), 1e-12)
+    spreads = np.maximum(np.mean(np.square(rows), axis=0, dtype=np.float64), _LEAST_VARIANCE)
+    # Of noise, of sampling the private mean, and of sampling the public one that it is held against.
     variances = noise_std**2 + spreads / num_units + spreads / len(rows)
     shift, evidence = _most_likely_shift(mean, spreads, variances)
     theta = _solve(rows, mean, variances / shift)
@@ -136,7 +142,8 @@ def fit(features: np.ndarray, mean: np.ndarray, noise_std: float, num_units: int
 def weights_of(tilted: Tilt, features: FeatureMap, records: Record) -> np.ndarray:
     """The weights (n,) of other public records, as a stream brings them: exp(theta . phi - log_mean)."""
     rows = np.asarray(feature_maps.apply_each(features, records), np.float64)
-    return np.exp((rows - tilted.center) @ tilted.theta - tilted.log_mean)
+    scores = (rows - tilted.center) @ tilted.theta
+    return np.exp(scores - tilted.log_mean)
 
 
 def _most_likely_shift(mean: np.ndarray, spreads: np.ndarray, variances: np.ndarray) -> tuple[float, float]:
@@ -148,7 +155,8 @@ def _most_likely_shift(mean: np.ndarray, spreads: np.ndarray, variances: np.ndar
 
     found = [log_likelihood(shift) for shift in _SHIFTS]
     best = int(np.argmax(found))
-    return float(_SHIFTS[best]), float(found[best] - log_likelihood(0.0))
+    evidence = found[best] - log_likelihood(0.0)
+    return float(_SHIFTS[best]), float(evidence)
 
 
 def _solve(rows: np.ndarray, mean: np.ndarray, penalties: np.ndarray) -> np.ndarray:
@@ -160,7 +168,9 @@ def _solve(rows: np.ndarray, mean: np.ndarray, penalties: np.ndarray) -> np.ndar
         return float(value), np.asarray(slope, np.float64)
 
     start = np.zeros(rows.shape[1])
-    return minimize(value_and_slope, start, jac=True, method="L-BFGS-B", options={"maxiter": 200}).x
+    found = minimize(value_and_slope, start, jac=True, method="L-BFGS-B", options={"maxiter": 200})
+    # Converged or not: any theta gives weights, and their privacy does not depend on which it is.
+    return found.x
 
 
 @jax.jit
@@ -178,7 +188,8 @@ def _weights(scores: np.ndarray) -> tuple[np.ndarray, float]:
     """exp(scores), over its mean, and the log of that mean."""
     largest = np.max(scores)  # taken off before raising, so that nothing overflows
     raised = np.exp(np.asarray(scores, np.float64) - largest)
-    return raised / raised.mean(), float(np.log(raised.mean()) + largest)
+    mean = raised.mean()
+    return raised / mean, float(np.log(mean) + largest)
 
 
 def _effective_share(weights: np.ndarray) -> float:
@@ -197,7 +208,7 @@ def _temper(scores: np.ndarray) -> float:
         return 1.0
     low = 0.0
     high = 1.0
-    for _ in range(30):
+    for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         if is_enough(middle):
             low = middle

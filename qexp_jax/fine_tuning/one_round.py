@@ -1,0 +1,226 @@
+"""One round between its pass and the next: where it aims, its exact draw, and the step that the draw is followed for.
+
+    aimed       the metric M, the clip norm and C z of the round, from releases before it
+    follow      its noisy sum as a draw w, and the step that all releases so far deserve: post-processing (T5)
+    followed    the same with what a curious owner of open data may look at
+
+A draw is followed for a T-th of the length that the sums released so far deserve (`step_size`), or under a heavy shift
+for the step that the latest ones deserve; next to nothing where they look like noise, and least where the private
+curvature is high. No test between neighbours gains from any of it.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qexp_jax.data.records import Params
+from qexp_jax.mechanism import gaussian
+from qexp_jax.mechanism.gaussian import Quadratic
+from qexp_jax.model import subspace as subspaces
+from qexp_jax.model.subspace import Subspace
+from qexp_jax.private_pass.clipping import ClipInfo
+from qexp_jax.private_pass.noise import Drawn
+from qexp_jax.private_pass.passes import Linearisation
+from qexp_jax.quadratic import step_size
+from qexp_jax.quadratic.accuracy import noise_cost
+from qexp_jax.quadratic.directions import combine
+from qexp_jax.quadratic.plan import Plan
+from qexp_jax.quadratic.posterior import CurvatureEstimate, Posterior
+from qexp_jax.quadratic.preconditioner import Preconditioner, choose, is_heavy, multiples_of, precision_of
+
+
+class RoundInfo(NamedTuple):
+    """**Not private**: never release, log or store it unless the private records are open data.
+
+    Attributes:
+      plan: the public plan.
+      preconditioner: of this round.
+      quadratic: the utility with the exact clipped sum; with `diagnostics` a NumPy array of float64.
+      noise_std: C z.
+      w: the draw, less what clipping adds to the public mean gradient.
+      multiples: (r + 1,) of w that were followed, in the estimate's directions and in all others; 0 where held.
+      noise_cost: loss per record that the noise of this step costs under the public curvature; reveals |xi|.
+      clip_info: counts of clipped and non-finite units.
+    """
+
+    plan: Plan
+    preconditioner: Preconditioner
+    quadratic: Quadratic
+    noise_std: float
+    w: jax.Array
+    multiples: jax.Array
+    noise_cost: jax.Array
+    clip_info: ClipInfo
+
+
+class State(NamedTuple):
+    """Carried from round to round; made of releases and public numbers alone.
+
+    Attributes:
+      params: where the next round expands.
+      posterior: what the releases say of the private gradient and curvature.
+      split: after how many rounds the budget left was split anew; T if it was not. On the host, as is what it decides.
+    """
+
+    params: Params
+    posterior: Posterior
+    split: np.ndarray
+
+
+class Aim(NamedTuple):
+    """What a round will do, before its pass; public, or made of earlier releases.
+
+    Attributes:
+      preconditioner: M, its clip norm, and how far draws are followed.
+      linearisation: where gradients are taken and how they are clipped.
+      noise_std: C z.
+      multiplier: z.
+    """
+
+    preconditioner: Preconditioner
+    linearisation: Linearisation
+    noise_std: jax.Array
+    multiplier: float
+
+
+def aimed(plan: Plan, state: State, num_units: int, noise_multiplier: float, of_rounds: float) -> Aim:
+    """The aim of a round.
+
+    Args:
+      plan: public.
+      state: the releases so far.
+      num_units: N.
+      noise_multiplier: z of one of T rounds.
+      of_rounds: such as this one would spend the whole budget.
+    """
+    whole = noise_multiplier / plan.rounds**0.5
+    multiplier = noise_multiplier * (of_rounds / plan.rounds) ** 0.5
+    preconditioner, noise_std = _choose(
+        state.posterior, plan.estimate, plan.preconditioners, num_units, of_rounds, whole, multiplier
+    )  # fmt: skip
+    precision = precision_of(plan.estimate.directions, preconditioner)
+    linearisation = Linearisation(state.params, plan.subspace, precision, preconditioner.l2_clip_norm)
+    return Aim(preconditioner, linearisation, noise_std, multiplier)
+
+
+def followed(
+    plan: Plan, state: State, aim: Aim, drawn: Drawn, clip_info: ClipInfo, num_units: int, of_rounds: float
+) -> tuple[RoundInfo, State]:
+    """What a round was, **not private**, and the state after it, which is.
+
+    Args:
+      plan: public.
+      state: before the round.
+      aim: of the round.
+      drawn: its draw, with the exact sum.
+      clip_info: counts.
+      num_units: N.
+      of_rounds: such as this one would spend the whole budget.
+    """
+    quadratic = Quadratic(aim.linearisation.precision, drawn.total, num_units)
+    w, multiples, cost, after = follow(
+        drawn.noisy, state, plan.subspace, quadratic, drawn.noise_std, plan.estimate, aim.preconditioner, of_rounds
+    )  # fmt: skip
+    info = RoundInfo(
+        plan=plan,
+        preconditioner=aim.preconditioner,
+        quadratic=quadratic,
+        noise_std=drawn.noise_std,
+        w=w,
+        multiples=multiples,
+        noise_cost=cost,
+        clip_info=clip_info,
+    )
+    # The count on the host, which decides how many rounds there are, not the copy that a compiled program returns.
+    return info, after._replace(split=state.split)
+
+
+@jax.jit
+def _choose(
+    posterior: Posterior,
+    estimate: CurvatureEstimate,
+    preconditioners: Preconditioner,
+    num_units: int,
+    rounds: float,
+    whole: float,
+    multiplier: float,
+) -> tuple[Preconditioner, jax.Array]:
+    """The preconditioner of a round, and its C z; one program.
+
+    Args:
+      posterior: what the releases say.
+      estimate: of the plan.
+      preconditioners: of the plan, along a leading axis.
+      num_units: N.
+      rounds: such as this one would spend the whole budget.
+      whole: z of all rounds together.
+      multiplier: z of this one.
+    """
+    preconditioner, _ = choose(posterior, estimate, preconditioners, whole, num_units, rounds)
+    return preconditioner, preconditioner.l2_clip_norm * multiplier
+
+
+@jax.jit
+def follow(
+    noisy: jax.Array,
+    state: State,
+    subspace: Subspace,
+    quadratic: Quadratic,
+    noise_std: jax.Array | float,
+    estimate: CurvatureEstimate,
+    preconditioner: Preconditioner,
+    rounds: float,
+) -> tuple[jax.Array, jax.Array, jax.Array, State]:
+    """The draw of a noisy sum, followed for a step of the flow whose length all releases so far deserve.
+
+    N times the preconditioner's clipping bias, which is public, is taken off the sum before. Post-processing of
+    `noisy`, but for the cost, which is **not private**.
+
+    Args:
+      noisy: (k,), the noisy sum.
+      state: before the round.
+      subspace: of the plan.
+      quadratic: of the round, with its exact sum, which only the cost reads.
+      noise_std: C z.
+      estimate: of the plan.
+      preconditioner: of the round.
+      rounds: such as this one would spend the whole budget.
+
+    Returns:
+      The draw w, the multiples of it that are followed, the cost of their noise, and the state after it.
+    """
+    num_units = quadratic.num_units
+    share = preconditioner.share
+    noisy = subspaces.without_held(subspace, noisy)
+    corrected = noisy - num_units * combine(estimate.directions, preconditioner.bias)
+    w = gaussian.release_step(quadratic, corrected)
+    seen = corrected / (share * num_units)
+    noise_var = (noise_std / (share * num_units)) ** 2
+    posterior = step_size.observe(state.posterior, estimate, seen, noise_var, preconditioner.tuned)
+    signal = step_size.pooled_signal(posterior, estimate, num_units)
+    wanted, _ = step_size.best_length(
+        signal, estimate, noise_var / rounds, num_units, preconditioner.longest, preconditioner.tuned
+    )
+    step, _ = step_size.best_step(
+        posterior, estimate, noise_var, num_units, preconditioner.longest / rounds, preconditioner.tuned
+    )
+    length = jnp.where(is_heavy(posterior, estimate, num_units), step, wanted / rounds)
+    multiples, posterior = step_size.advance(posterior, estimate, length, num_units, preconditioner.tuned)
+    multiples = multiples_of(preconditioner, multiples) / share
+    # The precision has the estimate's directions, so that scaling before or after colouring is the same.
+    params = subspaces.displace(subspace, state.params, step_size.scale(estimate.directions, multiples, w))
+    noise = (noisy - quadratic.whitened_sum) / num_units
+    stretched = step_size.scale(estimate.directions, estimate.curvature * multiples**2, noise)
+    cost = jnp.vdot(noise, stretched, precision=jax.lax.Precision.HIGHEST) / 2
+    return w, multiples, cost, State(params, posterior, state.split)
+
+
+def predicted_cost(info: RoundInfo) -> tuple[float, float]:
+    """Mean and degrees of freedom of `info.noise_cost` before the draw, `accuracy.noise_cost`; public once followed."""
+    estimate = info.plan.estimate
+    num_units = info.quadratic.num_units
+    return noise_cost(
+        estimate.curvature, info.multiples, estimate.dims, noise_std=info.noise_std, num_units=num_units
+    )  # fmt: skip
