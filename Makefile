@@ -3,13 +3,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export QEXP_DATA ?= $(if $(wildcard ../shared/data),$(abspath ../shared/data),$(HOME)/.cache/qexp_jax/data)
-ARENA := $(BIN)/python -m experiments.benchmark.grid
+GRID := $(BIN)/python -m experiments.benchmark.grid
 REPORT := $(BIN)/python -m experiments.benchmark.report
 OUT := experiments/out
 ONE_TASK := --sizes 1000 --epsilons 0.5 1 8 --seeds 3
 LARGEST_CNN := --models cnn --sizes 10000 --search-from 4000
 # Two processes; fails if either does.
-BOTH_PARTS = $(ARENA) --part 0/2 $(1) & other=$$!; $(ARENA) --part 1/2 $(1); ended=$$?; wait $$other && exit $$ended
+BOTH_PARTS = $(GRID) --part 0/2 $(1) & other=$$!; $(GRID) --part 1/2 $(1); ended=$$?; wait $$other && exit $$ended
 FEW_BASELINES := --methods qexp zero_shot non_private dp_gd dp_sgd_all dp_adam_last objective_perturbation
 MIMIC_TASKS ?= mimic_mortality_by_care_unit mimic_long_stay_by_care_unit
 SMALL_TASKS ?= $(foreach kind,moved flipped inverted,physionet_$(kind)) \
@@ -34,9 +34,9 @@ demo: .venv/ready ## one private release and what it gains; packaged MNIST (a mi
 	$(BIN)/python -m experiments.demo $(ARGS)
 
 ##@ Comparison
-# A representative part of the arena: at most a quarter of an hour on two cores.
+# A representative part of the benchmark: at most a quarter of an hour on two cores.
 compare: .venv/ready ## a part of the benchmark (10 minutes)
-	$(ARENA) --tasks physionet_icu mnist_trained --models linear mlp --sizes 1000 --epsilons 1 8 --seeds 3 \
+	$(GRID) --tasks physionet_icu mnist_trained --models linear mlp --sizes 1000 --epsilons 1 8 --seeds 3 \
 	  $(FEW_BASELINES) --out $(OUT)/compare $(ARGS)
 	$(REPORT) --results $(OUT)/compare
 
@@ -48,42 +48,42 @@ compare-full: .venv/ready ## the whole benchmark, resumable (days)
 	$(REPORT)
 
 mnist: .venv/ready ## MNIST by writers, three models, n = 1000 (an hour)
-	$(ARENA) --tasks mnist_trained $(ONE_TASK) $(FEW_BASELINES) --out $(OUT)/mnist $(ARGS)
+	$(GRID) --tasks mnist_trained $(ONE_TASK) $(FEW_BASELINES) --out $(OUT)/mnist $(ARGS)
 	$(REPORT) --results $(OUT)/mnist
 
 # DATA=<directory of MIMIC-III or MIMIC-IV> for users with credentials; MIMIC_TASKS="mimic_mortality_by_era ...".
 mimic: .venv/ready ## MIMIC-III or IV, DATA=dir; else PhysioNet 2012 (10 minutes)
 ifdef DATA
 	$(BIN)/python -m experiments.data.mimic_report --data-dir $(DATA) --out $(OUT)/mimic
-	$(ARENA) --tasks $(MIMIC_TASKS) --data-dir $(DATA) $(ONE_TASK) $(FEW_BASELINES) --out $(OUT)/mimic $(ARGS)
+	$(GRID) --tasks $(MIMIC_TASKS) --data-dir $(DATA) $(ONE_TASK) $(FEW_BASELINES) --out $(OUT)/mimic $(ARGS)
 else
 	@echo "No DATA=<directory of MIMIC-III or MIMIC-IV>: running the open stand-in, PhysioNet 2012 (stays of MIMIC-II)."
-	$(ARENA) --tasks physionet_icu $(ONE_TASK) $(FEW_BASELINES) --out $(OUT)/mimic $(ARGS)
+	$(GRID) --tasks physionet_icu $(ONE_TASK) $(FEW_BASELINES) --out $(OUT)/mimic $(ARGS)
 endif
 	$(REPORT) --results $(OUT)/mimic
 
 # The protocol of arXiv:2311.09200 on the whole private part, DATA=<directory of MIMIC-III 1.4>; medians of ten runs.
 mimic-published: .venv/ready ## the protocol of arXiv:2311.09200, DATA=dir (not timed)
 	$(if $(DATA),,$(error DATA=<directory of MIMIC-III 1.4> is needed))
-	$(ARENA) --tasks mimic_mortality_published mimic_long_stay_published --data-dir $(DATA) --models linear gru \
+	$(GRID) --tasks mimic_mortality_published mimic_long_stay_published --data-dir $(DATA) --models linear gru \
 	  --sizes 100000 --epsilons 0.001 0.01 0.1 1 10 --methods qexp zero_shot non_private dp_gd dp_sgd_all \
 	  --out $(OUT)/mimic_published $(ARGS)
 	$(BIN)/python -m experiments.benchmark.mimic_medians --results $(OUT)/mimic_published
 
 # A shift so heavy that public curvature says little: MNIST turned by 40 degrees.
 shift: .venv/ready ## MNIST turned by 40 degrees (half a day)
-	$(ARENA) --tasks mnist_rotated --models mlp cnn --sizes 4000 --epsilons 1 8 --seeds 10 \
+	$(GRID) --tasks mnist_rotated --models mlp cnn --sizes 4000 --epsilons 1 8 --seeds 10 \
 	  --methods qexp zero_shot non_private dp_gd dp_sgd_all --out $(OUT)/shift $(ARGS)
 	$(REPORT) --results $(OUT)/shift
 
 # Small tasks outside the grid, mild to hopeless shifts.
 small: .venv/ready ## ten small tasks, no shift to hopeless ones (half an hour)
-	$(ARENA) $(ON_SMALL_TASKS) --out $(OUT)/small $(ARGS)
+	$(GRID) $(ON_SMALL_TASKS) --out $(OUT)/small $(ARGS)
 	$(REPORT) --results $(OUT)/small
 
 # The same with baselines chosen by their test loss in place of accuracy or AUROC.
 loss: .venv/ready ## the same, baselines chosen by test loss (half an hour)
-	$(ARENA) $(ON_SMALL_TASKS) --metric negative_loss --out $(OUT)/loss $(ARGS)
+	$(GRID) $(ON_SMALL_TASKS) --metric negative_loss --out $(OUT)/loss $(ARGS)
 	$(REPORT) --results $(OUT)/loss
 
 ##@ Studies

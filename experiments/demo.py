@@ -11,6 +11,8 @@ import contextlib
 import json
 import pathlib
 import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import flax.serialization
 import jax
@@ -21,19 +23,23 @@ from scipy.stats import chi2
 import qexp_jax
 from experiments.benchmark import models
 from experiments.data import mnist
-from experiments.data.splits import run_cli
-from qexp_jax.fine_tuning import rounds
+from experiments.data.splits import Split, run_cli
+from qexp_jax.fine_tuning import one_round
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 
 MODEL = models.make_model("cnn", 10)
 PRETRAIN = {"epochs": 10, "learning_rate": 2e-3, "batch_size": 50}
 PRETRAIN_FULL = {"epochs": 2, "learning_rate": 2e-3, "batch_size": 64}
 NON_PRIVATE = {"epochs": 5, "learning_rate": 1e-3, "batch_size": 50}
+LABELS = {"zero_shot": "pretrained", "private": "private", "non_private": "non-private"}
+COLOURS = {"zero_shot": "0.7", "private": "tab:blue", "non_private": "tab:orange"}
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; see the head of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=pathlib.Path, help="folder with full MNIST and QMNIST's labels")
     parser.add_argument("--num-private", type=int, default=5000, help="private records used of full MNIST")
@@ -44,19 +50,35 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def run(args, split, pretrain_settings):
-    """Trains the three models; returns their parameters, the release's certificate, its diagnostics and seconds."""
-    seconds = {}
+class Trained(NamedTuple):
+    """What a run of the demonstration made.
+
+    Attributes:
+      params: of the three models, by the keys of `LABELS`.
+      release: the private model's release.
+      infos: its diagnostics, not private.
+      seconds: by stage.
+    """
+
+    params: dict[str, Any]
+    release: qexp_jax.Release
+    infos: list[one_round.RoundInfo]
+    seconds: dict[str, float]
+
+
+def run(args: argparse.Namespace, split: Split, pretraining: dict[str, Any]) -> Trained:
+    """Trains the three models; `pretraining` are hyperparameters of `models.train`."""
+    seconds: dict[str, float] = {}
     key = jax.random.key(args.seed)
     with stage("pretraining (public)", seconds):
         start = models.init(MODEL, jax.random.key(1), split.public)
-        anchor = models.train(MODEL, start, split.public, **pretrain_settings, seed=args.seed, name="pretraining")
+        pretrained = models.train(MODEL, start, split.public, **pretraining, seed=args.seed, name="pretraining")
     parts = Stopwatch()
     with stage("private part", seconds):
         release, infos = qexp_jax.fine_tune(
             key,
             MODEL.loss_fn,
-            anchor,
+            pretrained,
             public=split.public,
             private=split.private,
             epsilon=args.epsilon,
@@ -67,19 +89,22 @@ def run(args, split, pretrain_settings):
     seconds |= parts.seconds
     with stage("non-private reference", seconds):
         ceiling = models.train(
-            MODEL, anchor, split.private, **NON_PRIVATE, seed=args.seed, name="non-private reference"
+            MODEL, pretrained, split.private, **NON_PRIVATE, seed=args.seed, name="non-private reference"
         )
-    return {"zero_shot": anchor, "private": release.params, "non_private": ceiling}, release, infos, seconds
+    params = {"zero_shot": pretrained, "private": release.params, "non_private": ceiling}
+    return Trained(params, release, infos, seconds)
 
 
 class Stopwatch:
     """Seconds of each stage that `fine_tune` announces, over all rounds, compilation included."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         """Starts with no stage."""
-        self.seconds, self._stage, self._start = {}, None, 0.0
+        self.seconds: dict[str, float] = {}
+        self._stage: str | None = None
+        self._start = 0.0
 
-    def __call__(self, stage_name):
+    def __call__(self, stage_name: str) -> None:
         """Ends the stage before and begins this one."""
         now = time.perf_counter()
         if self._stage is not None:
@@ -87,28 +112,29 @@ class Stopwatch:
             if name not in self.seconds:
                 print(f"  {self._stage} ...", flush=True)
             self.seconds[name] = round(self.seconds.get(name, 0.0) + now - self._start, 2)
-        self._stage, self._start = stage_name, now
+        self._stage = stage_name
+        self._start = now
 
 
 @contextlib.contextmanager
-def stage(name, seconds):
-    """Times one stage."""
+def stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Enters the seconds of its block."""
     print(f"{name} ...", flush=True)
     start = time.perf_counter()
     yield
     seconds[name] = round(time.perf_counter() - start, 2)
 
 
-def summarise(trained, infos, split, seconds):
+def summarise(trained: Trained, split: Split) -> dict[str, Any]:
     """The figures of `metrics.json`."""
-    n, (mean, degrees) = split_size(split), rounds.predicted_cost(infos[0])
+    mean, degrees = one_round.predicted_cost(trained.infos[0])
     return {
         "split": split.description,
         "num_public": len(split.public["label"]),
-        "num_private": n,
+        "num_private": num_private(split),
         "num_test": len(split.test["label"]),
         "test_accuracy": {
-            name: models.evaluate(MODEL, params, split.test, "accuracy") for name, params in trained.items()
+            name: models.evaluate(MODEL, params, split.test, "accuracy") for name, params in trained.params.items()
         },
         "predicted_noise_cost": {
             "mean": mean,
@@ -116,57 +142,73 @@ def summarise(trained, infos, split, seconds):
             "quantile_95": qexp_jax.accuracy.excess_quantile(0.95, mean, degrees),
             "degrees_of_freedom": degrees,
         },
-        "measured_noise_cost_not_private": float(infos[0].noise_cost),
-        "draws": len(infos),
-        "seconds": seconds,
+        "measured_noise_cost_not_private": float(trained.infos[0].noise_cost),
+        "draws": len(trained.infos),
+        "seconds": trained.seconds,
     }
 
 
-def split_size(split):
+def num_private(split: Split) -> int:
+    """N."""
     return len(split.private["label"])
 
 
-def figure(trained, release, split, metrics, path):
-    """Accuracy per digit before and after, and the noise of the first step against its predicted law."""
-    labels = split.test["label"]
-    guesses = {name: np.argmax(MODEL.logits(params, split.test["x"]), axis=1) for name, params in trained.items()}
-    names = {"zero_shot": "pretrained", "private": "private", "non_private": "non-private"}
-    colours = {"zero_shot": "0.7", "private": "tab:blue", "non_private": "tab:orange"}
+def figure(trained: Trained, split: Split, metrics: dict[str, Any], path: pathlib.Path) -> None:
+    """Accuracy per digit before and after, and the noise of the first step against its predicted law.
+
+    Args:
+      trained: the three models and the release.
+      split: whose test images are classified.
+      metrics: of `summarise`.
+      path: of the picture.
+    """
+    certificate = trained.release.certificate
     fig, (bars, law) = plt.subplots(1, 2, figsize=(12, 4), width_ratios=(2, 1), layout="constrained")
-    for i, (name, guess) in enumerate(guesses.items()):
-        share = [np.mean(guess[labels == digit] == digit) for digit in range(10)]
-        total = metrics["test_accuracy"][name]
-        bars.bar(
-            np.arange(10) + 0.27 * (i - 1),
-            share,
-            0.27,
-            color=colours[name],
-            label=f"{names[name]}: {total:.3f}",
-        )
-    counts = np.bincount(split.public["label"], minlength=10)
-    bars.set(xlabel="digit (public images of it)", ylabel="test accuracy", ylim=(0, 1.19))
-    bars.set_xticks(range(10), [f"{digit}\n({count})" for digit, count in enumerate(counts)])
-    epsilon, delta = release.certificate["epsilon"], release.certificate["delta"]
-    bars.set_title(f"{metrics['draws']} private draws, ε = {epsilon:g}, δ = {delta:g}, N = {metrics['num_private']}")
-    bars.legend(loc="upper center", ncols=3)
-    mean, degrees = (metrics["predicted_noise_cost"][name] for name in ("mean", "degrees_of_freedom"))
-    x = np.linspace(*chi2.ppf([1e-4, 1 - 1e-4], degrees), 200)
-    law.fill_between(
-        x * mean / degrees, chi2.pdf(x, degrees) * degrees / mean, color="tab:blue", alpha=0.3, label="predicted law"
+    _draw_bars(bars, trained.params, split, metrics)
+    bars.set_title(
+        f"{metrics['draws']} private draws, ε = {certificate['epsilon']:g}, δ = {certificate['delta']:g}, "
+        f"N = {metrics['num_private']}"
     )
-    law.axvline(metrics["measured_noise_cost_not_private"], ymax=0.85, color="k", label="measured (open data only)")
-    room_for_the_legend = 1.2 * law.get_ylim()[1]
-    law.set(xlabel="loss per record that the noise costs", yticks=[], ylim=(0, room_for_the_legend))
-    law.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
-    law.set_title(f"Noise of the first step, k = {release.certificate['subspace_dim']}")
-    law.legend(loc="upper right", fontsize="small")
+    _draw_law(law, metrics)
+    law.set_title(f"Noise of the first step, k = {certificate['subspace_dim']}")
     fig.savefig(path, dpi=120)
     plt.close(fig)
 
 
-def report(metrics, certificate):
+def _draw_bars(ax: Axes, params_by_name: dict[str, Any], split: Split, metrics: dict[str, Any]) -> None:
+    """Test accuracy per digit, a bar for each model."""
+    labels = split.test["label"]
+    for i, (name, params) in enumerate(params_by_name.items()):
+        guesses = np.argmax(MODEL.logits(params, split.test["x"]), axis=1)
+        shares = [np.mean(guesses[labels == digit] == digit) for digit in range(10)]
+        label = f"{LABELS[name]}: {metrics['test_accuracy'][name]:.3f}"
+        ax.bar(np.arange(10) + 0.27 * (i - 1), shares, 0.27, color=COLOURS[name], label=label)
+    counts = np.bincount(split.public["label"], minlength=10)
+    ax.set(xlabel="digit (public images of it)", ylabel="test accuracy", ylim=(0, 1.19))
+    ax.set_xticks(range(10), [f"{digit}\n({count})" for digit, count in enumerate(counts)])
+    ax.legend(loc="upper center", ncols=3)
+
+
+def _draw_law(ax: Axes, metrics: dict[str, Any]) -> None:
+    """The law of what the noise costs, a multiple of a chi-square, and what it did cost."""
+    mean = metrics["predicted_noise_cost"]["mean"]
+    degrees = metrics["predicted_noise_cost"]["degrees_of_freedom"]
+    low, high = chi2.ppf([1e-4, 1 - 1e-4], degrees)
+    x = np.linspace(low, high, 200)
+    density = chi2.pdf(x, degrees) * degrees / mean
+    ax.fill_between(x * mean / degrees, density, color="tab:blue", alpha=0.3, label="predicted law")
+    measured = metrics["measured_noise_cost_not_private"]
+    ax.axvline(measured, ymax=0.85, color="k", label="measured (open data only)")
+    # A fifth higher than the curve, for the legend.
+    ax.set(xlabel="loss per record that the noise costs", yticks=[], ylim=(0, 1.2 * ax.get_ylim()[1]))
+    ax.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
+    ax.legend(loc="upper right", fontsize="small")
+
+
+def report(metrics: dict[str, Any], certificate: dict[str, Any]) -> None:
     """Prints what a person wants to know."""
-    accuracy, predicted = metrics["test_accuracy"], metrics["predicted_noise_cost"]
+    accuracy = metrics["test_accuracy"]
+    predicted = metrics["predicted_noise_cost"]
     print(f"\n{metrics['split']}")
     print(f"public {metrics['num_public']}, private {metrics['num_private']}, test {metrics['num_test']} records")
     print("\ntest accuracy")
@@ -192,23 +234,26 @@ def report(metrics, certificate):
         print(f"  {value:7.1f}  {name}")
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Trains, writes and prints; returns the metrics."""
     args = parse_args(argv)
     start = time.perf_counter()
     if args.data_dir is None:
-        split, pretrain_settings = mnist.packaged_mnist(args.seed), PRETRAIN
+        split = mnist.packaged_mnist(args.seed)
+        pretraining = PRETRAIN
     else:
         split = mnist.writers_mnist(args.data_dir, num_private=args.num_private, seed=args.seed)
-        pretrain_settings = PRETRAIN_FULL
-    trained, release, infos, seconds = run(args, split, pretrain_settings)
-    metrics = summarise(trained, infos, split, seconds)
+        pretraining = PRETRAIN_FULL
+    trained = run(args, split, pretraining)
+    certificate = trained.release.certificate
+    metrics = summarise(trained, split)
     args.out.mkdir(parents=True, exist_ok=True)
-    figure(trained, release, split, metrics, args.out / "demo.png")
-    seconds["all, with loading, evaluation and figure"] = round(time.perf_counter() - start, 2)
-    for name, value in (("metrics", metrics), ("certificate", release.certificate)):
+    figure(trained, split, metrics, args.out / "demo.png")
+    trained.seconds["all, with loading, evaluation and figure"] = round(time.perf_counter() - start, 2)
+    for name, value in (("metrics", metrics), ("certificate", certificate)):
         (args.out / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n")
-    (args.out / "params.msgpack").write_bytes(flax.serialization.to_bytes(release.params))
-    report(metrics, release.certificate)
+    (args.out / "params.msgpack").write_bytes(flax.serialization.to_bytes(trained.release.params))
+    report(metrics, certificate)
     print(f"\nwrote {', '.join(sorted(path.name for path in args.out.iterdir()))} into {args.out}")
     return metrics
 

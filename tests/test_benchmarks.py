@@ -6,12 +6,12 @@ import time
 
 import pytest
 
-from experiments.benchmark import grid
+from experiments.benchmark import results
 from experiments.benchmarks import __main__ as benchmarks
-from experiments.benchmarks import cases, peers, private_pass, timing, whole
+from experiments.benchmarks import cases, libraries, private_pass, timing, whole
 
 
-def test_a_race_tells_the_slower_contestant():
+def test_a_race_tells_the_slower_call():
     waits = {"fast": 0.002, "slow": 0.006}
     times = timing.race({name: lambda s=s: time.sleep(s) for name, s in waits.items()}, seconds=0.1)
     assert 1.5 < times["slow"] / times["fast"] < 4.5
@@ -37,10 +37,10 @@ def test_a_ratio_is_the_peers_time_over_ours_and_a_missed_goal_shows():
 def test_the_private_pass_is_raced_and_a_missing_peer_is_left_out(monkeypatch, capsys):
     setups = private_pass.setups
     monkeypatch.setattr(private_pass, "setups", lambda *args: list(setups(*args))[::2])
-    monkeypatch.setattr(peers.importlib, "import_module", lambda name: _only({"opacus", "torch"}, name))
-    peers.find.cache_clear()
+    monkeypatch.setattr(libraries.importlib, "import_module", lambda name: _only({"opacus", "torch"}, name))
+    libraries.find.cache_clear()
     lines = list(private_pass.rows(cases.linear(8), dim=4, rank=2, seconds=0.01))
-    peers.find.cache_clear()
+    libraries.find.cache_clear()
     assert [line["peer"] for line in lines] == [
         "jax_privacy clipped_grad", "sum of its parts",
         "jax_privacy clipped_grad", "sum of its parts", "vmap(grad) sum",
@@ -49,7 +49,7 @@ def test_the_private_pass_is_raced_and_a_missing_peer_is_left_out(monkeypatch, c
     assert "notice: opacus is left out" in capsys.readouterr().out
 
 
-_IMPORT = peers.importlib.import_module
+_IMPORT = libraries.importlib.import_module
 
 
 def _only(missing, name):
@@ -67,13 +67,14 @@ def test_the_command_writes_table_and_provenance(tmp_path, monkeypatch):
     assert list(lines[0]) == timing.COLUMNS and {line["path"] for line in lines} == {"draws"}
     assert "jax.random.multivariate_normal" in (tmp_path / "benchmarks.md").read_text()
     run = json.loads((tmp_path / "benchmarks_runs.json").read_text())[0]
+    assert run["command"].split()[1:3] == ["-m", "experiments.benchmarks"]
     assert run["versions"]["jax_privacy"] and run["machine"]["cpu"]
 
 
-def test_the_baseline_of_a_cell_is_its_best_in_the_arena(tmp_path):
-    cell = dict.fromkeys(grid.COLUMNS, "") | {"task": "t", "model": "m", "n": 10, "epsilon": 1.0}
+def test_the_baseline_of_a_setting_is_its_best_in_the_benchmark(tmp_path):
+    fixed = dict.fromkeys(results.COLUMNS, "") | {"task": "t", "model": "m", "n": 10, "epsilon": 1.0}
     rows = [
-        cell | {"method": name, "metric": metric, "settings": json.dumps({"steps": steps})}
+        fixed | {"method": name, "metric": metric, "settings": json.dumps({"steps": steps})}
         for name, metric, steps in [
             ("dp_gd", 0.7, 1),
             ("dp_sgd_all", 0.6, 2),
@@ -81,7 +82,7 @@ def test_the_baseline_of_a_cell_is_its_best_in_the_arena(tmp_path):
             ("qexp", 0.99, 3),
         ]
     ]
-    grid.append_rows(tmp_path / "arena.csv", rows)
+    results.append_rows(tmp_path / "arena.csv", rows)
     assert whole.best_baseline(tmp_path / "arena.csv", "t", "m", 10, 1.0) == ("dp_sgd_all", {"steps": 2})
     assert whole.best_baseline(tmp_path / "arena.csv", "t", "m", 11, 1.0) is None
 

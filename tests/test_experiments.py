@@ -62,13 +62,13 @@ def test_the_rotated_split_turns_the_students_images_and_nothing_else():
 
 @pytest.mark.skipif(not (QEXP_DATA / "mnist").is_dir(), reason="full MNIST is not present; set QEXP_DATA")
 def test_longer_pretraining_knows_more_and_more_still_teaches_nothing(tmp_path):
-    """The test part is of the private population, of which the brief anchor has .845 right."""
+    """The test part is of the private population, of which the briefly pretrained model has .845 right."""
     task = tasks.TASKS["mnist_trained"]
     longer = {"linear": task.pretraining["linear"] | {"epochs": 40}}
 
     def accuracy(task):
-        anchor = tasks.make_anchor(task, "linear", QEXP_DATA, tmp_path)
-        return models.evaluate(anchor.model, anchor.params, anchor.split.test, "accuracy")
+        pretrained = tasks.pretrained_on(task, "linear", QEXP_DATA, tmp_path)
+        return models.evaluate(pretrained.model, pretrained.params, pretrained.split.test, "accuracy")
 
     trained, more = accuracy(task), accuracy(task._replace(pretraining=longer))
     assert trained > 0.865 and abs(more - trained) < 0.004

@@ -11,7 +11,7 @@ from scipy import stats
 
 from experiments.benchmark import tasks
 from experiments.data import splits
-from experiments.studies import membership
+from experiments.studies import attacks, membership, shadow_models
 
 PRETRAINING = {"linear": {"epochs": 2, "learning_rate": 1e-2, "batch_size": 32}}
 
@@ -31,7 +31,7 @@ def tiny_split(data_dir, cache_dir):
 def tiny(monkeypatch):
     tasks.load_split.cache_clear()
     monkeypatch.setitem(tasks.TASKS, "tiny", tasks.Task("tiny", "auroc", 1, PRETRAINING, tiny_split))
-    yield tasks.make_anchor(tasks.TASKS["tiny"], "linear", None, None)
+    yield tasks.pretrained_on(tasks.TASKS["tiny"], "linear", None, None)
     tasks.load_split.cache_clear()
 
 
@@ -40,28 +40,28 @@ def gaussian_game(mu, shadows=60, pool=300):
     rng = np.random.default_rng(1)
     included = rng.integers(2, size=(shadows, pool)).astype(bool)
     noise, hardness = rng.normal(size=(shadows, pool)), 5 * rng.normal(size=pool)
-    return membership.Game(included, hardness + mu * included + noise, 0.0)
+    return attacks.Game(included, hardness + mu * included + noise, 0.0)
 
 
 def test_lira_reaches_what_gaussian_dp_allows_and_the_loss_alone_does_not():
     game = gaussian_game(1.5)
-    allowed = membership.bounds(1.5)
-    low, high = membership.intervals(membership.lira(game), game.included)
-    found = membership.summary(membership.lira(game), game.included)
+    allowed = attacks.bounds(1.5)
+    low, high = attacks.intervals(attacks.lira(game), game.included)
+    found = attacks.summary(attacks.lira(game), game.included)
     assert np.all(low < found) and np.all(found < high)
     assert np.all(found < 1.1 * allowed) and np.all(found > [0.97, 0.4, 0.8] * allowed)
-    assert membership.summary(game.confidence, game.included)[0] < 0.65
+    assert attacks.summary(game.confidence, game.included)[0] < 0.65
     nothing = gaussian_game(0.0)
-    low, high = membership.intervals(membership.lira(nothing), nothing.included)
+    low, high = attacks.intervals(attacks.lira(nothing), nothing.included)
     assert low[0] < 0.5 < high[0]
 
 
 def test_the_roc_of_known_scores_is_exact_and_ties_are_one_threshold():
     included = np.array([[True, True, False, False]])
-    assert membership.summary(np.array([[3.0, 1.0, 2.0, 0.0]]), included)[0] == 0.75
-    assert membership.summary(np.zeros((1, 4)), included)[0] == 0.5
-    np.testing.assert_allclose(membership.bounds(0.0), [0.5, 1e-3, 1e-2])
-    np.testing.assert_allclose(membership.bounds(1.0)[2], stats.norm.cdf(stats.norm.ppf(0.01) + 1))
+    assert attacks.summary(np.array([[3.0, 1.0, 2.0, 0.0]]), included)[0] == 0.75
+    assert attacks.summary(np.zeros((1, 4)), included)[0] == 0.5
+    np.testing.assert_allclose(attacks.bounds(0.0), [0.5, 1e-3, 1e-2])
+    np.testing.assert_allclose(attacks.bounds(1.0)[2], stats.norm.cdf(stats.norm.ppf(0.01) + 1))
 
 
 def test_confidence_is_the_logit_of_the_true_labels_probability():
@@ -69,8 +69,8 @@ def test_confidence_is_the_logit_of_the_true_labels_probability():
     labels = np.array([0, 1, 2, 3, 0])
     p = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
     true = p[:, np.arange(5), labels]
-    np.testing.assert_allclose(membership.confidence(logits, labels), np.log(true / (1 - true)))
-    binary = membership.confidence(np.array([[[2.0], [2.0]]]), np.array([1, 0]))
+    np.testing.assert_allclose(attacks.confidence(logits, labels), np.log(true / (1 - true)))
+    binary = attacks.confidence(np.array([[[2.0], [2.0]]]), np.array([1, 0]))
     np.testing.assert_allclose(binary, [[2.0, -2.0]])
 
 
@@ -78,7 +78,7 @@ def test_shadow_models_are_what_fine_tune_releases(tiny):
     """With next to no noise, the batched release on half of the pool is that of the one call on these records alone."""
     key, epsilon = jax.random.key(5), 1e4
     half = np.random.default_rng(3).permutation(80) < 40
-    stacked = membership.released(key, tiny, tiny.split.private, half[None], epsilon, 1e-5)
+    stacked = shadow_models.released(key, tiny, tiny.split.private, half[None], epsilon, 1e-5)
     release = fine_tune(
         key, tiny.model.loss_fn, tiny.params, public=tiny.split.public,
         private=splits.select(tiny.split.private, np.flatnonzero(half)), epsilon=epsilon, delta=1e-5,

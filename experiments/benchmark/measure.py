@@ -7,6 +7,7 @@ import pathlib
 import resource
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 
@@ -14,7 +15,7 @@ _COMPILE_EVENTS = "/jax/core/compile/"
 _compile_seconds = 0.0
 
 
-def _listen(event: str, duration: float, **kwargs) -> None:
+def _listen(event: str, duration: float, **kwargs: Any) -> None:
     global _compile_seconds
     if event.startswith(_COMPILE_EVENTS):
         _compile_seconds += duration
@@ -40,7 +41,9 @@ class Cost:
 @contextlib.contextmanager
 def measured() -> Iterator[Cost]:
     """Measures its block; the block must wait for its own results."""
-    cost, compiled, start = Cost(), _compile_seconds, time.perf_counter()
+    cost = Cost()
+    compiled = _compile_seconds
+    start = time.perf_counter()
     reset_peak()
     yield cost
     elapsed = time.perf_counter() - start

@@ -1,13 +1,11 @@
-"""The methods of the arena, under one signature: ours, the floor, the ceiling, and every baseline.
+"""The methods of the benchmark, under one signature: ours, the floor, the ceiling, and every baseline.
 
-A method takes a `Cell` (anchor, private records, budget), a seed and a point of its lattice of hyperparameters, and
-returns parameters and what it spent. Ours has no lattice. A baseline's lattice is logarithmic and has no edges but
-those that `allowed` states: cost (at most 64 passes over the private records) and what its guarantee requires.
+A method takes a `Setting`, a seed and hyperparameters, and returns parameters and what it spent. Ours has no
+hyperparameters to choose; those of the baselines lie on the lattices of `lattices`.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,180 +13,104 @@ import numpy as np
 import qexp_jax
 from experiments.baselines import dp_sgd, linear
 from experiments.baselines.adapters import ADAPTERS
-from experiments.benchmark import models
-from experiments.benchmark.search import Point
-from experiments.benchmark.tasks import Anchor
-from experiments.data.splits import Records
+from experiments.benchmark import lattices, models
+from experiments.benchmark.setting import Hyperparameters, Method, Outcome, Setting
 
-MAX_PASSES = 64
-MAX_STEPS = 405
-MIN_BATCH = 16
 NON_PRIVATE_EPOCHS = 15
 
 
-class Cell(NamedTuple):
-    """Where a method runs: the private records are a seed's subsample."""
-
-    anchor: Anchor
-    private: Records
-    epsilon: float
-    delta: float
-
-    @property
-    def num_private(self) -> int:
-        """N."""
-        return len(self.private["label"])
-
-
-class Outcome(NamedTuple):
-    """Parameters, evaluations of a private record's gradient (expected, under sampling), noisy releases."""
-
-    params: Any
-    private_gradients: int
-    noisy_steps: int
-
-
-class Method(NamedTuple):
-    """A contestant.
-
-    Attributes:
-      run: `(cell, seed, settings) -> Outcome`.
-      models: those it applies to.
-      private: whether epsilon matters.
-      settings: lattice point -> settings, JSON-able.
-      starts: number of private records -> points from which its search starts; empty where nothing is chosen.
-      allowed: `(cell, settings) -> bool`.
-    """
-
-    run: Callable[[Cell, int, dict[str, Any]], Outcome]
-    models: tuple[str, ...] = ("linear", "mlp", "cnn", "gru")
-    private: bool = True
-    settings: Callable[[Point], dict[str, Any]] = lambda point: {}
-    starts: Callable[[int], list[Point]] = lambda num_private: []
-    allowed: Callable[[Cell, dict[str, Any]], bool] = lambda cell, settings: True
-
-
-def _fine_tuned(cell, seed, **options):
+def _fine_tuned(setting: Setting, seed: int, **options: Any) -> Any:
+    """The one call; what it returns, and `options`, are those of `qexp_jax.fine_tune`."""
+    pretrained = setting.pretrained
     return qexp_jax.fine_tune(
         jax.random.key(seed),
-        cell.anchor.model.loss_fn,
-        cell.anchor.params,
-        public=cell.anchor.split.public,
-        private=cell.private,
-        epsilon=cell.epsilon,
-        delta=cell.delta,
+        pretrained.model.loss_fn,
+        pretrained.params,
+        public=pretrained.split.public,
+        private=setting.private,
+        epsilon=setting.epsilon,
+        delta=setting.delta,
         **options,
     )
 
 
-def _qexp(cell, seed, settings):
+def _qexp(setting: Setting, seed: int, hyperparameters: Hyperparameters) -> Outcome:
     # Only to count the rounds, of open data; a tilt is one pass more.
-    release, infos = _fine_tuned(cell, seed, run=qexp_jax.RunOptions(diagnostics=True))
+    release, infos = _fine_tuned(setting, seed, run=qexp_jax.RunOptions(diagnostics=True))
     passes = len(infos) + (release.certificate["tilt"] is not None)
-    return Outcome(jax.block_until_ready(release.params), passes * cell.num_private, passes)
+    return Outcome(jax.block_until_ready(release.params), passes * setting.num_private, passes)
 
 
-def _one_draw(cell, seed, settings):
+def _one_draw(setting: Setting, seed: int, hyperparameters: Hyperparameters) -> Outcome:
     """The mechanism of arXiv:2605.20521 alone: one draw with A = M = H + lambda I."""
-    release = _fine_tuned(cell, seed, plan=qexp_jax.PlanOptions(one_draw=True))
-    return Outcome(jax.block_until_ready(release.params), cell.num_private, 1)
+    release = _fine_tuned(setting, seed, plan=qexp_jax.PlanOptions(one_draw=True))
+    return Outcome(jax.block_until_ready(release.params), setting.num_private, 1)
 
 
-def _zero_shot(cell, seed, settings):
-    return Outcome(cell.anchor.params, 0, 0)
+def _zero_shot(setting: Setting, seed: int, hyperparameters: Hyperparameters) -> Outcome:
+    return Outcome(setting.pretrained.params, 0, 0)
 
 
-def _non_private(cell, seed, settings):
+def _non_private(setting: Setting, seed: int, hyperparameters: Hyperparameters) -> Outcome:
     """AdamW on the private records; the best epoch **on the test set**, so that it is a ceiling."""
-    anchor = cell.anchor
+    pretrained = setting.pretrained
     epochs = models.epochs_of_adamw(
-        anchor.model.loss_fn, anchor.params, cell.private,
-        epochs=NON_PRIVATE_EPOCHS, batch_size=64, seed=seed, **settings,
+        pretrained.model.loss_fn, pretrained.params, setting.private,
+        epochs=NON_PRIVATE_EPOCHS, batch_size=64, seed=seed, **hyperparameters,
     )  # fmt: skip
-    best = max(epochs, key=lambda p: models.evaluate(anchor.model, p, anchor.split.test, anchor.task.metric))
-    return Outcome(best, NON_PRIVATE_EPOCHS * cell.num_private, 0)
+
+    def test_metric(params: Any) -> float:
+        return models.evaluate(pretrained.model, params, pretrained.split.test, pretrained.task.metric)
+
+    return Outcome(max(epochs, key=test_metric), NON_PRIVATE_EPOCHS * setting.num_private, 0)
 
 
-def _noisy_descent(optimizer, adapter, cell, seed, settings):
+def _noisy_descent(
+    optimizer: str, adapter: str, setting: Setting, seed: int, hyperparameters: Hyperparameters
+) -> Outcome:
+    """DP-SGD or a relative, by `optimizer` on the parameters that `adapter` trains."""
     params = dp_sgd.train(
         seed,
-        cell.anchor.model.loss_fn,
-        cell.anchor.params,
-        cell.private,
+        setting.pretrained.model.loss_fn,
+        setting.pretrained.params,
+        setting.private,
         optimizer=optimizer,
         adapter=adapter,
-        settings=dp_sgd.Settings(**settings),
-        epsilon=cell.epsilon,
-        delta=cell.delta,
+        settings=dp_sgd.Settings(**hyperparameters),
+        epsilon=setting.epsilon,
+        delta=setting.delta,
     )
-    passes = settings["steps"] * settings["sampling_prob"]
-    return Outcome(params, round(passes * cell.num_private), settings["steps"])
+    steps = hyperparameters["steps"]
+    passes = steps * hyperparameters["sampling_prob"]
+    return Outcome(params, round(passes * setting.num_private), steps)
 
 
-def _objective_perturbation(cell, seed, settings):
+def _objective_perturbation(setting: Setting, seed: int, hyperparameters: Hyperparameters) -> Outcome:
     params, passes = linear.objective_perturbation(
-        np.random.default_rng(seed), cell.anchor.params, cell.private,
-        **settings, epsilon=cell.epsilon, delta=cell.delta,
+        np.random.default_rng(seed), setting.pretrained.params, setting.private,
+        **hyperparameters, epsilon=setting.epsilon, delta=setting.delta,
     )  # fmt: skip
-    return Outcome(params, passes * cell.num_private, 1)
+    return Outcome(params, passes * setting.num_private, 1)
 
 
-def _adassp(cell, seed, settings):
-    mu = linear.adassp_mu(cell.epsilon, cell.delta)
-    params = linear.adassp(np.random.default_rng(seed), cell.anchor.params, cell.private, **settings, mu=mu)
-    return Outcome(params, cell.num_private, 3)
+def _adassp(setting: Setting, seed: int, hyperparameters: Hyperparameters) -> Outcome:
+    rng = np.random.default_rng(seed)
+    mu = linear.adassp_mu(setting.epsilon, setting.delta)
+    params = linear.adassp(rng, setting.pretrained.params, setting.private, **hyperparameters, mu=mu)
+    return Outcome(params, setting.num_private, 3)
 
 
-def _descent_settings(point):
-    sampling, steps, length, clip = point
-    return {
-        "sampling_prob": 4.0**sampling,
-        "steps": round(5 * 3.0**steps),
-        "length": 2.0**length,
-        "l2_clip_norm": 10.0 ** (clip / 2),
-    }
-
-
-def _descent_allowed(cell, settings):
-    sampling_prob, steps = settings["sampling_prob"], settings["steps"]
-    batch = sampling_prob * cell.num_private
-    return sampling_prob <= 1 and batch >= MIN_BATCH and 1 < steps <= MAX_STEPS and steps * sampling_prob <= MAX_PASSES
-
-
-def _descent_starts(lengths, num_private):
-    sampling = -2 if num_private >= 1000 else -1 if num_private >= 4 * MIN_BATCH else 0
-    return [(sampling, 2, length, 0) for length in lengths]
-
-
-def _descent(optimizer, adapter):
+def _descent(optimizer: str, adapter: str) -> Method:
+    # Adam's steps have a length per coordinate, hence the shorter ones.
     lengths = (-1, 1, 3, 5) if optimizer == "sgd" else (-6, -4, -2)
     return Method(
         run=functools.partial(_noisy_descent, optimizer, adapter),
         # A linear model is its own last layer, its biases alone do not change a ranking, and low rank saves nothing.
         models=("linear", "mlp", "cnn", "gru") if adapter == "all" else ("mlp", "cnn"),
-        settings=_descent_settings,
-        starts=functools.partial(_descent_starts, lengths),
-        allowed=_descent_allowed,
+        hyperparameters=lattices.descent,
+        starts=functools.partial(lattices.descent_starts, lengths),
+        allowed=lattices.descent_allowed,
     )
-
-
-def _full_batch_settings(point):
-    return _descent_settings((0, *point))
-
-
-def _perturbation_settings(point):
-    radius, strength = point
-    norm_bound = 10.0 ** (radius / 2)
-    return {"norm_bound": norm_bound, "regularisation": 2.0**strength * norm_bound**2}
-
-
-def _perturbation_allowed(cell, settings):
-    outputs = cell.anchor.task.num_outputs
-    return linear.determinant_share(outputs, **settings) < 0.9 * cell.epsilon
-
-
-def _perturbation_starts(num_private):
-    return [(2, strength) for strength in (0, 2, 4, 6, 8, 10)]
 
 
 METHODS = {
@@ -198,14 +120,14 @@ METHODS = {
     "non_private": Method(
         _non_private,
         private=False,
-        settings=lambda point: {"learning_rate": 10.0 ** (point[0] / 2)},
+        hyperparameters=lattices.learning_rate,
         starts=lambda num_private: [(-6,)],
     ),
     "dp_gd": Method(
         functools.partial(_noisy_descent, "sgd", "all"),
-        settings=_full_batch_settings,
-        starts=lambda num_private: [(1, length, 0) for length in (-1, 1, 3, 5)],
-        allowed=_descent_allowed,
+        hyperparameters=lattices.full_batch,
+        starts=lattices.full_batch_starts,
+        allowed=lattices.descent_allowed,
     ),
     **{
         f"dp_{optimizer}_{adapter}": _descent(optimizer, adapter)
@@ -215,17 +137,17 @@ METHODS = {
     "objective_perturbation": Method(
         _objective_perturbation,
         models=("linear",),
-        settings=_perturbation_settings,
-        starts=_perturbation_starts,
-        allowed=_perturbation_allowed,
+        hyperparameters=lattices.perturbation,
+        starts=lattices.perturbation_starts,
+        allowed=lattices.perturbation_allowed,
     ),
     "adassp": Method(
         _adassp,
         models=("linear",),
-        settings=lambda point: {"norm_bound": 10.0 ** (point[0] / 2), "step": 2.0 ** point[1]},
+        hyperparameters=lattices.adassp,
         starts=lambda num_private: [(1, 1)],
     ),
 }
-OURS = "qexp", "one_draw"
+OURS = ("qexp", "one_draw")
 BASELINES = [name for name, method in METHODS.items() if method.private and name not in OURS]
 DESCENT = [name for name in BASELINES if name.startswith("dp_")]  # DP-SGD and its relatives

@@ -79,7 +79,7 @@ def make_model(name: str, num_outputs: int) -> Model:
     """The model `name`; one output is one logit of a binary outcome. Cached, so that equal models compile once."""
     module = MODELS[name](num_outputs)
 
-    def loss_fn(params, record):
+    def loss_fn(params: Any, record: Any) -> jax.Array:
         return cross_entropy(module.apply(params, record["x"]), record["label"])
 
     return Model(module, loss_fn, jax.jit(jax.vmap(module.apply, in_axes=(None, 0))))
@@ -118,21 +118,43 @@ METRICS = {"accuracy": accuracy, "auroc": auroc, "negative_loss": negative_loss}
 
 
 def evaluate(model: Model, params: Any, records: Records, metric: str) -> float:
-    """The metric of `params` on `records`."""
+    """One metric.
+
+    Args:
+      model: whose logits are scored.
+      params: its parameters.
+      records: (n, ...) labelled records.
+      metric: key of `METRICS`.
+    """
     return scores(model, params, records, [metric])[0]
 
 
 def scores(model: Model, params: Any, records: Records, metrics: Sequence[str]) -> list[float]:
-    """Several metrics from the same logits."""
+    """Several metrics from the same logits.
+
+    Args:
+      model: whose logits are scored.
+      params: its parameters.
+      records: (n, ...) labelled records.
+      metrics: keys of `METRICS`.
+    """
     logits = np.asarray(model.logits(params, records["x"]))
     return [METRICS[metric](logits, records["label"]) for metric in metrics]
 
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "optimizer"))
-def _step(params, state, records, index, loss_fn, optimizer):
+def _step(
+    params: Any,
+    state: Any,
+    records: Records,
+    index: jax.Array,
+    loss_fn: Callable[[Any, Any], jax.Array],
+    optimizer: optax.GradientTransformation,
+) -> tuple[Any, Any]:
+    """Parameters and optimizer's state after one step on the records at `index`."""
     batch = jax.tree.map(lambda x: x[index], records)
 
-    def mean_loss(params):
+    def mean_loss(params: Any) -> jax.Array:
         return jnp.mean(jax.vmap(loss_fn, in_axes=(None, 0))(params, batch))
 
     updates, state = optimizer.update(jax.grad(mean_loss)(params), state, params)
@@ -140,7 +162,8 @@ def _step(params, state, records, index, loss_fn, optimizer):
 
 
 @functools.lru_cache
-def _adamw(learning_rate, steps, weight_decay):
+def _adamw(learning_rate: float, steps: int, weight_decay: float) -> optax.GradientTransformation:
+    # Cached: an optimizer is a static argument of `_step`, and a new one would compile it again.
     return optax.adamw(optax.cosine_decay_schedule(learning_rate, steps), weight_decay=weight_decay)
 
 
@@ -156,12 +179,25 @@ def epochs_of_adamw(
     weight_decay: float = 1e-3,
     name: str | None = None,
 ) -> Iterator[Any]:
-    """Parameters after each epoch of AdamW with a cosine schedule, without privacy; a progress bar if named."""
+    """Parameters after each epoch of AdamW with a cosine schedule, without privacy.
+
+    Args:
+      loss_fn: of one record.
+      params: before the first step.
+      records: (n, ...) training records.
+      epochs: passes over the records; a last batch that is not full is left out.
+      learning_rate: at the first step.
+      batch_size: at most n.
+      seed: of the order of the records.
+      weight_decay: of AdamW.
+      name: of the progress bar; none without it.
+    """
     count = len(records["label"])
     batch_size = min(batch_size, count)
     steps = count // batch_size
     optimizer = _adamw(learning_rate, epochs * steps, weight_decay)
-    state, rng = optimizer.init(params), np.random.default_rng(seed)
+    state = optimizer.init(params)
+    rng = np.random.default_rng(seed)
     on_device = jax.tree.map(jnp.asarray, records)
     for _ in tqdm(range(epochs), desc=name, unit="epoch", disable=name is None):
         for index in rng.permutation(count)[: steps * batch_size].reshape(steps, batch_size):
@@ -169,17 +205,33 @@ def epochs_of_adamw(
         yield jax.block_until_ready(params)
 
 
-def train(model: Model, params: Any, records: Records, **settings: Any) -> Any:
-    """The parameters after the last epoch of `epochs_of_adamw`."""
-    *_, last = epochs_of_adamw(model.loss_fn, params, records, **settings)
+def train(model: Model, params: Any, records: Records, **hyperparameters: Any) -> Any:
+    """The parameters after the last epoch.
+
+    Args:
+      model: whose loss is minimised.
+      params: before the first step.
+      records: (n, ...) training records.
+      **hyperparameters: of `epochs_of_adamw`.
+    """
+    *_, last = epochs_of_adamw(model.loss_fn, params, records, **hyperparameters)
     return last
 
 
-def pretrain(model: Model, records: Records, *, seed: int, held_out: float = 0.1, **settings: Any) -> Any:
-    """The epoch of least loss on a held-out tenth of the public records."""
+def pretrain(model: Model, records: Records, *, seed: int, held_out: float = 0.1, **hyperparameters: Any) -> Any:
+    """The epoch of least loss on held-out public records.
+
+    Args:
+      model: trained from its initial parameters.
+      records: (n, ...) public records.
+      seed: of initial parameters, held-out records and order.
+      held_out: share of the records.
+      **hyperparameters: of `epochs_of_adamw`.
+    """
     order = np.random.default_rng(seed).permutation(len(records["label"]))
     cut = int(held_out * len(order))
-    validation, training = select(records, order[:cut]), select(records, order[cut:])
+    validation = select(records, order[:cut])
+    training = select(records, order[cut:])
     mean_loss = jax.jit(lambda params: jnp.mean(jax.vmap(model.loss_fn, in_axes=(None, 0))(params, validation)))
     start = init(model, jax.random.key(seed), records)
-    return min(epochs_of_adamw(model.loss_fn, start, training, seed=seed, **settings), key=mean_loss)
+    return min(epochs_of_adamw(model.loss_fn, start, training, seed=seed, **hyperparameters), key=mean_loss)

@@ -16,15 +16,15 @@ def climb(score: Callable[[Point], float], starts: Iterable[Point], allowed: Cal
     """
     scores: dict[Point, float] = {}
 
-    def cached(point):
+    def cached(point: Point) -> float:
         if point not in scores:
             scores[point] = score(point)
         return scores[point]
 
     best = max((point for point in starts if allowed(point)), key=cached)
     while True:
-        baselines = [point for point in _neighbours(best) if allowed(point)]
-        better = max(baselines, key=cached, default=best)
+        neighbours = [point for point in _neighbours(best) if allowed(point)]
+        better = max(neighbours, key=cached, default=best)
         if cached(better) <= cached(best):
             return best
         best = better

@@ -1,9 +1,9 @@
-"""The arena's tasks: split, metric, models, and how each model is pretrained on the public part."""
+"""The benchmark's tasks: split, metric, models, and how each model is pretrained on the public part."""
 
 import functools
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from experiments.benchmark import models
@@ -18,7 +18,7 @@ class Task(NamedTuple):
       name: as in the results.
       metric: key of `models.METRICS`.
       num_outputs: logits of a model.
-      pretraining: settings of `models.pretrain` for each model.
+      pretraining: hyperparameters of `models.pretrain` for each model.
       load: `(data_dir, cache_dir) -> Split`.
     """
 
@@ -56,15 +56,15 @@ _FITTED = {
 }
 
 
-def _mimic(outcome, split_by):
-    def load(data_dir, cache_dir):
+def _mimic(outcome: str, split_by: str) -> Task:
+    def load(data_dir: pathlib.Path, cache_dir: pathlib.Path) -> Split:
         return mimic.load(data_dir, outcome=outcome, split_by=split_by, cache_dir=cache_dir)
 
     return Task(f"mimic_{outcome}_by_{split_by}", "auroc", 1, _CLINICAL, load)
 
 
-def _published(outcome):
-    def load(data_dir, cache_dir):
+def _published(outcome: str) -> Task:
+    def load(data_dir: pathlib.Path, cache_dir: pathlib.Path) -> Split:
         return mimic_published.load(data_dir, outcome=outcome, cache_dir=cache_dir)
 
     return Task(f"mimic_{outcome}_published", "auroc", 1, _HOURLY, load)
@@ -99,8 +99,15 @@ OTHER_IMAGES = {
 }
 
 
-def _small(name, metric, num_outputs, pretraining, load, kinds):
-    """The tasks of one family of `small`."""
+def _small(
+    name: str,
+    metric: str,
+    num_outputs: int,
+    pretraining: dict[str, dict[str, Any]],
+    load: Callable[[str, pathlib.Path, pathlib.Path], Split],
+    kinds: Sequence[str],
+) -> dict[str, Task]:
+    """The tasks of one family of `small`, one for each kind of change."""
     return {
         f"{name}_{kind}": Task(f"{name}_{kind}", metric, num_outputs, pretraining, functools.partial(load, kind))
         for kind in kinds
@@ -122,8 +129,15 @@ SMALL_TASKS = (
 TASKS = OPEN_TASKS | MIMIC_TASKS | OTHER_IMAGES | SMALL_TASKS
 
 
-class Anchor(NamedTuple):
-    """A task with a pretrained model: what every method starts from."""
+class Pretrained(NamedTuple):
+    """A task with a pretrained model: what every method starts from.
+
+    Attributes:
+      task: what is to be learnt.
+      split: its records.
+      model: the architecture and its loss.
+      params: pretrained on `split.public`.
+    """
 
     task: Task
     split: Split
@@ -137,11 +151,19 @@ def load_split(name: str, data_dir: pathlib.Path, cache_dir: pathlib.Path) -> Sp
     return TASKS[name].load(data_dir, cache_dir)
 
 
-def make_anchor(task: Task, model_name: str, data_dir: pathlib.Path, cache_dir: pathlib.Path) -> Anchor:
-    """Pretrains `model_name` on the task's public part; deterministic."""
+def pretrained_on(task: Task, model_name: str, data_dir: pathlib.Path, cache_dir: pathlib.Path) -> Pretrained:
+    """A model pretrained on the task's public part; deterministic.
+
+    Args:
+      task: with hyperparameters of pretraining for this model.
+      model_name: key of `models.MODELS`.
+      data_dir: folder with what the publishers distribute.
+      cache_dir: folder for derived tables.
+    """
     split = load_split(task.name, data_dir, cache_dir)
     model = models.make_model(model_name, task.num_outputs)
-    return Anchor(task, split, model, models.pretrain(model, split.public, seed=0, **task.pretraining[model_name]))
+    params = models.pretrain(model, split.public, seed=0, **task.pretraining[model_name])
+    return Pretrained(task, split, model, params)
 
 
 def data_dir() -> pathlib.Path:

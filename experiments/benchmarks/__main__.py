@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import shutil
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 
 # Before JAX starts: every side has one thread. A GPU's host needs its own.
@@ -24,8 +25,8 @@ import jax
 from tqdm import tqdm
 
 from experiments.benchmark import tasks
-from experiments.benchmark.grid import RESULTS, write_table
-from experiments.benchmarks import cases, curvature, draws, modes, peers, private_pass, timing, whole
+from experiments.benchmark.results import RESULTS, write_table
+from experiments.benchmarks import cases, curvature, draws, libraries, modes, private_pass, timing, whole
 from experiments.data.splits import run_cli
 
 PATHS = ("private", "draws", "curvature", "modes", "whole")
@@ -36,12 +37,13 @@ WHOLE = [
 NO_GOAL = "—"
 
 
-def _default_records():
+def _default_records() -> int:
     """A CPU's caches decide, not the number; an accelerator must be filled."""
     return 512 if jax.default_backend() == "cpu" else 8192
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; see the head of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--paths", nargs="+", default=list(PATHS), choices=PATHS)
     parser.add_argument("--seconds", type=float, default=8.0, help="about how long a race takes")
@@ -49,16 +51,18 @@ def parse_args(argv=None):
     parser.add_argument("--dims", nargs="+", type=int, default=[256, 2048, 8192], help="k of the draws")
     parser.add_argument("--tiny", action="store_true", help="sizes that finish at once, and mean nothing")
     parser.add_argument("--data-dir", type=pathlib.Path, default=tasks.data_dir(), help="default: $QEXP_DATA")
-    parser.add_argument("--arena", type=pathlib.Path, default=RESULTS / "arena.csv", help="baselines' settings")
+    parser.add_argument("--table", type=pathlib.Path, default=RESULTS / "arena.csv", help="with the baselines' rows")
     parser.add_argument("--epsilon", type=float, default=1.0, help="of the whole fine-tune")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     return parser.parse_args(argv)
 
 
-def races(args):
+def races(args: argparse.Namespace) -> Iterator[tuple[str, Iterator[timing.Row]]]:
     """(label, iterator of rows) of all that is asked for."""
-    tiny, seconds = args.tiny, args.seconds
-    n, tokens = (8, 8) if tiny else (args.records, 64)
+    tiny = args.tiny
+    seconds = args.seconds
+    n = 8 if tiny else args.records
+    tokens = 8 if tiny else 64
     dim = 8 if tiny else 256
     if "private" in args.paths:
         for case in (cases.linear(n), cases.cnn(n // 2), cases.transformer(max(4, n // 8), tokens)):
@@ -76,12 +80,13 @@ def races(args):
                 yield modes.PATH, modes.rows(case, k, seconds=seconds)
     if "whole" in args.paths:
         for task, model in WHOLE[:1] if tiny else WHOLE:
-            size, seeds = (250, 1) if tiny else (1000, 3)
-            settings = {"table": args.arena, "data": args.data_dir, "seeds": seeds, "seconds": seconds}
-            yield whole.PATH, whole.rows(task, model, size, args.epsilon, **settings)
+            num_private = 250 if tiny else 1000
+            seeds = 1 if tiny else 3
+            options = {"table": args.table, "data": args.data_dir, "seeds": seeds, "seconds": seconds}
+            yield whole.PATH, whole.rows(task, model, num_private, args.epsilon, **options)
 
 
-def table(rows, ceilings):
+def table(rows: Sequence[timing.Row], ceilings: dict[str, float]) -> str:
     """The rows in words, with the machine's two ceilings."""
     lines = [
         f"Device: {timing.device()}; copy {ceilings['copy_gb_per_s']:.1f} GB/s, "
@@ -91,23 +96,27 @@ def table(rows, ceilings):
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
-        goal = f"{row['goal']:.3g}" if row["goal"] else NO_GOAL
-        met = NO_GOAL if not row["goal"] else "yes" if timing.met(row) else "**no**"
+        goal = NO_GOAL
+        met = NO_GOAL
+        if row["goal"]:
+            goal = f"{row['goal']:.3g}"
+            met = "yes" if timing.met(row) else "**no**"
         times = f"{1e3 * row['ours_seconds']:.4g} | {1e3 * row['peer_seconds']:.4g} | {row['ratio']:.2f}"
         lines.append(f"| {row['path']} | {row['case']} | {row['peer']} | {times} | {goal} | {met} |")
     return "\n".join(lines) + "\n"
 
 
-def record_peers(path):
+def record_peers(path: pathlib.Path) -> None:
     """Adds the peers' versions to the run's provenance."""
     runs = json.loads(path.read_text())
-    installed = [name for module, name in peers.DISTRIBUTIONS.items() if peers.find(module) is not None]
+    installed = [name for module, name in libraries.DISTRIBUTIONS.items() if libraries.find(module) is not None]
     runs[-1]["versions"] |= {name: version(name) for name in installed}
     runs[-1]["xla_flags"] = os.environ.get("XLA_FLAGS", "").split()
     path.write_text(json.dumps(runs, indent=1) + "\n")
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the races; writes the tables."""
     args = parse_args(argv)
     rows = []
     with tqdm(unit="row") as progress:
@@ -120,7 +129,7 @@ def main(argv=None):
                 )
                 progress.update()
     ceilings = timing.ceilings(args.tiny, args.seconds)
-    write_table(args.out, "benchmarks", timing.COLUMNS, rows)
+    write_table(args.out, "benchmarks", timing.COLUMNS, rows, module="experiments.benchmarks")
     record_peers(args.out / "benchmarks_runs.json")
     (args.out / "benchmarks.md").write_text(table(rows, ceilings))
     print(table(rows, ceilings))

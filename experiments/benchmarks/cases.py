@@ -18,7 +18,7 @@ class Case(NamedTuple):
     Attributes:
       name: of the model.
       model_fn: `(params, record) -> logits` of one record.
-      params: the anchor.
+      params: the pretrained ones.
       records: n records `{"x", "label"}`.
       where: regular expression of the leaves that are tuned.
     """
@@ -75,7 +75,8 @@ class Transformer(nn.Module):
     def attend(self, x: jax.Array) -> jax.Array:
         """Self-attention, (length, width) -> (length, width)."""
         split = lambda y: y.reshape(len(x), self.heads, -1)
-        q, v = split(Dense(self.width, self.rank)(x)), split(Dense(self.width, self.rank)(x))
+        q = split(Dense(self.width, self.rank)(x))
+        v = split(Dense(self.width, self.rank)(x))
         k = split(nn.Dense(self.width, use_bias=False)(x))
         weights = jax.nn.softmax(jnp.einsum("ihd,jhd->hij", q, k) / q.shape[-1] ** 0.5)
         return jnp.einsum("hij,jhd->ihd", weights, v).reshape(x.shape)
@@ -91,7 +92,14 @@ class SmallMLP(nn.Module):
 
 
 def images(name: str, module: nn.Module, num_records: int, side: int = 28) -> Case:
-    """An image classifier of ten classes."""
+    """An image classifier of ten classes.
+
+    Args:
+      name: of the case.
+      module: the model.
+      num_records: n.
+      side: of an image, in pixels.
+    """
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (num_records, side, side))
     labels = jax.random.randint(keys[1], (num_records,), 0, 10)
@@ -106,7 +114,8 @@ def transformer(num_records: int, length: int) -> Case:
     return _case("transformer-LoRA", Transformer(), keys[2], {"x": tokens, "label": labels}, where="lora")
 
 
-def _case(name, module, key, records, where=None):
+def _case(name: str, module: nn.Module, key: jax.Array, records: Record, where: str | None = None) -> Case:
+    """A case with random parameters."""
     params: Any = module.init(key, records["x"][0])
     return Case(name, lambda p, record: module.apply(p, record["x"]), params, records, where)
 
@@ -117,7 +126,7 @@ def linear(num_records: int) -> Case:
 
 
 def cnn(num_records: int) -> Case:
-    """The small CNN of the arena."""
+    """The small CNN of the benchmark."""
     return images("cnn", models.SmallCNN(10), num_records)
 
 

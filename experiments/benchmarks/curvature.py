@@ -1,16 +1,17 @@
 """P^T Curv P against a dense Hessian, against loops over single Hessian-vector products, and against k gradients."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 
-from experiments.benchmarks import cases, peers
+from experiments.benchmarks import cases
 from experiments.benchmarks.cases import Case
-from experiments.benchmarks.timing import Contestants, Row, race, row, rows_against
+from experiments.benchmarks.libraries import find, torch_device
+from experiments.benchmarks.timing import Calls, Row, race, row, rows_against
 from qexp_jax import curvature, subspace
-from qexp_jax.data.records import num_records
+from qexp_jax.data.records import Params, Record, num_records
 from qexp_jax.model.subspace import Subspace
 
 PATH = "curvature"
@@ -20,7 +21,8 @@ DENSE_UP_TO = 10_000
 def rows(case: Case, dim: int, *, seconds: float) -> Iterator[Row]:
     """One model: all its parameters, `dim` random orthonormal directions."""
     space = subspace.orthonormal(jax.random.key(7), case.params, dim)
-    d, n = space.layout.num_params, num_records(case.records)
+    d = space.layout.num_params
+    n = num_records(case.records)
     label = f"{case.name}, d={d}, k={dim}, n={n}"
     times = race(ours(case, space) | loops(case, space), seconds=seconds, least=2)
     hessian = {"ours": times["projected_hessian"]} | times
@@ -33,7 +35,7 @@ def rows(case: Case, dim: int, *, seconds: float) -> Iterator[Row]:
         yield from rows_against(PATH, f"{label}, projected_hessian", hessian | dense, {"jax.hessian, projected": 5.0})
 
 
-def ours(case: Case, space: Subspace) -> Contestants:
+def ours(case: Case, space: Subspace) -> Calls:
     """The library's two, with their defaults, and one gradient of the mean loss."""
     hessian = jax.jit(functools.partial(curvature.projected_hessian, case.loss_fn))
     ggn = jax.jit(functools.partial(curvature.projected_ggn, case.model_fn, cases.output_loss))
@@ -45,7 +47,7 @@ def ours(case: Case, space: Subspace) -> Contestants:
     }
 
 
-def _mean_loss(case, params, records):
+def _mean_loss(case: Case, params: Params, records: Record) -> jax.Array:
     return jnp.mean(jax.vmap(case.loss_fn, in_axes=(None, 0))(params, records))
 
 
@@ -54,41 +56,43 @@ def loop_names() -> tuple[str, ...]:
     return "laplax, one product at a time", "curvlinops"
 
 
-def loops(case: Case, space: Subspace) -> Contestants:
+def loops(case: Case, space: Subspace) -> Calls:
     """P^T (H p_j), column by column."""
     laplax, curvlinops = loop_names()
     found = {}
-    if peers.find("laplax") is not None:
+    if find("laplax") is not None:
         found[laplax] = _laplax(case, space)
-    if peers.find("curvlinops") is not None and peers.torch_device() is not None:
+    if find("curvlinops") is not None and torch_device() is not None:
+        # Only here, as it imports torch.
         from experiments.benchmarks import torch_models
 
         found[curvlinops] = torch_models.hessian_columns(case, space.dim)
     return found
 
 
-def _laplax(case, space):
+def _laplax(case: Case, space: Subspace) -> Callable[[], jax.Array]:
     from laplax.curv.hessian import create_hessian_mv_without_data
 
     n = num_records(case.records)
 
-    def column(params, space, records, direction):
+    def column(params: Params, space: Subspace, records: Record, direction: jax.Array) -> jax.Array:
         model = lambda input, params: case.model_fn(params, {"x": input})
         loss = lambda logits, labels: jnp.sum(jax.vmap(cases.output_loss)(logits, {"label": labels}))
         product = create_hessian_mv_without_data(model, params, loss, 1 / n)
         data = {"input": records["x"], "target": records["label"]}
         return subspace.project(space, product(subspace.lift(space, direction), data))
 
-    run, eye = jax.jit(column), jnp.eye(space.dim)
+    run = jax.jit(column)
+    eye = jnp.eye(space.dim)
     return lambda: jnp.stack([run(case.params, space, case.records, e) for e in eye])
 
 
-def dense_route(case: Case, space: Subspace) -> Contestants:
+def dense_route(case: Case, space: Subspace) -> Calls:
     """The d x d Hessian of the mean loss, then P^T H P."""
     whole = subspace.full(case.params)
     basis = jnp.concatenate([b.reshape(space.dim, -1) for b in space.arrays], axis=1).T
 
-    def run(params, records, basis):
+    def run(params: Params, records: Record, basis: jax.Array) -> jax.Array:
         loss = lambda theta: _mean_loss(case, subspace.lift(whole, theta), records)
         hessian = jax.hessian(loss)(subspace.project(whole, params))
         return basis.T @ hessian @ basis

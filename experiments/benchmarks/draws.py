@@ -6,14 +6,15 @@ mantissa unless told otherwise, ours 24: baselines that keep the factor are time
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks import peers
-from experiments.benchmarks.timing import Contestants, Row, race, rows_against
+from experiments.benchmarks.libraries import find
+from experiments.benchmarks.timing import Calls, Row, race, rows_against
 from qexp_jax import precision
 
 PATH = "draws"
@@ -37,12 +38,13 @@ def rows(dim: int, num_draws: int, *, seconds: float) -> Iterator[Row]:
     yield from rows_against(PATH, f"k={dim}, draws={num_draws}", again | times, goals)
 
 
-def _solve(key, upper, num_draws):
+def _solve(key: jax.Array, upper: jax.Array, num_draws: int) -> jax.Array:
+    """What a draw needs at least: normal numbers and one triangular solve."""
     noise = jax.random.normal(key, (num_draws, len(upper)))
     return jax.lax.linalg.triangular_solve(upper.T, noise.T, left_side=True, lower=True, transpose_a=True).T
 
 
-def factor_kept(key: jax.Array, matrix: jax.Array, num_draws: int) -> Contestants:
+def factor_kept(key: jax.Array, matrix: jax.Array, num_draws: int) -> Calls:
     """Distributions built once."""
     found = _factor_kept(key, matrix, num_draws, jax.jit)
     if jax.default_backend() == "cpu":
@@ -51,17 +53,21 @@ def factor_kept(key: jax.Array, matrix: jax.Array, num_draws: int) -> Contestant
     return found | {f"{name}, float32 products": run for name, run in exact.items()}
 
 
-def _in_float32(run):
-    def exact(*args):
+def _in_float32(run: Callable[..., Any]) -> Callable[..., Any]:
+    def exact(*args: Any) -> Any:
         with jax.default_matmul_precision("highest"):
             return run(*args)
 
     return exact
 
 
-def _factor_kept(key, matrix, num_draws, compiled):
+def _factor_kept(
+    key: jax.Array, matrix: jax.Array, num_draws: int, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Calls:
+    """`compiled` is `jax.jit`, or that with products in float32."""
     found = {}
-    numpyro, distrax = peers.find("numpyro"), peers.find("distrax")
+    numpyro = find("numpyro")
+    distrax = find("distrax")
     if numpyro is not None:
         import numpyro.distributions as dist
 
@@ -76,13 +82,14 @@ def _factor_kept(key, matrix, num_draws, compiled):
     return found
 
 
-def factored_again(key: jax.Array, matrix: jax.Array, num_draws: int) -> Contestants:
+def factored_again(key: jax.Array, matrix: jax.Array, num_draws: int) -> Calls:
     """One call from the matrix to the draws."""
     covariance = jnp.linalg.inv(matrix)
     zeros = jnp.zeros(len(matrix))
     builtin = jax.jit(lambda key, c: jax.random.multivariate_normal(key, zeros, c, (num_draws,), method="cholesky"))
     found = {"jax.random.multivariate_normal": lambda: builtin(key, covariance)}
-    numpyro, distrax = peers.find("numpyro"), peers.find("distrax")
+    numpyro = find("numpyro")
+    distrax = find("distrax")
     if numpyro is not None:
         import numpyro.distributions as dist
 

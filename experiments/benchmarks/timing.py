@@ -1,4 +1,4 @@
-"""Contestants timed in turns, and the rows of the table."""
+"""Calls timed in turns, and the rows of the table."""
 
 import pathlib
 import time
@@ -11,59 +11,78 @@ import numpy as np
 
 COLUMNS = "path case peer ours_seconds peer_seconds ratio goal device".split()
 Row = dict[str, Any]
-Contestants = dict[str, Callable[[], Any]]
+Calls = dict[str, Callable[[], Any]]
 WORSE = ", a lower metric"
 _SHORTEST = 5e-3  # a sample shorter than this is made of several calls
 
 
-def race(contestants: Contestants, *, seconds: float, least: int = 3, most: int = 60) -> dict[str, float]:
-    """Median wall seconds of a call of each contestant, in turns of random order: a busy machine slows all of them.
+def race(calls: Calls, *, seconds: float, least: int = 3, most: int = 60) -> dict[str, float]:
+    """Median wall seconds of each call, in turns of random order: a busy machine slows all of them.
 
     Args:
-      contestants: calls without arguments; what they return is waited for. The first call compiles and is not timed.
+      calls: without arguments; what they return is waited for. The first call compiles and is not timed.
       seconds: about how long the race may take.
       least: samples of each in any case.
       most: samples of each.
     """
-    names, calls, samples = list(contestants), {}, {}
-    for name, run in contestants.items():
+    repeats: dict[str, int] = {}
+    samples: dict[str, list[float]] = {}
+    for name, run in calls.items():
         jax.block_until_ready(run())
         first = _sample(run, 1)
-        calls[name] = max(1, int(_SHORTEST / first))
-        samples[name] = [first] if calls[name] == 1 else []
-    stop, rng = time.perf_counter() + seconds, np.random.default_rng(0)
+        repeats[name] = max(1, int(_SHORTEST / first))
+        samples[name] = [first] if repeats[name] == 1 else []
+    names = list(calls)
+    rng = np.random.default_rng(0)
+    stop = time.perf_counter() + seconds
     for turn in range(1, most):
         if turn >= least and time.perf_counter() > stop:
             break
         for name in rng.permutation(names):  # nobody always runs after the same other, who may leave memory to be freed
-            samples[name].append(_sample(contestants[name], calls[name]))
+            samples[name].append(_sample(calls[name], repeats[name]))
     return {name: float(np.median(values)) for name, values in samples.items()}
 
 
-def _sample(run, calls):
+def _sample(run: Callable[[], Any], repeats: int) -> float:
+    """Mean wall seconds of some calls."""
     start = time.perf_counter()
-    for _ in range(calls):
+    for _ in range(repeats):
         jax.block_until_ready(run())
-    return (time.perf_counter() - start) / calls
+    return (time.perf_counter() - start) / repeats
 
 
 def row(path: str, case: str, peer: str, ours: float, theirs: float, goal: float | str = "") -> Row:
-    """One line: `ratio` is the peer's time over ours, `goal` the least that it should be; "" where there is none."""
-    values = (
-        path,
-        case,
-        peer,
-        float(f"{ours:.4g}"),
-        float(f"{theirs:.4g}"),
-        round(theirs / ours, 3),
-        goal and round(goal, 3),
-        device(),
-    )
-    return dict(zip(COLUMNS, values, strict=True))
+    """One line of the table.
+
+    Args:
+      path: which hot path.
+      case: model and sizes.
+      peer: who is compared with.
+      ours: our seconds.
+      theirs: the peer's seconds.
+      goal: the least that the peer's time over ours should be; "" where there is none.
+    """
+    return {
+        "path": path,
+        "case": case,
+        "peer": peer,
+        "ours_seconds": float(f"{ours:.4g}"),
+        "peer_seconds": float(f"{theirs:.4g}"),
+        "ratio": round(theirs / ours, 3),
+        "goal": goal and round(goal, 3),
+        "device": device(),
+    }
 
 
 def rows_against(path: str, case: str, times: Mapping[str, float], goals: Mapping[str, float]) -> list[Row]:
-    """A line for each peer that ran; `times["ours"]` is ours."""
+    """A line for each peer that ran.
+
+    Args:
+      path: which hot path.
+      case: model and sizes.
+      times: seconds by name; `times["ours"]` is ours.
+      goals: goal by peer, see `row`.
+    """
     return [row(path, case, peer, times["ours"], times[peer], goal) for peer, goal in goals.items() if peer in times]
 
 
@@ -84,8 +103,15 @@ def device() -> str:
 
 def ceilings(tiny: bool, seconds: float) -> dict[str, float]:
     """What the device can do at best: GB/s of a copy (read and written), TFLOP/s of a float32 matrix product."""
-    on_cpu = jax.default_backend() == "cpu"
-    size, bytes_moved = (256, 2**16) if tiny else (4096, 2**28) if on_cpu else (8192, 2**33)
+    if tiny:
+        size = 256
+        bytes_moved = 2**16
+    elif jax.default_backend() == "cpu":
+        size = 4096
+        bytes_moved = 2**28
+    else:
+        size = 8192
+        bytes_moved = 2**33
     vector = jax.random.normal(jax.random.key(9), (bytes_moved // 8,))
     matrix = jax.random.normal(jax.random.key(10), (size, size))
     copy = jax.jit(lambda x: x + 1)

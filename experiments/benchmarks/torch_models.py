@@ -1,6 +1,8 @@
 """The same models in torch, for Opacus and curvlinops; imported only where torch is installed."""
 
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from opacus import GradSampleModule
@@ -10,20 +12,21 @@ from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from torch import nn
 
 from experiments.benchmarks.cases import Case
-from experiments.benchmarks.peers import as_torch, torch_device
-from experiments.benchmarks.timing import Contestants
+from experiments.benchmarks.libraries import as_torch, torch_device
+from experiments.benchmarks.timing import Calls
 
 
 class LowRank(nn.Module):
     """A frozen matrix and its low-rank update."""
 
-    def __init__(self, width: int, features: int, rank: int):
+    def __init__(self, width: int, features: int, rank: int) -> None:
         """Named as in `cases.Dense`."""
         super().__init__()
         self.frozen = nn.Linear(width, features, bias=False)
-        self.lora_a, self.lora_b = nn.Linear(width, rank, bias=False), nn.Linear(rank, features, bias=False)
+        self.lora_a = nn.Linear(width, rank, bias=False)
+        self.lora_b = nn.Linear(rank, features, bias=False)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(n, length, width) -> (n, length, features)."""
         return self.frozen(x) + self.lora_b(self.lora_a(x))
 
@@ -31,16 +34,18 @@ class LowRank(nn.Module):
 class Block(nn.Module):
     """A layer of `cases.Transformer`."""
 
-    def __init__(self, width: int, heads: int, rank: int):
+    def __init__(self, width: int, heads: int, rank: int) -> None:
         """Pre-norm attention and MLP."""
         super().__init__()
         self.heads = heads
         self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
-        self.q, self.v = LowRank(width, width, rank), LowRank(width, width, rank)
-        self.k, self.out = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
+        self.q = LowRank(width, width, rank)
+        self.v = LowRank(width, width, rank)
+        self.k = nn.Linear(width, width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(n, length, width) -> the same."""
         y = self.norms[0](x)
         q, k, v = (f(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
@@ -52,14 +57,15 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """As `cases.Transformer`."""
 
-    def __init__(self, length: int, layers: int = 2, width: int = 128, heads: int = 4, rank: int = 2):
+    def __init__(self, length: int, layers: int = 2, width: int = 128, heads: int = 4, rank: int = 2) -> None:
         """Low-rank updates alone are trained."""
         super().__init__()
-        self.embed, self.positions = nn.Embedding(256, width), nn.Parameter(0.02 * torch.randn(length, width))
+        self.embed = nn.Embedding(256, width)
+        self.positions = nn.Parameter(0.02 * torch.randn(length, width))
         self.blocks = nn.Sequential(*[Block(width, heads, rank) for _ in range(layers)])
         self.head = nn.Linear(width, 2)
 
-    def forward(self, tokens):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """(n, length) -> (n, 2)."""
         return self.head(self.blocks(self.embed(tokens) + self.positions).mean(1))
 
@@ -84,9 +90,10 @@ def make(case: Case) -> nn.Module:
     return model.to(torch_device())
 
 
-def opacus_clips(case: Case, clip_norm: float, *, head_only: bool) -> Contestants:
+def opacus_clips(case: Case, clip_norm: float, *, head_only: bool) -> Calls:
     """The clipped sum with per-record gradients (hooks), and by two backward passes (ghost clipping)."""
-    x, labels = as_torch(case.records["x"]), as_torch(case.records["label"])
+    x = as_torch(case.records["x"])
+    labels = as_torch(case.records["label"])
     found = {}
     for name, one in (("hooks", _hooks), ("ghost", _ghost)):
         torch.manual_seed(0)
@@ -100,16 +107,18 @@ def opacus_clips(case: Case, clip_norm: float, *, head_only: bool) -> Contestant
     return found
 
 
-def _settings(model, n, clip_norm):
+def _options(model: nn.Module, n: int, clip_norm: float) -> dict[str, Any]:
+    """Of Opacus's optimizers, without noise."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     return {"optimizer": optimizer, "noise_multiplier": 0.0, "max_grad_norm": clip_norm, "expected_batch_size": n}
 
 
-def _hooks(model, x, labels, clip_norm):
+def _hooks(model: nn.Module, x: torch.Tensor, labels: torch.Tensor, clip_norm: float) -> Callable[[], None]:
+    """Opacus with every record's gradient formed."""
     module = GradSampleModule(model, loss_reduction="sum")
-    optimizer = DPOptimizer(**_settings(module, len(x), clip_norm), loss_reduction="sum")
+    optimizer = DPOptimizer(**_options(module, len(x), clip_norm), loss_reduction="sum")
 
-    def run():
+    def run() -> None:
         optimizer.zero_grad(set_to_none=True)
         nn.functional.cross_entropy(module(x), labels, reduction="sum").backward()
         optimizer.clip_and_accumulate()
@@ -118,14 +127,15 @@ def _hooks(model, x, labels, clip_norm):
     return _quiet(run)
 
 
-def _ghost(model, x, labels, clip_norm):
+def _ghost(model: nn.Module, x: torch.Tensor, labels: torch.Tensor, clip_norm: float) -> Callable[[], None]:
+    """Opacus with norms first, and a second backward pass for the clipped sum."""
     module = GradSampleModuleFastGradientClipping(model, loss_reduction="sum", max_grad_norm=clip_norm)
-    optimizer = DPOptimizerFastGradientClipping(**_settings(module, len(x), clip_norm), loss_reduction="sum")
+    optimizer = DPOptimizerFastGradientClipping(**_options(module, len(x), clip_norm), loss_reduction="sum")
     criterion = DPLossFastGradientClipping(
         module, optimizer, nn.CrossEntropyLoss(reduction="sum"), loss_reduction="sum"
     )
 
-    def run():
+    def run() -> None:
         optimizer.zero_grad(set_to_none=True)
         criterion(module(x), labels).backward()
         _wait()
@@ -133,10 +143,10 @@ def _ghost(model, x, labels, clip_norm):
     return _quiet(run)
 
 
-def _quiet(run):
+def _quiet(run: Callable[[], None]) -> Callable[[], None]:
     """Torch warns at each backward pass of a hooked module; the tests take warnings for errors."""
 
-    def quietly():
+    def quietly() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             run()
@@ -144,12 +154,12 @@ def _quiet(run):
     return quietly
 
 
-def _wait():
+def _wait() -> None:
     if torch_device().type == "cuda":
         torch.cuda.synchronize()
 
 
-def hessian_columns(case: Case, dim: int):
+def hessian_columns(case: Case, dim: int) -> Callable[[], None]:
     """P^T H P with curvlinops; its operator takes the columns of a matrix itself."""
     from curvlinops import HessianLinearOperator
 
@@ -159,7 +169,7 @@ def hessian_columns(case: Case, dim: int):
     operator = HessianLinearOperator(model, nn.CrossEntropyLoss(), parameters, data, check_deterministic=False)
     basis = torch.linalg.qr(torch.randn(operator.shape[0], dim, device=torch_device()))[0]
 
-    def run():
+    def run() -> None:
         basis.T @ (operator @ basis)
         _wait()
 

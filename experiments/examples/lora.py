@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 import qexp_jax
-from experiments.studies.large import GPT
+from experiments.studies.gpt import GPT
 
 LENGTH = 32  # characters that the model reads; a passage has one more, the last to be predicted
 MODEL = GPT(vocabulary=128, width=64, layers=2, context=LENGTH, lora_rank=4)

@@ -25,7 +25,7 @@ def pretrained():
     """A split of stays, a model, and its parameters, trained on the public stays."""
     has_physionet = (tasks.data_dir() / "physionet2012").is_dir()
     task = tasks.TASKS["physionet_icu" if has_physionet else "table_changed"]
-    return tasks.make_anchor(task, "mlp", tasks.data_dir(), tasks.cache_dir())
+    return tasks.pretrained_on(task, "mlp", tasks.data_dir(), tasks.cache_dir())
 
 
 def made_up_patients(num_stays):

@@ -10,16 +10,21 @@ Writes ablation.csv and ablation.png into --out.
 
 import argparse
 import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from tqdm import tqdm
 
 import qexp_jax
 from experiments.benchmark import models, tasks
-from experiments.benchmark.grid import RESULTS, subsample, write_table
-from experiments.data.splits import run_cli
+from experiments.benchmark.results import RESULTS, write_table
+from experiments.benchmark.runs import subsample
+from experiments.benchmark.tasks import Pretrained
+from experiments.data.splits import Records, run_cli
 from qexp_jax import subspace
 
 matplotlib.use("Agg")
@@ -32,7 +37,8 @@ KINDS = (
 )  # fmt: skip
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; see the head of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=pathlib.Path, default=tasks.data_dir(), help="default: $QEXP_DATA")
     parser.add_argument("--cache-dir", type=pathlib.Path, default=tasks.cache_dir(), help="default: $QEXP_CACHE")
@@ -47,8 +53,15 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def choice(kind, dim, key, params):
-    """What of `fine_tune`'s defaults a kind replaces."""
+def choice(kind: str, dim: int, key: jax.Array, params: Any) -> dict[str, Any]:
+    """What of `fine_tune`'s defaults a kind replaces.
+
+    Args:
+      kind: one of `KINDS`.
+      dim: k.
+      key: of random directions.
+      params: the pretrained ones.
+    """
     return {
         "gaussian": lambda: {"subspace": subspace.gaussian(key, params, dim)},
         "count_sketch": lambda: {"subspace": subspace.count_sketch(key, params, dim)},
@@ -60,62 +73,101 @@ def choice(kind, dim, key, params):
     }[kind]()
 
 
-def release(kind, dim, key, anchor, private, epsilon, delta):
-    """The private parameters."""
+def release(
+    kind: str, dim: int, key: jax.Array, pretrained: Pretrained, private: Records, epsilon: float, delta: float
+) -> Any:
+    """The private parameters.
+
+    Args:
+      kind: one of `KINDS`.
+      dim: k.
+      key: of random directions and noise.
+      pretrained: where the release starts, and the public records.
+      private: records.
+      epsilon: of the release.
+      delta: of the release.
+    """
     space_key, key = jax.random.split(key)
+    plan = qexp_jax.PlanOptions(**choice(kind, dim, space_key, pretrained.params))
     return qexp_jax.fine_tune(
-        key, anchor.model.loss_fn, anchor.params, public=anchor.split.public, private=private,
-        epsilon=epsilon, delta=delta, plan=qexp_jax.PlanOptions(**choice(kind, dim, space_key, anchor.params)),
+        key, pretrained.model.loss_fn, pretrained.params, public=pretrained.split.public, private=private,
+        epsilon=epsilon, delta=delta, plan=plan,
     ).params  # fmt: skip
 
 
-def rows_of(anchor, model_name, args, progress):
-    """All kinds, dimensions and seeds for one anchor."""
-    metric = anchor.task.metric
-    head_dim = subspace.full(anchor.params, where="head").dim
+def rows_of(
+    pretrained: Pretrained, model_name: str, args: argparse.Namespace, progress: tqdm
+) -> Iterator[dict[str, Any]]:
+    """All kinds, dimensions and seeds for one pretrained model.
+
+    Args:
+      pretrained: where all releases start.
+      model_name: in the table.
+      args: the command line.
+      progress: is told of each release.
+    """
+    metric = pretrained.task.metric
+    head_dim = subspace.full(pretrained.params, where="head").dim
     for kind in KINDS:
         for dim in [head_dim] if kind == "last layer" else args.dims:
             for seed in range(args.seeds):
-                private = subsample(anchor, args.n, seed)
-                params = release(kind, dim, jax.random.key(seed), anchor, private, args.epsilon, args.delta)
-                value = models.evaluate(anchor.model, params, anchor.split.test, metric)
-                labels = anchor.task.name, model_name, len(private["label"]), args.epsilon, args.delta
-                yield dict(zip(COLUMNS, (*labels, kind, dim, seed, metric, round(value, 6)), strict=True))
+                private = subsample(pretrained, args.n, seed)
+                params = release(kind, dim, jax.random.key(seed), pretrained, private, args.epsilon, args.delta)
+                value = models.evaluate(pretrained.model, params, pretrained.split.test, metric)
+                yield {
+                    "task": pretrained.task.name,
+                    "model": model_name,
+                    "n": len(private["label"]),
+                    "epsilon": args.epsilon,
+                    "delta": args.delta,
+                    "subspace": kind,
+                    "k": dim,
+                    "seed": seed,
+                    "metric_name": metric,
+                    "metric": round(value, 6),
+                }
                 progress.update()
 
 
-def figure(rows, floors, path):
+def figure(rows: list[dict[str, Any]], pretrained_metrics: dict[tuple[str, str], float], path: pathlib.Path) -> None:
     """One panel for each task and model: mean and standard error against k."""
     panels = sorted({(row["task"], row["model"]) for row in rows})
     fig, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False, layout="constrained")
-    for axis, panel in zip(axes[0], panels, strict=True):
-        mine = [row for row in rows if (row["task"], row["model"]) == panel]
-        for kind, marker in zip(KINDS, "osD*^vP", strict=True):
-            dims = sorted({row["k"] for row in mine if row["subspace"] == kind})
-            values = [np.array([r["metric"] for r in mine if (r["subspace"], r["k"]) == (kind, k)]) for k in dims]
-            errors = [np.std(v) / max(1, len(v) - 1) ** 0.5 for v in values]
-            axis.errorbar(dims, [v.mean() for v in values], errors, marker=marker, capsize=2, label=kind)
-        axis.axhline(floors[panel], color="k", ls="--", lw=1, label="pretrained")
-        axis.set(xscale="log", xlabel="k", ylabel=mine[0]["metric_name"], title=f"{panel[0]}, {panel[1]}")
+    for ax, (task, model) in zip(axes[0], panels, strict=True):
+        of_panel = [row for row in rows if (row["task"], row["model"]) == (task, model)]
+        _curves(ax, of_panel)
+        ax.axhline(pretrained_metrics[task, model], color="k", ls="--", lw=1, label="pretrained")
+        ax.set(xscale="log", xlabel="k", ylabel=of_panel[0]["metric_name"], title=f"{task}, {model}")
     fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize="small")
     fig.suptitle(f"n = {rows[0]['n']}, ε = {rows[0]['epsilon']:g}")
     fig.savefig(path, dpi=120)
     plt.close(fig)
 
 
-def main(argv=None):
+def _curves(ax: Axes, rows: list[dict[str, Any]]) -> None:
+    """One panel: a curve for each kind."""
+    for kind, marker in zip(KINDS, "osD*^vP", strict=True):
+        dims = sorted({row["k"] for row in rows if row["subspace"] == kind})
+        values = [np.array([r["metric"] for r in rows if (r["subspace"], r["k"]) == (kind, k)]) for k in dims]
+        errors = [np.std(v) / max(1, len(v) - 1) ** 0.5 for v in values]
+        ax.errorbar(dims, [v.mean() for v in values], errors, marker=marker, capsize=2, label=kind)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs all releases; writes table and figure."""
     args = parse_args(argv)
-    rows, floors = [], {}
-    pairs = [(t, m) for t in args.tasks for m in args.models]
-    with tqdm(total=len(pairs) * args.seeds * (1 + 4 * len(args.dims)), unit="release") as progress:
+    rows: list[dict[str, Any]] = []
+    pretrained_metrics: dict[tuple[str, str], float] = {}
+    pairs = [(task, model) for task in args.tasks for model in args.models]
+    with tqdm(total=len(pairs) * args.seeds * (1 + (len(KINDS) - 1) * len(args.dims)), unit="release") as progress:
         for task, model_name in pairs:
-            anchor = tasks.make_anchor(tasks.TASKS[task], model_name, args.data_dir, args.cache_dir)
-            floors[task, model_name] = models.evaluate(
-                anchor.model, anchor.params, anchor.split.test, anchor.task.metric
+            pretrained = tasks.pretrained_on(tasks.TASKS[task], model_name, args.data_dir, args.cache_dir)
+            pretrained_metrics[task, model_name] = models.evaluate(
+                pretrained.model, pretrained.params, pretrained.split.test, pretrained.task.metric
             )
-            rows += rows_of(anchor, model_name, args, progress)
-    write_table(args.out, "ablation", COLUMNS, rows)
-    figure(rows, floors, args.out / "ablation.png")
+            rows += rows_of(pretrained, model_name, args, progress)
+    write_table(args.out, "ablation", COLUMNS, rows, module="experiments.studies.ablation")
+    figure(rows, pretrained_metrics, args.out / "ablation.png")
     print(f"wrote ablation.csv and ablation.png into {args.out}")
 
 

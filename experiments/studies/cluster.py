@@ -17,6 +17,8 @@ import pathlib
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import flax.serialization
 import jax
@@ -26,12 +28,13 @@ import qexp_jax
 from experiments import demo
 from experiments.benchmark import models
 from experiments.data import mnist
-from experiments.data.splits import run_cli, select
+from experiments.data.splits import Split, run_cli, select
 
 OUT = pathlib.Path(__file__).parents[1] / "out" / "cluster"
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; see the head of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--local", type=int, help="start so many processes on this machine, on the CPU")
     parser.add_argument("--coordinator", help="host:port; by default found from the cluster's environment")
@@ -47,7 +50,7 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def start_locally(count, arguments):
+def start_locally(count: int, arguments: Sequence[str]) -> int:
     """Runs this script `count` times, and ends with the first exit status that is not 0."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -58,10 +61,12 @@ def start_locally(count, arguments):
         subprocess.Popen([*command, "--process", str(i), "--processes", str(count)], env=environment)
         for i in range(count)
     ]
-    return next((status for status in [process.wait() for process in started] if status), 0)
+    # All are waited for before any status is looked at.
+    statuses = [process.wait() for process in started]
+    return next((status for status in statuses if status), 0)
 
 
-def write(release, accuracies, out):
+def write(release: qexp_jax.Release, accuracies: dict[str, float], out: pathlib.Path) -> None:
     """All files under temporary names first, so that none is there alone or by half."""
     out.mkdir(parents=True, exist_ok=True)
     contents = {
@@ -75,41 +80,53 @@ def write(release, accuracies, out):
         os.replace(out / f"{name}.tmp", out / name)
 
 
-def main(argv=None):
+def load(args: argparse.Namespace) -> tuple[Split, dict[str, Any]]:
+    """The images, and the hyperparameters of pretraining on them."""
+    if args.data_dir is None:
+        return mnist.packaged_mnist(), demo.PRETRAIN
+    return mnist.writers_mnist(args.data_dir, num_private=args.num_private), demo.PRETRAIN_FULL
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """One process's share of the release; with --local, the start of all of them."""
     args = parse_args(argv)
     if args.local:
         raise SystemExit(start_locally(args.local, _without_local(argv or sys.argv[1:])))
     jax.distributed.initialize(args.coordinator, args.processes, args.process)
-    me, count, model = jax.process_index(), jax.process_count(), models.make_model(args.model, 10)
-    if args.data_dir is None:
-        split, settings = mnist.packaged_mnist(), demo.PRETRAIN
-    else:
-        split, settings = mnist.writers_mnist(args.data_dir, num_private=args.num_private), demo.PRETRAIN_FULL
+    process = jax.process_index()
+    num_processes = jax.process_count()
+    model = models.make_model(args.model, 10)
+    split, hyperparameters = load(args)
     start = models.init(model, jax.random.key(1), split.public)
-    anchor = models.train(model, start, split.public, **settings, seed=0, name=f"process {me}: pretraining")
-    mine = select(split.private, np.arange(me, demo.split_size(split), count))
+    name = f"process {process}: pretraining"
+    pretrained = models.train(model, start, split.public, **hyperparameters, seed=0, name=name)
+    num_private = demo.num_private(split)
+    own_share = select(split.private, np.arange(process, num_private, num_processes))
     release = qexp_jax.fine_tune(
         qexp_jax.fresh_key(),  # the first process's is taken by all
         model.loss_fn,
-        anchor,
+        pretrained,
         public=split.public,
-        private=qexp_jax.Dataset(records=mine, public_count=demo.split_size(split)),
+        private=qexp_jax.Dataset(records=own_share, public_count=num_private),
         epsilon=args.epsilon,
         delta=args.delta,
         checkpoint=args.checkpoint and qexp_jax.Checkpoint(directory=args.checkpoint),
         run=qexp_jax.RunOptions(mesh=jax.make_mesh((jax.device_count(),), ("data",))),
     )
-    if me == 0:
-        trained = {"zero_shot": anchor, "private": release.params}
-        accuracies = {name: models.evaluate(model, p, split.test, "accuracy") for name, p in trained.items()}
+    if process == 0:
+        models_by_name = {"zero_shot": pretrained, "private": release.params}
+        accuracies = {
+            name: models.evaluate(model, params, split.test, "accuracy") for name, params in models_by_name.items()
+        }
         write(release, accuracies, args.out)
-        print(f"{count} processes, {jax.device_count()} devices: {accuracies}; written to {args.out}")
+        print(f"{num_processes} processes, {jax.device_count()} devices: {accuracies}; written to {args.out}")
 
 
-def _without_local(arguments):
+def _without_local(arguments: Sequence[str]) -> list[str]:
     """The other arguments, for the processes that are started."""
     at = next(i for i, argument in enumerate(arguments) if argument.startswith("--local"))
-    return arguments[:at] + arguments[at + (1 if "=" in arguments[at] else 2) :]
+    after = at + (1 if "=" in arguments[at] else 2)
+    return [*arguments[:at], *arguments[after:]]
 
 
 if __name__ == "__main__":

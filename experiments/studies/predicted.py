@@ -9,7 +9,10 @@ open. Writes predicted.csv and predicted.png into --out.
 """
 
 import argparse
+import itertools
 import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import matplotlib
@@ -20,10 +23,12 @@ from tqdm import tqdm
 
 import qexp_jax
 from experiments.benchmark import models, tasks
-from experiments.benchmark.grid import RESULTS, subsample, write_table
+from experiments.benchmark.results import RESULTS, write_table
+from experiments.benchmark.runs import subsample
+from experiments.benchmark.tasks import Pretrained
 from experiments.data.splits import run_cli
 from qexp_jax import privacy
-from qexp_jax.fine_tuning import rounds
+from qexp_jax.fine_tuning import one_round
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -33,7 +38,8 @@ COLUMNS = (
 ).split()
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; see the head of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=pathlib.Path, default=tasks.data_dir(), help="default: $QEXP_DATA")
     parser.add_argument("--cache-dir", type=pathlib.Path, default=tasks.cache_dir(), help="default: $QEXP_CACHE")
@@ -47,60 +53,87 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def row_of(anchor, model_name, n, epsilon, delta, seed):
-    """One release, its first round's prediction and what the noise really cost."""
-    private = subsample(anchor, n, seed)
+def row_of(pretrained: Pretrained, model_name: str, n: int, epsilon: float, delta: float, seed: int) -> dict[str, Any]:
+    """One release, its first round's prediction and what the noise really cost.
+
+    Args:
+      pretrained: where the release starts, and the public records.
+      model_name: in the table.
+      n: private records.
+      epsilon: of the release.
+      delta: of the release.
+      seed: of private records and noise.
+    """
+    private = subsample(pretrained, n, seed)
     release, infos = qexp_jax.fine_tune(
-        jax.random.key(seed), anchor.model.loss_fn, anchor.params,
-        public=anchor.split.public, private=private, epsilon=epsilon, delta=delta,
+        jax.random.key(seed), pretrained.model.loss_fn, pretrained.params,
+        public=pretrained.split.public, private=private, epsilon=epsilon, delta=delta,
         run=qexp_jax.RunOptions(diagnostics=True),
     )  # fmt: skip
-    k, count = infos[0].plan.subspace.dim, len(private["label"])
-    mu, (predicted, degrees) = release.certificate["mu"], rounds.predicted_cost(infos[0])
+    mu = release.certificate["mu"]
+    predicted, degrees = one_round.predicted_cost(infos[0])
     low, high = (qexp_jax.accuracy.excess_quantile(p, predicted, degrees) for p in (0.05, 0.95))
-    found = (mu, accountant_epsilon(mu, delta), predicted, low, high, float(infos[0].noise_cost))
-    labels = (anchor.task.name, model_name, count, epsilon, delta, seed, k)
-    return dict(zip(COLUMNS, (*labels, *(float(f"{x:.6g}") for x in found)), strict=True))
+    found = {
+        "mu": mu,
+        "accountant_epsilon": accountant_epsilon(mu, delta),
+        "predicted_cost": predicted,
+        "quantile_05": low,
+        "quantile_95": high,
+        "measured_cost": float(infos[0].noise_cost),
+    }
+    return {
+        "task": pretrained.task.name,
+        "model": model_name,
+        "n": len(private["label"]),
+        "epsilon": epsilon,
+        "delta": delta,
+        "seed": seed,
+        "k": infos[0].plan.subspace.dim,
+        **{name: float(f"{value:.6g}") for name, value in found.items()},
+    }
 
 
-def accountant_epsilon(mu, delta):
+def accountant_epsilon(mu: float, delta: float) -> float:
     """dp_accounting's epsilon of one release."""
     accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE)
     return accountant.compose(privacy.dp_event([mu])).get_epsilon(delta)
 
 
-def figure(rows, path):
+def figure(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     """Each release's cost over its predicted mean, with the 90 % band of its law."""
-    groups = sorted({(r["task"], r["model"], r["n"], r["epsilon"]) for r in rows})
-    fig, axis = plt.subplots(figsize=(10, 0.32 * len(groups) + 1.5), layout="constrained")
-    for y, group in enumerate(groups):
-        mine = [r for r in rows if (r["task"], r["model"], r["n"], r["epsilon"]) == group]
-        for r in mine:
-            low, high = (r[quantile] / r["predicted_cost"] for quantile in ("quantile_05", "quantile_95"))
-            axis.fill_betweenx([y - 0.4, y + 0.4], low, high, color="tab:blue", alpha=0.03)
-        axis.plot([r["measured_cost"] / r["predicted_cost"] for r in mine], [y] * len(mine), "k.", ms=4)
-    axis.axvline(1, color="tab:blue")
-    axis.set_yticks(range(len(groups)), [f"{t} {m}  n={n}  ε={e:g}" for t, m, n, e in groups], fontsize=8)
-    inside = np.mean([r["quantile_05"] <= r["measured_cost"] <= r["quantile_95"] for r in rows])
-    axis.set(xlabel="measured / predicted cost of the noise (bands: predicted 90 %)")
-    axis.set_title(f"{inside:.0%} of {len(rows)} releases inside their 90 % interval")
+    setting_of = lambda row: (row["task"], row["model"], row["n"], row["epsilon"])
+    settings = sorted({setting_of(row) for row in rows})
+    fig, ax = plt.subplots(figsize=(10, 0.32 * len(settings) + 1.5), layout="constrained")
+    for y, setting in enumerate(settings):
+        releases = [row for row in rows if setting_of(row) == setting]
+        for row in releases:
+            low, high = (row[quantile] / row["predicted_cost"] for quantile in ("quantile_05", "quantile_95"))
+            ax.fill_betweenx([y - 0.4, y + 0.4], low, high, color="tab:blue", alpha=0.03)
+        ratios = [row["measured_cost"] / row["predicted_cost"] for row in releases]
+        ax.plot(ratios, [y] * len(releases), "k.", ms=4)
+    ax.axvline(1, color="tab:blue")
+    names = [f"{task} {model}  n={n}  ε={epsilon:g}" for task, model, n, epsilon in settings]
+    ax.set_yticks(range(len(settings)), names, fontsize=8)
+    inside = np.mean([row["quantile_05"] <= row["measured_cost"] <= row["quantile_95"] for row in rows])
+    ax.set(xlabel="measured / predicted cost of the noise (bands: predicted 90 %)")
+    ax.set_title(f"{inside:.0%} of {len(rows)} releases inside their 90 % interval")
     fig.savefig(path, dpi=120)
     plt.close(fig)
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs all releases; writes table and figure."""
     args = parse_args(argv)
-    pairs = [(t, m) for t in args.tasks for m in args.models if m in tasks.TASKS[t].pretraining]
+    pairs = [(task, model) for task in args.tasks for model in args.models if model in tasks.TASKS[task].pretraining]
+    in_turn = list(itertools.product(args.sizes, args.epsilons, range(args.seeds)))
     rows = []
-    with tqdm(total=len(pairs) * len(args.sizes) * len(args.epsilons) * args.seeds, unit="release") as progress:
+    with tqdm(total=len(pairs) * len(in_turn), unit="release") as progress:
         for task, model_name in pairs:
-            anchor = tasks.make_anchor(tasks.TASKS[task], model_name, args.data_dir, args.cache_dir)
-            for n in args.sizes:
-                for epsilon in args.epsilons:
-                    for seed in range(args.seeds):
-                        rows.append(row_of(anchor, model_name, n, epsilon, args.delta, seed))
-                        progress.update()
-    write_table(args.out, "predicted", COLUMNS, rows)
+            pretrained = tasks.pretrained_on(tasks.TASKS[task], model_name, args.data_dir, args.cache_dir)
+            for n, epsilon, seed in in_turn:
+                rows.append(row_of(pretrained, model_name, n, epsilon, args.delta, seed))
+                progress.update()
+    write_table(args.out, "predicted", COLUMNS, rows, module="experiments.studies.predicted")
     figure(rows, args.out / "predicted.png")
     print(f"wrote predicted.csv and predicted.png into {args.out}")
 

@@ -8,7 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from experiments.benchmark import grid, measure, methods, models, tasks
+from experiments.benchmark import grid, lattices, measure, methods, models, results, runs, tasks
+from experiments.benchmark.setting import Outcome, Setting
 from experiments.data import splits
 from experiments.studies import ablation, predicted, units
 
@@ -31,14 +32,14 @@ def tiny_task(monkeypatch, tmp_path):
     tiny = {"tiny": tasks.Task("tiny", "auroc", 1, PRETRAINING, tiny_split)}
     monkeypatch.setattr(tasks, "TASKS", tiny)
     monkeypatch.setattr(tasks, "OPEN_TASKS", tiny)
-    monkeypatch.setattr(methods, "MAX_STEPS", 6)
-    monkeypatch.setattr(methods, "MIN_BATCH", 8)
+    monkeypatch.setattr(lattices, "MAX_STEPS", 6)
+    monkeypatch.setattr(lattices, "MIN_BATCH", 8)
     for name, starts in (("dp_gd", [(0, 1, 0)]), ("dp_adam_all", [(-1, 0, -3, 0)]), ("dp_sgd_bias", [(-1, 0, 1, 0)])):
         few = methods.METHODS[name]._replace(starts=lambda n, starts=starts: starts)
         monkeypatch.setitem(methods.METHODS, name, few)
     monkeypatch.setattr(methods, "NON_PRIVATE_EPOCHS", 2)
     tasks.load_split.cache_clear()
-    monkeypatch.setattr(grid, "climb", lambda score, starts, allowed: max(starts, key=score))
+    monkeypatch.setattr(runs, "climb", lambda score, starts, allowed: max(starts, key=score))
     yield
     tasks.load_split.cache_clear()
 
@@ -54,10 +55,10 @@ def run(tmp_path, *extra):
     return rows_of(tmp_path / "arena.csv")
 
 
-def test_the_arena_writes_every_method_with_paired_seeds_and_its_provenance(tmp_path):
+def test_the_grid_writes_every_method_with_paired_seeds_and_its_provenance(tmp_path):
     private = {"qexp", "one_draw", "dp_gd", "objective_perturbation", "adassp"}
     rows = run(tmp_path, "--methods", *sorted(private), "zero_shot", "non_private")
-    assert list(rows[0]) == grid.COLUMNS
+    assert list(rows[0]) == results.COLUMNS
     expected = {(m, e, s) for m in private for e in (1.0, 8.0) for s in (0, 1)}
     expected |= {(m, math.inf, s) for m in ("zero_shot", "non_private") for s in (0, 1)}
     assert {(r["method"], float(r["epsilon"]), int(r["seed"])) for r in rows} == expected
@@ -69,7 +70,7 @@ def test_the_arena_writes_every_method_with_paired_seeds_and_its_provenance(tmp_
     assert "experiments.benchmark.grid" in entry["command"] and entry["versions"]["jax_privacy"]
 
 
-def test_later_seeds_have_the_settings_of_the_first(tmp_path):
+def test_later_seeds_have_the_hyperparameters_of_the_first(tmp_path):
     """A search sees seeds 0 and 1, wherever the rows begin."""
     first = run(tmp_path / "first", "--methods", "dp_gd")
     later = run(tmp_path / "later", "--methods", "dp_gd", "--first-seed", "1")
@@ -80,42 +81,42 @@ def test_later_seeds_have_the_settings_of_the_first(tmp_path):
 
 def test_a_second_run_computes_nothing(tmp_path, monkeypatch):
     first = run(tmp_path, "--methods", "qexp", "zero_shot")
-    monkeypatch.setattr(grid, "group_rows", None)
+    monkeypatch.setattr(runs, "group_rows", None)
     assert run(tmp_path, "--methods", "qexp", "zero_shot") == first
 
 
 def test_searches_start_at_the_epsilon_before_and_where_those_of_another_size_ended(tmp_path, monkeypatch):
     starts = {}
 
-    def fake(anchor, model_name, n, name, epsilon, args, near, before):
-        starts[n, epsilon] = near
-        row = dict.fromkeys(grid.COLUMNS, "") | {"task": "tiny", "model": model_name, "n": n, "epsilon": epsilon}
-        return [row | {"method": name, "lattice_point": f"{n} {epsilon:g}"}]
+    def fake(pretrained, group, *, near, **_):
+        starts[group.n, group.epsilon] = near
+        point = f"{group.n} {group.epsilon:g}"
+        return [dict.fromkeys(results.COLUMNS, "") | group._asdict() | {"lattice_point": point}]
 
-    monkeypatch.setattr(grid, "group_rows", fake)
+    monkeypatch.setattr(runs, "group_rows", fake)
     run(tmp_path, "--methods", "dp_gd")
     run(tmp_path, "--methods", "dp_gd", "--sizes", "80", "--search-from", "60")
     assert starts == {(60, 8.0): [], (60, 1.0): [(60, 8)], (80, 8.0): [(60, 8)], (80, 1.0): [(80, 8), (60, 1)]}
 
 
 def test_a_search_starts_where_it_may(monkeypatch):
-    method = methods.METHODS["dp_gd"]._replace(run=lambda cell, seed, settings: methods.Outcome(None, 0, 0))
-    anchor = tasks.make_anchor(tasks.TASKS["tiny"], "linear", None, None)
-    cells = [methods.Cell(anchor, grid.subsample(anchor, 60, 0), 1.0, 1e-5)]
+    method = methods.METHODS["dp_gd"]._replace(run=lambda setting, seed, hyperparameters: Outcome(None, 0, 0))
+    pretrained = tasks.pretrained_on(tasks.TASKS["tiny"], "linear", None, None)
+    settings = [Setting(pretrained, runs.subsample(pretrained, 60, 0), 1.0, 1e-5)]
     seen = []
-    monkeypatch.setattr(grid, "climb", lambda score, starts, allowed: seen.append(starts) or starts[0])
-    monkeypatch.setattr(grid, "metric_of", lambda cell, params: 0.0)
-    assert grid.choose(method, cells, [(0, 2, 1), (9, 2, 1)]) == (0, 2, 1)  # 5 * 3^9 steps are too many
-    assert grid.choose(method, cells, [(9, 2, 1)]) == (0, 1, 0)
+    monkeypatch.setattr(runs, "climb", lambda score, starts, allowed: seen.append(starts) or starts[0])
+    monkeypatch.setattr(runs, "metric_of", lambda setting, params: 0.0)
+    assert runs.choose(method, settings, [(0, 2, 1), (9, 2, 1)]) == (0, 2, 1)  # 5 * 3^9 steps are too many
+    assert runs.choose(method, settings, [(9, 2, 1)]) == (0, 1, 0)
     assert seen == [[(0, 2, 1)], [(0, 1, 0)]]
 
 
-def test_a_table_is_run_again_with_the_settings_that_it_holds_and_no_search(tmp_path, monkeypatch):
+def test_a_table_is_run_again_with_the_hyperparameters_that_it_holds_and_no_search(tmp_path, monkeypatch):
     options = "--methods", "qexp", "zero_shot", "non_private", "dp_gd", "adassp"
     first = run(tmp_path / "first", *options)
-    monkeypatch.setattr(grid, "choose", None)
+    monkeypatch.setattr(runs, "choose", None)
     again = run(tmp_path / "again", *options, "--settings-from", str(tmp_path / "first"))
-    kept = [name for name in grid.COLUMNS if name not in ("seconds", "compile_seconds", "peak_bytes")]
+    kept = [name for name in results.COLUMNS if name not in ("seconds", "compile_seconds", "peak_bytes")]
     assert [[row[name] for name in kept] for row in again] == [[row[name] for name in kept] for row in first]
     with pytest.raises(ValueError, match="no rows"):
         run(tmp_path / "none", "--settings-from", str(tmp_path / "absent"))
@@ -131,18 +132,18 @@ def test_baselines_may_be_chosen_by_their_loss(tmp_path):
 
 
 def test_of_the_baselines_the_best_and_the_best_relative_of_dp_sgd_are_run_again():
-    cell = dict.fromkeys(grid.COLUMNS, "") | {"task": "t", "model": "linear", "n": 10}
+    fixed = dict.fromkeys(results.COLUMNS, "") | {"task": "t", "model": "linear", "n": 10}
     metrics = {"qexp": (0.1, 0.1), "dp_gd": (0.6, 0.9), "dp_sgd_all": (0.7, 0.2), "adassp": (0.9, 0.8)}
-    rows = [
-        cell | {"method": name, "epsilon": e, "metric": m[i]}
+    table = [
+        fixed | {"method": name, "epsilon": e, "metric": m[i]}
         for name, m in metrics.items()
         for i, e in ((0, 1.0), (1, 8.0))
     ]
-    rows += [cell | {"method": "zero_shot", "epsilon": math.inf, "metric": 1.0}]
-    chosen = {(epsilon, name) for *_, epsilon, name in grid.to_run_again(rows, best_baselines=True)}
+    table += [fixed | {"method": "zero_shot", "epsilon": math.inf, "metric": 1.0}]
+    chosen = {(group.epsilon, group.method) for group in grid.to_run_again(table, best_baselines=True)}
     best = {(1.0, "adassp"), (1.0, "dp_sgd_all"), (8.0, "dp_gd")}
     assert chosen == best | {(1.0, "qexp"), (8.0, "qexp"), (math.inf, "zero_shot")}
-    assert len(grid.to_run_again(rows, best_baselines=False)) == 9
+    assert len(grid.to_run_again(table, best_baselines=False)) == 9
 
 
 @pytest.mark.parametrize("options", ["--part 2/2", "--part -1/2", "--part 1", "--part a/b", "--best-baselines"])
@@ -155,7 +156,7 @@ def test_a_part_that_is_none_and_a_choice_without_a_table_are_refused(options, c
 def test_two_processes_share_the_work_without_overlap(tmp_path):
     options = ["--methods", "zero_shot", "adassp", "--data-dir", str(tmp_path), "--cache-dir", str(tmp_path)]
     parts = [
-        grid.columns_of_work(grid.parse_args([*options, "--models", "linear", "--sizes", "50", "100", "--part", part]))
+        grid.sweeps_of(grid.parse_args([*options, "--models", "linear", "--sizes", "50", "100", "--part", part]))
         for part in ("0/2", "1/2")
     ]
     assert len(parts[0] + parts[1]) == len(set(parts[0] + parts[1])) == 4
@@ -164,21 +165,21 @@ def test_two_processes_share_the_work_without_overlap(tmp_path):
 def test_processes_that_start_together_all_leave_their_command(tmp_path):
     path = tmp_path / "arena_runs.json"
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda i: grid.add_entry(path, {"command": i}), [*range(40), *range(40)]))
+        list(pool.map(lambda i: results.add_entry(path, {"command": i}), [*range(40), *range(40)]))
     assert sorted(entry["command"] for entry in json.loads(path.read_text())) == list(range(40))
 
 
 def test_processes_that_start_together_write_one_header(tmp_path):
     path = tmp_path / "arena.csv"
-    rows = [dict.fromkeys(grid.COLUMNS, str(i)) for i in range(16)]
+    written = [dict.fromkeys(results.COLUMNS, str(i)) for i in range(16)]
     first = path.open("a")  # what the others wait for
     fcntl.flock(first, fcntl.LOCK_EX)
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        written = [pool.submit(grid.append_rows, path, [row]) for row in rows]
+        appended = [pool.submit(results.append_rows, path, [row]) for row in written]
         time.sleep(0.2)
         first.close()
-    assert all(x.exception() is None for x in written)
-    assert sorted(row["seed"] for row in grid.read_rows(path)) == sorted(row["seed"] for row in rows)
+    assert all(x.exception() is None for x in appended)
+    assert sorted(row["seed"] for row in results.read_rows(path)) == sorted(row["seed"] for row in written)
 
 
 def test_every_network_baseline_runs(tmp_path):
@@ -188,8 +189,8 @@ def test_every_network_baseline_runs(tmp_path):
 
 
 def test_methods_see_the_same_private_records():
-    anchor = tasks.make_anchor(tasks.TASKS["tiny"], "linear", None, None)
-    a, b, c = (grid.subsample(anchor, 40, seed) for seed in (0, 0, 1))
+    pretrained = tasks.pretrained_on(tasks.TASKS["tiny"], "linear", None, None)
+    a, b, c = (runs.subsample(pretrained, 40, seed) for seed in (0, 0, 1))
     np.testing.assert_array_equal(a["x"], b["x"])
     assert not np.array_equal(a["x"], c["x"])
 
