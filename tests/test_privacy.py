@@ -143,7 +143,8 @@ def test_scalars_count_as_their_floats(scalar):
 
 NO_NUMBERS = [
     "1.0", None, 1j, True, np.bool_(True), np.complex64(1), np.ones(1), np.ones((2, 3)), jnp.ones(2), [1.0], (),
-    np.timedelta64(1), np.timedelta64(1, "s"), np.array("1.0"), np.array(None), {"a": 1}, jax.ShapeDtypeStruct((), jnp.float32),
+    np.timedelta64(1), np.timedelta64(1, "s"), np.array("1.0"), np.array(None), {"a": 1},
+    jax.ShapeDtypeStruct((), jnp.float32),
     decimal.Decimal("sNaN"), fractions.Fraction(10) ** 400,
 ]  # fmt: skip
 

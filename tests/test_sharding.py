@@ -17,7 +17,7 @@ from problems import (
 )
 
 from qexp_jax import clipping, curvature, precision, records, subspace
-from qexp_jax.model import sketching
+from qexp_jax.model import panels
 from qexp_jax.private_pass import passes
 from qexp_jax.private_pass.devices import place
 from qexp_jax.quadratic import directions, public_curvature
@@ -222,7 +222,7 @@ def test_sharded_parameters_stay_sharded_through_a_release(kind):
 
 def test_sharded_parameters_are_never_gathered_as_a_whole_on_one_device(monkeypatch):
     """One layer's gradient at a time is."""
-    monkeypatch.setattr(sketching, "_PANEL", 2**12)
+    monkeypatch.setattr(panels, "PANEL", 2**12)
     devices = two_axes()
     params, sharded, data, _ = deep_network(256, 8, 4, devices)
     linearisation = passes.Linearisation(

@@ -8,10 +8,11 @@
 
 A setting is task x model x n x epsilon. A seed is a private subsample of size n, the order of the public records (of
 which a plan takes samples) and the noise; all methods share the subsamples. A baseline's hyperparameters are those with
-the best mean test metric over the first two seeds: chosen on the test set, an advantage that ours does not get. A
-search starts where that at the epsilon before ended and, with --search-from, where that at another n did.
---settings-from searches nothing: what DIR/arena.csv has is run again with the hyperparameters that it holds. Of the
-baselines, with --best-baselines, the best in each setting and the best relative of DP-SGD are.
+the best mean test metric over the first two seeds: chosen on the test set, an advantage that ours does not get. Those
+of a method `rehearsed_...` are chosen by the loss of held-out public records (`rehearsal`). A search starts where that
+at the epsilon before ended and, with --search-from, where that at another n did. --settings-from searches nothing: what
+DIR/arena.csv has is run again with the hyperparameters that it holds. Of the baselines, with --best-baselines, the best
+in each setting and the best relative of DP-SGD are.
 """
 
 import argparse
@@ -24,8 +25,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from experiments.benchmark import models, runs, tasks
-from experiments.benchmark.methods import BASELINES, DESCENT, METHODS
+from experiments.benchmark import models, rehearsal, runs, tasks
+from experiments.benchmark.methods import BASELINES, DEFAULT_METHODS, DESCENT, METHODS
 from experiments.benchmark.results import (
     RESULTS,
     Group,
@@ -62,7 +63,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--delta", type=float, default=1e-5)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--first-seed", type=int, default=0, help="searches see seeds 0 and 1, wherever the rows begin")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=DEFAULT_METHODS,
+        choices=list(METHODS),
+        help="default: none that sees public data",
+    )
     parser.add_argument(
         "--metric", choices=list(models.METRICS), help="what baselines are chosen by; default: the task's"
     )
@@ -182,6 +189,11 @@ def run(args: argparse.Namespace) -> None:
     record_run(args.out / "arena_runs.json", "experiments.benchmark.grid")
     # Sweeps of a model on a task follow each other, so that one is pretrained at a time.
     pretrained = functools.lru_cache(maxsize=1)(functools.partial(_pretrained, args))
+
+    @functools.lru_cache(maxsize=1)
+    def rehearsals(task: str, model: str) -> list[tasks.Pretrained]:
+        return rehearsal.rehearsals(pretrained(task, model), model, args.metric or "negative_loss")
+
     with tqdm(total=sum(len(epsilons_of(sweep.method, args)) for sweep in sweeps), unit="group") as progress:
         for sweep in sweeps:
             previous = None
@@ -198,6 +210,7 @@ def run(args: argparse.Namespace) -> None:
                         first_seed=args.first_seed,
                         num_seeds=args.seeds,
                         near=_chosen_beside(group, done, previous, args.search_from),
+                        rehearsals=functools.partial(rehearsals, group.task, group.model),
                         before=again and again[group],
                     )
                     append_rows(path, rows)

@@ -1,7 +1,8 @@
 """The methods of the benchmark, under one signature: ours, the floor, the ceiling, and every baseline.
 
 A method takes a `Setting`, a seed and hyperparameters, and returns parameters and what it spent. Ours has no
-hyperparameters to choose; those of the baselines lie on the lattices of `lattices`.
+hyperparameters to choose; those of the baselines lie on the lattices of `lattices`, and are chosen on the test set or,
+under other names, by rehearsal.
 """
 
 import functools
@@ -14,6 +15,7 @@ import qexp_jax
 from experiments.baselines import dp_sgd, linear
 from experiments.baselines.adapters import ADAPTERS
 from experiments.benchmark import lattices, models
+from experiments.benchmark.public_methods import PUBLIC_METHODS, rehearsed
 from experiments.benchmark.setting import Hyperparameters, Method, Outcome, Setting
 
 NON_PRIVATE_EPOCHS = 15
@@ -113,16 +115,7 @@ def _descent(optimizer: str, adapter: str) -> Method:
     )
 
 
-METHODS = {
-    "qexp": Method(_qexp),
-    "one_draw": Method(_one_draw),
-    "zero_shot": Method(_zero_shot, private=False),
-    "non_private": Method(
-        _non_private,
-        private=False,
-        hyperparameters=lattices.learning_rate,
-        starts=lambda num_private: [(-6,)],
-    ),
+_TUNED = {
     "dp_gd": Method(
         functools.partial(_noisy_descent, "sgd", "all"),
         hyperparameters=lattices.full_batch,
@@ -148,6 +141,21 @@ METHODS = {
         starts=lambda num_private: [(1, 1)],
     ),
 }
+METHODS = {
+    "qexp": Method(_qexp),
+    "one_draw": Method(_one_draw),
+    "zero_shot": Method(_zero_shot, private=False),
+    "non_private": Method(
+        _non_private,
+        private=False,
+        hyperparameters=lattices.learning_rate,
+        starts=lambda num_private: [(-6,)],
+    ),
+    **_TUNED,
+    **PUBLIC_METHODS,
+    **rehearsed(_TUNED | PUBLIC_METHODS),
+}
 OURS = ("qexp", "one_draw")
-BASELINES = [name for name, method in METHODS.items() if method.private and name not in OURS]
+BASELINES = list(_TUNED)  # that see no public record
 DESCENT = [name for name in BASELINES if name.startswith("dp_")]  # DP-SGD and its relatives
+DEFAULT_METHODS = [*OURS, "zero_shot", "non_private", *BASELINES]

@@ -1,11 +1,13 @@
 """One method in one setting: its hyperparameters are chosen, then every seed is run, measured and scored."""
 
 import json
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from experiments.benchmark import models
+from experiments.benchmark import models, rehearsal
 from experiments.benchmark.measure import measured
 from experiments.benchmark.methods import METHODS
 from experiments.benchmark.results import Group, point_of
@@ -39,11 +41,11 @@ def metric_of(setting: Setting, params: Any) -> float:
 
 
 def choose(method: Method, settings: list[Setting], near: list[Point]) -> Point:
-    """The lattice point of best mean test metric over the first seeds; () where nothing is chosen.
+    """The lattice point of best mean test metric; () where nothing is chosen.
 
     Args:
       method: with its lattice.
-      settings: one for each seed from 0 on.
+      settings: one for each seed from 0 on, or for each rehearsal.
       near: points to start at, as far as they are allowed; else where the method's searches start.
     """
 
@@ -60,6 +62,14 @@ def choose(method: Method, settings: list[Setting], near: list[Point]) -> Point:
     return climb(score, starts, allowed) if starts else ()
 
 
+def rehearsal_settings(rehearsals: list[Pretrained], group: Group, delta: float) -> list[Setting]:
+    """A group's setting, once in each rehearsal, with public records in the private ones' place."""
+    return [
+        Setting(pretrained, rehearsal.subsample(pretrained, group.n, seed), group.epsilon, delta)
+        for seed, pretrained in enumerate(rehearsals)
+    ]
+
+
 def group_rows(
     pretrained: Pretrained,
     group: Group,
@@ -68,6 +78,7 @@ def group_rows(
     first_seed: int,
     num_seeds: int,
     near: list[Point],
+    rehearsals: Callable[[], list[Pretrained]],
     before: dict[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """The rows of all seeds of a group.
@@ -79,6 +90,7 @@ def group_rows(
       first_seed: seeds are counted from here; a search sees those from 0 on in any case.
       num_seeds: how many.
       near: points where the search for hyperparameters may start.
+      rehearsals: of `rehearsal`, made where a method needs them.
       before: a row of the group from an earlier run, whose hyperparameters are taken in place of a search.
     """
     method = METHODS[group.method]
@@ -86,13 +98,23 @@ def group_rows(
     def setting_of(seed: int) -> Setting:
         return Setting(pretrained, subsample(pretrained, group.n, seed), group.epsilon, delta)
 
+    search_seconds = 0.0
     if before is None:
-        point = choose(method, [setting_of(seed) for seed in range(min(SELECTION_SEEDS, num_seeds))], near)
+        settings = [setting_of(seed) for seed in range(min(SELECTION_SEEDS, num_seeds))]
+        if method.rehearsed:
+            settings = rehearsal_settings(rehearsals(), group, delta)
+        start = time.perf_counter()
+        point = choose(method, settings, near)
+        search_seconds = time.perf_counter() - start
         hyperparameters = method.hyperparameters(point)
     else:
         point = point_of(before)
         hyperparameters = json.loads(before["settings"])
-    chosen = {"settings": json.dumps(hyperparameters), "lattice_point": " ".join(map(str, point))}
+    chosen = {
+        "settings": json.dumps(hyperparameters),
+        "lattice_point": " ".join(map(str, point)),
+        "search_seconds": round(search_seconds, 2),
+    }
     return [
         _row(setting_of(seed), group, seed, hyperparameters) | chosen
         for seed in range(first_seed, first_seed + num_seeds)

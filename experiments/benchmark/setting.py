@@ -55,6 +55,7 @@ class Method(NamedTuple):
       hyperparameters: lattice point -> hyperparameters, JSON-able.
       starts: number of private records -> points from which its search starts; empty where nothing is chosen.
       allowed: `(setting, hyperparameters) -> bool`.
+      rehearsed: whether hyperparameters are chosen on public records, in place of the test set.
     """
 
     run: Callable[[Setting, int, Hyperparameters], Outcome]
@@ -63,3 +64,4 @@ class Method(NamedTuple):
     hyperparameters: Callable[[Point], Hyperparameters] = lambda point: {}
     starts: Callable[[int], list[Point]] = lambda num_private: []
     allowed: Callable[[Setting, Hyperparameters], bool] = lambda setting, hyperparameters: True
+    rehearsed: bool = False

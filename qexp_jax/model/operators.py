@@ -4,7 +4,7 @@ One interface, an `Operator`, and a small implementation for each way to hold P:
 
     WHOLE       the identity: coordinates are the leaves, one after the other; but for some that stay: `holding`
     DENSE       a stored basis, one (k, *shape) array per tuned leaf
-    from_key    a random projection, made again from its key at each call, see `sketching`
+    from_key    a random projection, made again from its key at each call, see `panels`
     COMPOSED    directions inside another subspace
 
 An operator holds no numbers, and is the same object for equal constructions, so that they compile once; the numbers are
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qexp_jax.model import sketching
+from qexp_jax.model import count_sketch, gaussian_sketch
 from qexp_jax.model.factored_gradients import Rows
 from qexp_jax.model.layout import Layout
 
@@ -105,7 +105,9 @@ def _inner(layout: Layout, basis: list[jax.Array], leaves: list[jax.Array]) -> A
 DENSE = Operator(lift=_combine, project=_inner)
 
 
-# --- random projections, made again from their keys at each call: see `sketching` ---
+# --- random projections, made again from their keys at each call: see `panels` ---
+
+_KINDS = {"count_sketch": count_sketch, "gaussian": gaussian_sketch}
 
 
 @functools.cache
@@ -113,14 +115,15 @@ def from_key(kind: str, dim: int) -> Operator:
     """One operator for each kind and dimension, so that equal constructions compile once.
 
     Args:
-      kind: `"count_sketch"` or `"gaussian"`, as the functions of `sketching` are called.
+      kind: key of `_KINDS`.
       dim: k.
     """
-    lift = getattr(sketching, f"{kind}_lift")
-    project = getattr(sketching, f"{kind}_project")
+    module = _KINDS[kind]
+    lift = module.lift
+    project = module.project
     # Not every kind has these two.
-    gram = getattr(sketching, f"{kind}_gram", None)
-    project_rows = getattr(sketching, f"{kind}_project_rows", None)
+    gram = getattr(module, "gram", None)
+    project_rows = getattr(module, "project_rows", None)
     # Lambdas compare by identity, hence the cache: a new one would compile everything anew.
     return Operator(
         lift=lambda layout, key, w: lift(layout.tuned_shapes, key, w),

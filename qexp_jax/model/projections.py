@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from qexp_jax.data.records import Params
-from qexp_jax.model import operators, sketching
+from qexp_jax.model import gaussian_sketch, operators
 from qexp_jax.model.layout import Layout, layout_of
 from qexp_jax.model.operators import Subspace
 
@@ -68,11 +68,11 @@ def span(params: Params, directions: Params, *, where: str | None = None, orthon
     return _dense(layout, leaves, orthonormal=orthonormal, name="span")
 
 
-# --- random projections, made again from their keys at each call: see `sketching` ---
+# --- random projections, made again from their keys at each call: see `panels` ---
 
 
 def _regenerated(kind: str, layout: Layout, key: jax.Array, dim: int, *, orthonormal: bool) -> Subspace:
-    """Of a key alone: its numbers are made again at each use, by the functions of `sketching` of that kind."""
+    """Of a key alone: its numbers are made again at each use, by the module of that kind."""
     return Subspace(
         dim=dim,
         layout=layout,
@@ -119,7 +119,7 @@ def gaussian(
     if stored is None:
         stored = dim * layout.num_params * layout.dtype.itemsize <= _STORED_BYTES
     if stored:
-        columns = sketching.gaussian_columns(layout.tuned_shapes, key, dim, layout.dtype)
+        columns = gaussian_sketch.columns(layout.tuned_shapes, key, dim, layout.dtype)
         return _dense(layout, columns, orthonormal=False, name="gaussian")
     return _regenerated("gaussian", layout, key, dim, orthonormal=False)
 

@@ -1,39 +1,24 @@
-"""Random projections of lists of arrays, made again from their keys and never stored.
+"""The count-sketch, a random projection with orthonormal columns, made again from its key; see `panels`.
 
-`w -> P w` as arrays of given shapes, and its exact adjoint, panel by panel: beside argument and result they hold one
-panel of about `_PANEL` numbers, whatever d is.
-
-    count_sketch    orthonormal columns, O(d) time
-    gaussian        iid normal entries, O(k d) time: k d random numbers a call
-
-**Count-sketch.** The d coordinates, one array after the other, are cut into blocks of k. Block j is dealt to the k
-buckets by one random cyclic shift, with random signs: no bucket is empty, columns have disjoint supports, and two
-coordinates of different blocks collide with probability 1/k, so that E|P^T g|^2 and its variance are those of Charikar,
-Chen and Farach-Colton (2002), up to the scale k/d of an orthonormal basis. Signs are the bits of d/32 random words: a
-random number a coordinate would cost more than the gradient. Of gradients that are outer products, the two factors are
-dealt to the buckets and their products never formed.
+The d coordinates, one array after the other, are cut into blocks of k. Block j is dealt to the k buckets by one random
+cyclic shift, with random signs: no bucket is empty, columns have disjoint supports, and two coordinates of different
+blocks collide with probability 1/k, so that E|P^T g|^2 and its variance are those of Charikar, Chen and Farach-Colton
+(2002), up to the scale k/d of an orthonormal basis. Signs are the bits of d/32 random words: a random number a
+coordinate would cost more than the gradient. Of gradients that are outer products, the two factors are dealt to the
+buckets and their products never formed.
 """
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
+from qexp_jax.model import panels
 from qexp_jax.model.factored_gradients import Outer, Rows
-
-_HIGHEST = jax.lax.Precision.HIGHEST
-_PANEL = 2**18
-
-Shapes: TypeAlias = tuple[tuple[int, ...], ...]
-
-
-def size_of(shapes: Shapes) -> int:
-    """d, the number of coordinates."""
-    return sum(int(np.prod(shape)) for shape in shapes)
+from qexp_jax.model.panels import Shapes, size_of, sizes_and_offsets
 
 
 class _Run(NamedTuple):
@@ -57,15 +42,6 @@ def _runs(size: int, offset: int, dim: int) -> Iterator[_Run]:
         length = min(left, dim - position) if position or left < dim else left // dim * dim
         yield _Run(start, length, block, position)
         start += length
-
-
-def _arrays(shapes: Shapes) -> list[tuple[int, int]]:
-    """(size, offset) of each array."""
-    sizes = [int(np.prod(shape)) for shape in shapes]
-    return list(zip(sizes, np.cumsum([0, *sizes[:-1]]).tolist(), strict=True))
-
-
-# --- count-sketch ---
 
 
 class _Deal(NamedTuple):
@@ -126,7 +102,7 @@ def _out_of_buckets(deal: _Deal, w: jax.Array, block: Any, count: int) -> jax.Ar
 
 def _panels(num_blocks: int, dim: int) -> tuple[int, int, int]:
     """Blocks a panel, panels, and blocks left over."""
-    per_panel = min(num_blocks, max(1, _PANEL // dim))
+    per_panel = min(num_blocks, max(1, panels.PANEL // dim))
     return per_panel, num_blocks // per_panel, num_blocks % per_panel
 
 
@@ -169,19 +145,19 @@ def _run_out_of_buckets(deal: _Deal, w: jax.Array, run: _Run) -> jax.Array:
     return jnp.concatenate([rows, last.reshape(-1)])
 
 
-def count_sketch_lift(shapes: Shapes, key: jax.Array, w: jax.Array) -> list[jax.Array]:
+def lift(shapes: Shapes, key: jax.Array, w: jax.Array) -> list[jax.Array]:
     """P w: from (k,) to arrays of the given shapes."""
     dim = len(w)
     deal = _deal(key, size_of(shapes), dim, w.dtype)
     w = w * deal.scale
     arrays = []
-    for shape, (size, offset) in zip(shapes, _arrays(shapes), strict=True):
+    for shape, (size, offset) in zip(shapes, sizes_and_offsets(shapes), strict=True):
         runs = [_run_out_of_buckets(deal, w, run) for run in _runs(size, offset, dim)]
         arrays.append(jnp.concatenate(runs).reshape(shape) if runs else jnp.zeros(shape, w.dtype))
     return arrays
 
 
-def count_sketch_project(shapes: Shapes, key: jax.Array, dim: int, arrays: list[jax.Array]) -> jax.Array:
+def project(shapes: Shapes, key: jax.Array, dim: int, arrays: list[jax.Array]) -> jax.Array:
     """P^T x: from arrays to (k,), the exact adjoint of the lift.
 
     Args:
@@ -191,7 +167,7 @@ def count_sketch_project(shapes: Shapes, key: jax.Array, dim: int, arrays: list[
       arrays: x, in this order.
     """
     deal = _deal(key, size_of(shapes), dim, arrays[0].dtype)
-    parts = zip(arrays, _arrays(shapes), strict=True)
+    parts = zip(arrays, sizes_and_offsets(shapes), strict=True)
     return sum(_array_into_buckets(deal, x, *at, dim) for x, at in parts) * deal.scale
 
 
@@ -204,7 +180,7 @@ def _array_into_buckets(deal: _Deal, x: jax.Array, size: int, offset: int, dim: 
     return total
 
 
-def count_sketch_project_rows(shapes: Shapes, key: jax.Array, dim: int, rows: Rows) -> jax.Array:
+def project_rows(shapes: Shapes, key: jax.Array, dim: int, rows: Rows) -> jax.Array:
     """P^T g of each of m gradients, (m, k).
 
     Args:
@@ -216,7 +192,7 @@ def count_sketch_project_rows(shapes: Shapes, key: jax.Array, dim: int, rows: Ro
     deal = _deal(key, size_of(shapes), dim, jax.tree.leaves(rows)[0].dtype)
     products = []
     total: Any = 0
-    for part, (size, offset) in zip(rows, _arrays(shapes), strict=True):
+    for part, (size, offset) in zip(rows, sizes_and_offsets(shapes), strict=True):
         if isinstance(part, Outer):
             # Records last: a coordinate of all of them is one stretch of memory.
             products += [(part.left.T, part.right.T, run) for run in _runs(size, offset, dim)]
@@ -256,100 +232,3 @@ def _sources(deal: _Deal, run: _Run, width: int, block: Any, count: int) -> tupl
     i, j = jnp.divmod(run.start + jnp.where(is_in_run, place, 0), width)
     weights = jnp.where(is_in_run, jnp.take_along_axis(signs, source, axis=1), 0)
     return i, j, weights
-
-
-# --- Gaussian ---
-
-
-def _slabs(shapes: Shapes, dim: int) -> list[tuple[int, int, int]]:
-    """Per array: its size, coordinates a slab, slabs."""
-    width = max(1, _PANEL // dim)
-    return [(size, min(width, size), -(-size // width)) for size, _ in _arrays(shapes)]
-
-
-def _entries(key: jax.Array, array: int, slab: Any, dim: int, width: int, dtype: DTypeLike) -> jax.Array:
-    """Columns of P^T (k, width) for one slab of one array."""
-    # A key for each slab, so that lift, project and gram, which take them in different loops, see the same P.
-    slab_key = jax.random.fold_in(jax.random.fold_in(key, array), slab)
-    return jax.random.normal(slab_key, (dim, width), dtype)
-
-
-def gaussian_lift(shapes: Shapes, key: jax.Array, w: jax.Array) -> list[jax.Array]:
-    """P w for iid entries N(0, 1/d)."""
-    dim = len(w)
-    arrays = []
-    for i, (shape, (size, width, slabs)) in enumerate(zip(shapes, _slabs(shapes, dim), strict=True)):
-
-        def product(j: jax.Array, i: int = i, width: int = width) -> jax.Array:
-            return jnp.matmul(w, _entries(key, i, j, dim, width, w.dtype), precision=_HIGHEST)
-
-        rows = jax.lax.map(product, jnp.arange(slabs))
-        arrays.append(rows.ravel()[:size].reshape(shape) / np.sqrt(size_of(shapes)))
-    return arrays
-
-
-def gaussian_project(shapes: Shapes, key: jax.Array, dim: int, arrays: list[jax.Array]) -> jax.Array:
-    """P^T x, the exact adjoint of the lift.
-
-    Args:
-      shapes: of the arrays.
-      key: of P.
-      dim: k.
-      arrays: x, in this order.
-    """
-    total = jnp.zeros(dim, arrays[0].dtype)
-    for i, (x, (size, width, slabs)) in enumerate(zip(arrays, _slabs(shapes, dim), strict=True)):
-        if not size:
-            continue
-        rows = jnp.pad(x.ravel(), (0, slabs * width - size)).reshape(slabs, width)
-
-        def product(j: Any, i: int = i, rows: jax.Array = rows) -> jax.Array:
-            return jnp.matmul(_entries(key, i, j, dim, rows.shape[1], rows.dtype), rows[j], precision=_HIGHEST)
-
-        # The carry starts from a product, not from zeros, so that it varies over a mapped axis where the rows do.
-        step = lambda part, j, product=product: (part + product(j), None)
-        part, _ = jax.lax.scan(step, product(0), jnp.arange(1, slabs))
-        total += part
-    return total / np.sqrt(size_of(shapes))
-
-
-def gaussian_columns(shapes: Shapes, key: jax.Array, dim: int, dtype: DTypeLike) -> list[jax.Array]:
-    """The columns of P, an array (k, *shape) for each shape: what lift and project make again at each call.
-
-    Args:
-      shapes: of the arrays.
-      key: of P.
-      dim: k.
-      dtype: of the entries.
-    """
-    columns = []
-    for i, (shape, (size, width, slabs)) in enumerate(zip(shapes, _slabs(shapes, dim), strict=True)):
-        slab = lambda j, i=i, width=width: _entries(key, i, j, dim, width, dtype)
-        entries = jax.lax.map(slab, jnp.arange(slabs))
-        rows = jnp.moveaxis(entries, 1, 0).reshape(dim, -1)[:, :size]
-        columns.append(rows.reshape(dim, *shape) / np.sqrt(size_of(shapes)))
-    return columns
-
-
-def gaussian_gram(shapes: Shapes, key: jax.Array, dim: int, dtype: DTypeLike) -> jax.Array:
-    """P^T P (k, k), each entry of P made once.
-
-    Args:
-      shapes: of the arrays.
-      key: of P.
-      dim: k.
-      dtype: of the entries.
-    """
-    total = jnp.zeros((dim, dim), dtype)
-    for i, (size, width, slabs) in enumerate(_slabs(shapes, dim)):
-
-        def step(
-            total: jax.Array, j: jax.Array, i: int = i, size: int = size, width: int = width
-        ) -> tuple[jax.Array, None]:
-            # The last slab is longer than what is left of the array.
-            is_in_array = j * width + jnp.arange(width) < size
-            x = _entries(key, i, j, dim, width, dtype) * is_in_array
-            return total + jnp.matmul(x, x.T, precision=_HIGHEST), None
-
-        total, _ = jax.lax.scan(step, total, jnp.arange(slabs))
-    return total / size_of(shapes)
