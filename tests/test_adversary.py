@@ -19,7 +19,7 @@ from problems import fine_tune
 
 import qexp_jax
 from qexp_jax import clipping, hardened, plan, precision, records, subspace
-from qexp_jax.fine_tuning import rounds, stages
+from qexp_jax.fine_tuning import one_round, stages
 from qexp_jax.model.factored_gradients import squares
 from qexp_jax.numerics import integers
 from qexp_jax.private_pass import exact_clipping, noise
@@ -256,7 +256,7 @@ def held_by_weight(directions, preconditioner):
 
 def test_directions_held_by_weight_alone_are_caught(monkeypatch):
     kind = KINDS["leading directions"]
-    monkeypatch.setattr(rounds, "precision_of", held_by_weight)
+    monkeypatch.setattr(one_round, "precision_of", held_by_weight)
     monkeypatch.setattr(clipping, "rounding", lambda *_: 0.0)
     chosen = [x for x in CANDIDATES if x[0].startswith("cancelling")]
     found, *_ = excesses(monkeypatch, kind, chosen, loss=lambda p, r: linear(p, r))

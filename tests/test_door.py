@@ -13,7 +13,6 @@ from test_finetune import regression, tune
 import qexp_jax
 from qexp_jax import ledger, preflight, records, subspace
 from qexp_jax.data import stream, validation
-from qexp_jax.fine_tuning import inputs
 
 DATA = jax.tree.map(np.asarray, regression())
 PRIVATE, PUBLIC = DATA["private"], DATA["public"]
@@ -433,7 +432,8 @@ def test_a_cap_is_the_width():
 
 def test_memory_is_known_before_grouping(monkeypatch):
     """The refusal is the same whatever the ids are, and nothing is grouped for it."""
-    monkeypatch.setattr(inputs, "group_by_unit", None)
+    monkeypatch.setattr("qexp_jax.data.source.group_by_unit", None)
+    monkeypatch.setattr("qexp_jax.fine_tuning.job.group_by_unit", None)
     many, few = np.arange(400), np.where(np.arange(400) < 300, 0, np.arange(400))
     arguments = ONE | {"memory_budget": 1000, "public_count": 400}
     texts = {refusal(lambda ids=ids: tune(unit_ids=ids, **arguments), "max_records_per_unit") for ids in (many, few)}

@@ -13,7 +13,7 @@ from problems import fine_tune, network, network_loss
 
 import qexp_jax
 from qexp_jax import accuracy, clipping, plan, privacy, subspace
-from qexp_jax.fine_tuning import one_round, rounds, stages
+from qexp_jax.fine_tuning import one_pass, one_round, rounds, stages
 from qexp_jax.privacy import certificate as certificates
 from qexp_jax.quadratic import empirical_bayes, step_size
 from qexp_jax.quadratic.posterior import scale
@@ -379,13 +379,14 @@ def test_progress_names_the_stages_and_changes_nothing():
 
 
 def test_private_records_go_to_the_device_once(monkeypatch):
-    seen, read = [], qexp_jax.private_pass.passes.device_sum
+    seen = []
+    exact_sum = one_pass.exact_sum
 
-    def watched(loss_fn, linearisation, units, *args, **settings):
-        seen.append(units["x"])
-        return read(loss_fn, linearisation, units, *args, **settings)
+    def watched(options, linearisation, units, *args):
+        seen.append(units.records["x"])
+        return exact_sum(options, linearisation, units, *args)
 
-    monkeypatch.setattr(qexp_jax.private_pass.passes, "device_sum", watched)
+    monkeypatch.setattr(one_pass, "exact_sum", watched)
     on_host = jax.tree.map(np.asarray, regression()["private"])
     released = tune(private=on_host, rounds=3)
     assert isinstance(seen[0], jax.Array) and all(x is seen[0] for x in seen) and len(seen) == 3
@@ -577,6 +578,6 @@ def test_bad_input_is_refused_with_its_value_before_private_data_is_read(case, m
     def never(*args, **kwargs):
         raise AssertionError("private data was read")
 
-    monkeypatch.setattr(qexp_jax.private_pass.passes, "device_sum", never)
+    monkeypatch.setattr("qexp_jax.fine_tuning.one_pass.exact_sum", never)
     with pytest.raises(ValueError, match=message):
         tune(**changes)

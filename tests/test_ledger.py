@@ -273,7 +273,7 @@ def test_a_release_is_entered_before_the_private_pass_and_refused_before_it(tmp_
     def read(*args, **arguments):
         raise RuntimeError("private data was read")
 
-    monkeypatch.setattr(qexp_jax.private_pass.passes, "device_sum", read)
+    monkeypatch.setattr("qexp_jax.fine_tuning.one_pass.exact_sum", read)
     with pytest.raises(qexp_jax.BudgetExceeded):
         tune(1, ledger=ledger, epsilon=0.9)
     with pytest.raises(ValueError, match="key was used"):

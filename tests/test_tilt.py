@@ -180,7 +180,7 @@ def test_bad_input_is_refused_before_private_data_is_read(name, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("private data was read")
 
-    monkeypatch.setattr(qexp_jax.private_pass.passes, "device_sum", never)
+    monkeypatch.setattr("qexp_jax.fine_tuning.one_pass.exact_sum", never)
     with pytest.raises(ValueError, match=message):
         weighted(**options)
 
