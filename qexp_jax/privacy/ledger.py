@@ -19,11 +19,10 @@ release.
 
 The file is rewritten as a whole under a lock (`ledger_file`): a process that is killed leaves the old one or the new
 one, and what is entered is spent, whether or not its release was made. A changed or shortened file is refused. Putting
-back an old copy is not detected: keep the ledger where its backups are not restored. Locks are POSIX's, on a local file
-system.
+back an old copy is not detected: keep it where no backup is restored, on a local file system: locks are POSIX's.
 
-Keys are remembered by an HMAC under a secret file beside the ledger (mode 0600): a plain hash of a 64-bit key is as
-good as the key. The ledger reads no private value, and is itself public but for that secret.
+Keys are remembered by an HMAC under a secret file beside it (mode 0600): a plain hash of 64 bits is as good as the key.
+The ledger reads no private value, and is itself public but for that secret.
 """
 
 import dataclasses
@@ -126,11 +125,10 @@ def open(path: str | os.PathLike[str]) -> Ledger:
 
 def opened(ledger: Ledger | str | os.PathLike[str] | None) -> Ledger | None:
     """A ledger as it was given to a release: itself, or by its path, or none."""
-    if ledger is None:
-        return None
     if isinstance(ledger, str | os.PathLike):
         return open(ledger)
-    check(ledger)
+    if ledger is not None:
+        check(ledger)
     return ledger
 
 
