@@ -98,22 +98,23 @@ def group_rows(
     def setting_of(seed: int) -> Setting:
         return Setting(pretrained, subsample(pretrained, group.n, seed), group.epsilon, delta)
 
-    search_seconds = 0.0
     if before is None:
         settings = [setting_of(seed) for seed in range(min(SELECTION_SEEDS, num_seeds))]
         if method.rehearsed:
             settings = rehearsal_settings(rehearsals(), group, delta)
         start = time.perf_counter()
         point = choose(method, settings, near)
-        search_seconds = time.perf_counter() - start
+        search_seconds = f"{time.perf_counter() - start:.2f}"
         hyperparameters = method.hyperparameters(point)
     else:
         point = point_of(before)
         hyperparameters = json.loads(before["settings"])
+        # What it took to choose them, then.
+        search_seconds = before["search_seconds"]
     chosen = {
         "settings": json.dumps(hyperparameters),
         "lattice_point": " ".join(map(str, point)),
-        "search_seconds": round(search_seconds, 2),
+        "search_seconds": search_seconds,
     }
     return [
         _row(setting_of(seed), group, seed, hyperparameters) | chosen
