@@ -14,6 +14,7 @@ from experiments.baselines.dp_sgd import Settings
 from experiments.benchmark import lattices, models
 from experiments.benchmark.search import Point
 from experiments.benchmark.setting import Hyperparameters, Method, Outcome, Setting
+from experiments.benchmark.tasks import Pretrained
 
 REHEARSED = "rehearsed_"
 
@@ -23,17 +24,25 @@ class _Published(NamedTuple):
 
     Attributes:
       train: of `baselines`.
-      settings: `(DP-SGD's settings, its own hyperparameters) -> settings` of `train`.
+      settings: of `train`, from DP-SGD's settings and its own hyperparameters.
       axes: name -> exponent -> value, of its own hyperparameters.
       starts: exponents of these where searches start.
       steps_before: noisy steps on all private records before DP-SGD's.
+      options: `(pretrained, seed) -> options` of `train` beside those that all share.
     """
 
     train: Callable[..., Any]
-    settings: Callable[[Settings, dict[str, float]], Any]
+    settings: Callable[..., Any]
     axes: dict[str, Callable[[int], float]]
     starts: tuple[Point, ...]
     steps_before: int = 0
+    options: Callable[[Pretrained, int], dict[str, Any]] = lambda pretrained, seed: {}
+
+
+def _train_on_public(pretrained: Pretrained, seed: int) -> dict[str, Any]:
+    """How selective pretraining trains on what it selects."""
+    epochs = {"epochs": 3, "learning_rate": 1e-3, "batch_size": 64, "seed": seed}
+    return {"train_on_public": functools.partial(models.train, pretrained.model, **epochs)}
 
 
 def _half_decades(exponent: int) -> float:
@@ -43,40 +52,41 @@ def _half_decades(exponent: int) -> float:
 _PUBLISHED = {
     "public_kfac": _Published(
         preconditioning.public_kfac,
-        lambda descent, own: preconditioning.Preconditioned(descent, **own),
+        preconditioning.Preconditioned,
         {"damping": _half_decades},
         ((0,), (-2,)),
     ),
     "public_adadps": _Published(
         preconditioning.adadps,
-        lambda descent, own: preconditioning.Preconditioned(descent, **own),
+        preconditioning.Preconditioned,
         {"damping": _half_decades},
         ((0,), (-1,)),
     ),
     "public_mixing": _Published(
         public_gradients.mixed_gradients,
-        lambda descent, own: public_gradients.Mixing(descent, **own),
+        public_gradients.Mixing,
         {"weight": lambda exponent: 1 - 2.0**-exponent},
         ((1,), (3,)),
     ),
     "public_mirror": _Published(
         public_gradients.mirror_descent,
-        lambda descent, own: public_gradients.Mirror(descent, **own),
+        public_gradients.Mirror,
         {"horizon": lambda exponent: 2.0**exponent},
         ((0,), (2,)),
     ),
     "public_dope": _Published(
         public_gradients.dope_sgd,
-        lambda descent, own: public_gradients.Centred(descent),
+        public_gradients.Centred,
         {},
         ((),),
     ),
     "public_selection": _Published(
         selection.selective_pretraining,
-        lambda descent, own: selection.Selection(descent, **own),
+        selection.Selection,
         {"share": lambda exponent: 2.0**-exponent, "fraction": lambda exponent: 4.0**-exponent},
         ((3, 1), (3, 2)),
-        steps_before=10,
+        steps_before=selection.Selection._field_defaults["classifier_steps"],
+        options=_train_on_public,
     ),
 }
 
@@ -85,14 +95,10 @@ def _run(published: _Published, setting: Setting, seed: int, hyperparameters: Hy
     own = {name: hyperparameters[name] for name in published.axes}
     descent = Settings(**{name: hyperparameters[name] for name in Settings._fields})
     pretrained = setting.pretrained
-    options = {}
-    if published.train is selection.selective_pretraining:
-        options["train_on_public"] = functools.partial(
-            models.train, pretrained.model, epochs=3, learning_rate=1e-3, batch_size=64, seed=seed
-        )
     params = published.train(
         seed, pretrained.model.loss_fn, pretrained.params, setting.private, pretrained.split.public,
-        settings=published.settings(descent, own), epsilon=setting.epsilon, delta=setting.delta, **options,
+        settings=published.settings(descent, **own), epsilon=setting.epsilon, delta=setting.delta,
+        **published.options(pretrained, seed),
     )  # fmt: skip
     passes = published.steps_before + descent.steps * descent.sampling_prob
     return Outcome(params, round(passes * setting.num_private), published.steps_before + descent.steps)

@@ -14,7 +14,7 @@ from experiments.benchmark.tasks import Pretrained
 from experiments.data.splits import Records, select
 
 NUM_REHEARSALS = 4
-_NUM_CLUSTERS = 3
+_PARTS = 3  # as many clusters, of which one is held out; as large a share is where parts are alike
 _AXES = 10  # distances in more are much the same
 _SCORED = 1 / 3  # of a part
 
@@ -64,7 +64,7 @@ def _rehearsal(pretrained: Pretrained, model_name: str, metric: str, part: np.nd
 def _alike(public: Records, number: int) -> list[np.ndarray]:
     """Thirds of the public records at random."""
     count = len(public["label"])
-    return [np.random.default_rng(seed).permutation(count) < count // _NUM_CLUSTERS for seed in range(number)]
+    return [np.random.default_rng(seed).permutation(count) < count // _PARTS for seed in range(number)]
 
 
 def _shifted(public: Records, number: int) -> list[np.ndarray]:
@@ -86,7 +86,7 @@ def _means(rows: np.ndarray, index: np.ndarray, num_groups: int) -> np.ndarray:
 def _clusters(rows: np.ndarray) -> np.ndarray:
     """The cluster of each row."""
     axes = min(_AXES, *rows.shape)
-    return KMeans(_NUM_CLUSTERS, n_init=3, random_state=0).fit_predict(PCA(axes, random_state=0).fit_transform(rows))
+    return KMeans(_PARTS, n_init=3, random_state=0).fit_predict(PCA(axes, random_state=0).fit_transform(rows))
 
 
 def _largest(clusters: np.ndarray, number: int) -> list[np.ndarray]:

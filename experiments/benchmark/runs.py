@@ -99,9 +99,10 @@ def group_rows(
         return Setting(pretrained, subsample(pretrained, group.n, seed), group.epsilon, delta)
 
     if before is None:
-        settings = [setting_of(seed) for seed in range(min(SELECTION_SEEDS, num_seeds))]
         if method.rehearsed:
             settings = rehearsal_settings(rehearsals(), group, delta)
+        else:
+            settings = [setting_of(seed) for seed in range(min(SELECTION_SEEDS, num_seeds))]
         start = time.perf_counter()
         point = choose(method, settings, near)
         search_seconds = f"{time.perf_counter() - start:.2f}"

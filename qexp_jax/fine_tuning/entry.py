@@ -64,7 +64,6 @@ def _debit(
         raise ValueError("The checkpoint's release was entered in a ledger, which has to be given for it to go on.")
     if ledger is None:
         return
-    ledgers.check(ledger)
     tag = ledgers.key_tag(ledger, key)
     if paid == tag and ledgers.holds(ledger, key, mu=mu, hardened=hardened):
         return
