@@ -78,7 +78,7 @@ def noisy_sum(total: np.ndarray, noise: DiscreteNoise, l2_clip_norm: jax.Array) 
     Args:
       total: int64 (k,), of `exact_clipping.integer_sum`.
       noise: in steps.
-      l2_clip_norm: C, which `noise.l2_clip_norm` steps make up.
+      l2_clip_norm: C, which 2^20 steps make up.
 
     Formal guarantee: the second is rho-zCDP with rho = Delta^2 / (2 noise.scale^2), and all that a hardened round knows
     of the data; the first is for diagnostics.

@@ -31,7 +31,7 @@ against the densities. Both cost much more than the Gaussian draw once k is larg
 nothing is ever drawn.
 """
 
-from qexp_jax.mechanism.ball import (
+from qexp_jax.mechanism.pure_ball import (
     Ball,
     ball_draw,
     ball_expected_excess,
@@ -39,7 +39,7 @@ from qexp_jax.mechanism.ball import (
     calibrate_ball,
     exact_epsilon,
 )
-from qexp_jax.mechanism.knorm import knorm_draw, knorm_excess_quantile, knorm_expected_excess, knorm_log_density
+from qexp_jax.mechanism.pure_knorm import knorm_draw, knorm_excess_quantile, knorm_expected_excess, knorm_log_density
 
 __all__ = [
     "Ball",
