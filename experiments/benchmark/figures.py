@@ -53,7 +53,7 @@ def epsilon_figure(df: pd.DataFrame, compared: pd.DataFrame, path: pathlib.Path)
         row[0].set(ylabel=group["metric_name"].iloc[0], ylim=_limits(group))
     handles = [
         Line2D([], [], color=BLUE, lw=2.5, marker="o", ms=4, label="qexp (ours) ± 2 SE"),
-        Line2D([], [], color=VERMILION, lw=1.5, marker="s", ms=3.5, label="best baseline in the setting (tuned on test)"),
+        Line2D([], [], color=VERMILION, lw=1.5, marker="s", ms=3.5, label="best baseline of a setting, tuned on test"),
         Line2D([], [], color="0.75", lw=0.8, label="every other private method"),
         Line2D([], [], color=GREEN, lw=1.2, ls="--", label="non-private"),
         Line2D([], [], color="k", lw=1.2, ls=":", label="zero-shot"),
