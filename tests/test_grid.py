@@ -29,7 +29,7 @@ def tiny_split(data_dir, cache_dir):
 
 @pytest.fixture(autouse=True)
 def tiny_task(monkeypatch, tmp_path):
-    tiny = {"tiny": tasks.Task("tiny", "auroc", 1, PRETRAINING, tiny_split)}
+    tiny = {"tiny": tasks.Task("main", "tiny", "auroc", 1, PRETRAINING, tiny_split)}
     monkeypatch.setattr(tasks, "TASKS", tiny)
     monkeypatch.setattr(tasks, "OPEN_TASKS", tiny)
     monkeypatch.setattr(lattices, "MAX_STEPS", 6)
@@ -248,7 +248,7 @@ def test_writers_and_images_are_compared_on_the_same_records(tmp_path, monkeypat
         parts = [part | {"writer": np.arange(120) // 4} for part in split[:3]]
         return splits.Split(*parts, "tiny")
 
-    monkeypatch.setitem(tasks.TASKS, "tiny", tasks.Task("tiny", "auroc", 1, PRETRAINING, with_writers))
+    monkeypatch.setitem(tasks.TASKS, "tiny", tasks.Task("main", "tiny", "auroc", 1, PRETRAINING, with_writers))
     options = ["--task", "tiny", "--writers", "20", "--models", "linear", "--seeds", "1", "--out", str(tmp_path)]
     units.main([*options, "--data-dir", str(tmp_path), "--cache-dir", str(tmp_path)])
     rows = rows_of(tmp_path / "units.csv")

@@ -30,7 +30,7 @@ def tiny_split(data_dir, cache_dir):
 @pytest.fixture
 def tiny(monkeypatch):
     tasks.load_split.cache_clear()
-    monkeypatch.setitem(tasks.TASKS, "tiny", tasks.Task("tiny", "auroc", 1, PRETRAINING, tiny_split))
+    monkeypatch.setitem(tasks.TASKS, "tiny", tasks.Task("main", "tiny", "auroc", 1, PRETRAINING, tiny_split))
     yield tasks.pretrained_on(tasks.TASKS["tiny"], "linear", None, None)
     tasks.load_split.cache_clear()
 

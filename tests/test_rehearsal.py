@@ -23,7 +23,7 @@ def records(count, fill=None):
 def task(private):
     model = make_model("linear", 1)
     split = Split(records(120) | {"writer": np.arange(120) // 4}, private, private, "toy")
-    loaded = Task("toy", "auroc", 1, PRETRAINING, lambda *dirs: split)
+    loaded = Task("main", "toy", "auroc", 1, PRETRAINING, lambda *dirs: split)
     return Pretrained(loaded, split, model, init(model, jax.random.key(0), split.public))
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments.benchmark import comparison, figures, report, tables
+from experiments.benchmark import comparison, figures, report, summary, tables
 
 QEXP, FIRST, SECOND = [0.80, 0.84, 0.85], [0.79, 0.80, 0.86], [0.70, 0.95, 0.70]
 
@@ -13,7 +13,12 @@ QEXP, FIRST, SECOND = [0.80, 0.84, 0.85], [0.79, 0.80, 0.86], [0.70, 0.95, 0.70]
 def runs(method, metrics, *, epsilon=1.0, n=250, task="toy", model="linear", seeds=None, losses=None):
     """The CSV's rows of one method in one setting."""
     losses = np.full(len(metrics), 0.5) if losses is None else losses
-    fixed = dict.fromkeys(comparison.COLUMNS, 1) | {"delta": 1e-5, "metric_name": "accuracy", "seconds": 0.1}
+    fixed = dict.fromkeys(comparison.COLUMNS, 1) | {
+        "table": "main",
+        "delta": 1e-5,
+        "metric_name": "accuracy",
+        "seconds": 0.1,
+    }
     setting = {"task": task, "model": model, "n": n, "epsilon": epsilon, "method": method}
     seeds = range(len(metrics)) if seeds is None else seeds
     return [
@@ -41,13 +46,13 @@ def grid():
 
 
 def page_of(df):
-    return tables.page(df, comparison.compare(df))
+    return tables.page("main", df, comparison.compare(df))
 
 
 def render(df, folder):
     df.to_csv(folder / "arena.csv", index=False)
     report.main(["--results", str(folder)])
-    return (folder / "arena.md").read_text()
+    return (folder / "main.md").read_text()
 
 
 def test_the_paired_difference_and_its_error_are_those_computed_by_hand():
@@ -124,7 +129,7 @@ def test_missing_settings_are_listed():
     missing = page.partition("## Missing")[2]
     assert "- toy, linear, n = 1000, epsilon = 0.5: no qexp\n" in missing
     assert "- toy, mlp, n = 250, epsilon = 8: no baselines\n" in missing
-    assert "6 of 8 cells compared, 2 missing" in page
+    assert "6 of 8 settings compared, 2 missing" in page
 
 
 def test_a_setting_that_lacks_one_baseline_says_so():
@@ -144,7 +149,69 @@ def test_the_summary_counts_every_verdict_once():
 def test_main_writes_the_page_and_three_pictures(tmp_path):
     render(grid(), tmp_path)
     written = {path.name for path in tmp_path.iterdir() if path.stat().st_size > 0}
-    assert written == {"arena.csv", "arena.md", "arena_epsilon.png", "arena_time.png", "arena_gain.png"}
+    assert written == {"arena.csv", "README.md", "main.md", "epsilon.png", "time.png", "gain.png"}
+
+
+def test_each_table_has_a_page_and_the_summary_is_of_the_first(tmp_path):
+    render(pd.concat([grid(), grid().assign(table="small", task="leaves")]), tmp_path)
+    assert "### leaves, linear" in (tmp_path / "small.md").read_text()
+    assert "leaves" not in (tmp_path / "main.md").read_text() + (tmp_path / "README.md").read_text()
+
+
+def of_all_kinds():
+    """Ours beside a baseline of each kind, two of them rehearsed, of which the better is ahead of ours."""
+    best = np.add(QEXP, 0.01)
+    return table(
+        runs("qexp", QEXP),
+        runs("dp_gd", np.subtract(QEXP, 0.02)),
+        runs("one_draw", np.subtract(QEXP, 0.03)),
+        runs("rehearsed_dp_sgd_all", np.subtract(QEXP, 0.04)),
+        runs("rehearsed_dp_adam_all", best),
+        runs("recipe_de", np.subtract(QEXP, 0.05)),
+        runs("public_kfac", np.subtract(QEXP, 0.06)),
+        runs("zero_shot", [0.7] * 3, epsilon=math.inf),
+    )
+
+
+@pytest.mark.parametrize(
+    ("against", "verdicts", "difference"),
+    [
+        ("best rehearsed or recipe", [1, 0, 0, 1], "-0.0100"),
+        ("best rehearsed", [1, 0, 0, 1], "-0.0100"),
+        ("rehearsed DP-SGD", [1, 1, 0, 0], "+0.0400"),
+        ("best recipe", [1, 1, 0, 0], "+0.0500"),
+        ("best with public records, tuned on test", [1, 1, 0, 0], "+0.0600"),
+        ("best tuned on test", [1, 1, 0, 0], "+0.0200"),
+        ("one draw, the paper's mechanism", [1, 1, 0, 0], "+0.0300"),
+    ],
+)
+def test_the_summary_compares_with_each_kind_apart(against, verdicts, difference):
+    lines = summary.page(of_all_kinds()).splitlines()
+    (line,) = [line for line in lines if line.startswith("|") and line.split("|")[1].strip() == against]
+    cells = [cell.strip() for cell in line.split("|")[2:-1]]
+    assert [int(cell) for cell in cells[:4]] == verdicts and cells[4] == difference
+
+
+def test_the_summary_marks_where_ours_is_behind_a_baseline_that_users_have():
+    page = summary.page(of_all_kinds())
+    assert "| *.8300 ± .0306 (0.500)* | .8400 ± .0306 (0.500) " in page
+    better = of_all_kinds().query("method != 'rehearsed_dp_adam_all'")
+    assert "| **.8300 ± .0306 (0.500)** | .7900 ± .0306 (0.500) " in summary.page(better)
+
+
+def test_a_recipe_alone_is_no_comparison():
+    page = summary.page(table(runs("qexp", QEXP), runs("recipe_de", FIRST)))
+    assert any(
+        line.startswith("| best rehearsed or recipe ") and line.split("|")[2].strip() == "0"
+        for line in page.splitlines()
+    )
+
+
+def test_costs_show_what_a_search_took():
+    df = of_all_kinds()
+    df.loc[df["method"] == "qexp", ["private_gradients", "search_seconds"]] = [3250, math.nan]
+    (line,) = [line for line in summary.page(df).splitlines() if line.startswith("| toy, linear")]
+    assert "| 13 passes, 0.1 s |" in line and "| 0.004 passes, 0.1 s + 1 s |" in line
 
 
 def test_a_model_of_which_only_zero_shot_has_run_is_reported_as_missing(tmp_path):
@@ -156,7 +223,7 @@ def test_a_model_of_which_only_zero_shot_has_run_is_reported_as_missing(tmp_path
     ("content", "message"),
     [
         ("", "is empty"),
-        ("task,model\ntoy,linear\n", r"lacks the columns \['n', 'epsilon'"),
+        ("task,model\ntoy,linear\n", r"lacks the columns \['table', 'pretraining', 'n'"),
         (",".join(comparison.COLUMNS) + "\n", "header without rows"),
         (table(runs("qexp", QEXP)).to_csv(index=False) + "toy,linear,250\n", "half-written.* in line 5"),
         (table(runs("qexp", QEXP), runs("qexp", QEXP)).to_csv(index=False), "already in line 5"),

@@ -1,16 +1,16 @@
-"""The rows of `arena.csv`, and ours against the best baseline in every setting."""
+"""The rows of `arena.csv`, and ours against the best baseline of a kind in every setting."""
 
 import math
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 COLUMNS = [
-    "task", "model", "n", "epsilon", "delta", "method", "seed", "metric_name", "metric", "loss", "seconds",
-    "compile_seconds", "private_gradients", "noisy_steps", "peak_bytes",
+    "table", "task", "pretraining", "model", "n", "epsilon", "delta", "method", "seed", "metric_name", "metric", "loss",
+    "seconds", "compile_seconds", "private_gradients", "noisy_steps", "peak_bytes", "search_seconds",
 ]  # fmt: skip
 GROUP = ["task", "model"]
 SETTING = ["task", "model", "n", "epsilon"]
@@ -19,10 +19,22 @@ ONE_DRAW = "one_draw"
 ZERO_SHOT = "zero_shot"
 NON_PRIVATE = "non_private"
 DESCENT = "dp_"  # how the names of DP-SGD and its relatives begin
+TUNED = "tuned on test"
+# What a baseline had to go by: kind -> how the names of its methods begin; all others were tuned on the test set.
+PREFIXES = {"rehearsed": "rehearsed_", "recipe": "recipe_", "public curvature": "public_"}
+KINDS = (*PREFIXES, TUNED)
+_OPTIONAL = ["loss", "search_seconds"]  # not every run measured them
 VERDICTS = ("ahead", "within 2 SE", "behind", "undecided")
 LOSS_VERDICTS = ("lower", "higher")
 SMALLEST_DROP = 0.003
 REFERENCE_EPSILON = 1.0
+
+
+def kind_of(method: str) -> str | None:
+    """One of `KINDS`; None of a method that is no baseline."""
+    if method in (OURS, ONE_DRAW, ZERO_SHOT, NON_PRIVATE):
+        return None
+    return next((kind for kind, prefix in PREFIXES.items() if method.startswith(prefix)), TUNED)
 
 
 def read(path: pathlib.Path) -> pd.DataFrame:
@@ -41,7 +53,7 @@ def read(path: pathlib.Path) -> pd.DataFrame:
         raise ValueError(f"{path}: a header without rows.")
     rows = rows[COLUMNS]
     for fault, bad in {
-        "an unfilled field (a half-written row?)": rows.drop(columns="loss").isna().any(axis=1),
+        "an unfilled field (a half-written row?)": rows.drop(columns=_OPTIONAL).isna().any(axis=1),
         "a run that an earlier line has already": rows.duplicated([*SETTING, "method", "seed"]),
     }.items():
         if bad.any():
@@ -52,13 +64,14 @@ def read(path: pathlib.Path) -> pd.DataFrame:
     return rows.astype({"n": int, "epsilon": float, "seed": int, "metric": float, "loss": float})
 
 
-def compare(df: pd.DataFrame) -> pd.DataFrame:
+def compare(df: pd.DataFrame, baselines: Sequence[str] | None = None) -> pd.DataFrame:
     """One row for each setting: every n of a (task, model) at every epsilon of the file, run or not.
 
     NaN stands for what is missing and for the standard error of a single seed.
 
     Args:
       df: what `read` gives.
+      baselines: methods among which the best is taken; by default those that were tuned on the test set.
 
     Returns:
       Beside the setting and `metric_name` these columns:
@@ -76,18 +89,22 @@ def compare(df: pd.DataFrame) -> pd.DataFrame:
     """
     scores = {key: group.set_index("seed")[["metric", "loss"]] for key, group in df.groupby([*SETTING, "method"])}
     epsilons = sorted(value for value in df["epsilon"].unique() if math.isfinite(value))
+    baselines = methods_of(df, TUNED) if baselines is None else baselines
+    # Of these, the ones run with a model on any task.
+    ran = df.groupby("model")["method"].unique()
+    expected = {model: sorted(set(methods) & set(baselines)) for model, methods in ran.items()}
     sizes = df[[*GROUP, "n", "metric_name"]].drop_duplicates().sort_values([*GROUP, "n"])
     return pd.DataFrame(
         {"metric_name": size.metric_name}
-        | _compared(scores, (size.task, size.model, size.n, epsilon), baselines_of(df, size.model))
+        | _compared(scores, (size.task, size.model, size.n, epsilon), expected[size.model])
         for size in sizes.itertuples(index=False)
         for epsilon in epsilons
     )
 
 
-def baselines_of(df: pd.DataFrame, model: str) -> list[str]:
-    """The private methods other than ours that the file has for `model`, on any task."""
-    return sorted(set(df.loc[df["model"] == model, "method"]) - {OURS, ONE_DRAW, ZERO_SHOT, NON_PRIVATE})
+def methods_of(df: pd.DataFrame, kind: str) -> list[str]:
+    """The methods of one of `KINDS` that the file has."""
+    return sorted(method for method in df["method"].unique() if kind_of(method) == kind)
 
 
 def _compared(

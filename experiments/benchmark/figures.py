@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 
-from experiments.benchmark.comparison import DESCENT, GROUP, NON_PRIVATE, OURS, ZERO_SHOT, nearest
+from experiments.benchmark.comparison import DESCENT, GROUP, NON_PRIVATE, OURS, ZERO_SHOT, methods_of, nearest
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -33,6 +33,13 @@ FAMILIES = {
     "other private": PURPLE,
     "non-private": "0.6",
 }
+# What a baseline had to go by -> colour and marker of its curve.
+CURVES = {
+    "rehearsed": (VERMILION, "s"),
+    "recipe": (ORANGE, "^"),
+    "public curvature": (PURPLE, "D"),
+    "tuned on test": ("0.55", "v"),
+}
 MARKERS = "os^DvPX*"
 MISSING = {"fc": "0.92", "ec": "0.6", "hatch": "///"}
 
@@ -51,24 +58,26 @@ def epsilon_figure(df: pd.DataFrame, compared: pd.DataFrame, path: pathlib.Path)
             _curves(ax, runs[runs["n"] == n], part)
             ax.set_title(f"{task}, {model}, n = {n:,}", fontsize=9)
         row[0].set(ylabel=group["metric_name"].iloc[0], ylim=_limits(group))
-    handles = [
-        Line2D([], [], color=BLUE, lw=2.5, marker="o", ms=4, label="qexp (ours) ± 2 SE"),
-        Line2D([], [], color=VERMILION, lw=1.5, marker="s", ms=3.5, label="best baseline of a setting, tuned on test"),
-        Line2D([], [], color="0.75", lw=0.8, label="every other private method"),
+    handles = [Line2D([], [], color=BLUE, lw=2.5, marker="o", ms=4, label="qexp (ours) ± 2 SE")]
+    handles += [
+        Line2D([], [], color=colour, lw=1.2, marker=marker, ms=3.5, label=f"best baseline: {kind}")
+        for kind, (colour, marker) in CURVES.items()
+    ]
+    handles += [
         Line2D([], [], color=GREEN, lw=1.2, ls="--", label="non-private"),
         Line2D([], [], color="k", lw=1.2, ls=":", label="zero-shot"),
-    ]  # fmt: skip
-    _finish(fig, axes, handles, path, xlabel="ε (grey curves may leave the frame)")
+    ]
+    _finish(fig, axes, handles, path, xlabel="ε (recipes may leave the frame)")
 
 
 def _curves(ax: Axes, runs: pd.DataFrame, part: pd.DataFrame) -> None:
     """One panel: `runs` are the rows of the file, `part` the same compared."""
-    means = runs[np.isfinite(runs["epsilon"])].pivot_table(index="epsilon", columns="method", values="metric")
-    for name in means.columns.difference([OURS]):
-        ax.plot(means[name].dropna(), color="0.75", lw=0.8, zorder=1)
+    for kind, (colour, marker) in CURVES.items():
+        means = runs[runs["method"].isin(methods_of(runs, kind))].groupby(["epsilon", "method"])["metric"].mean()
+        if len(means):
+            ax.plot(means.groupby("epsilon").max(), color=colour, lw=1.2, marker=marker, ms=3.5, zorder=3)
     ax.axhline(part["zero_shot"].iloc[0], color="k", lw=1.2, ls=":", zorder=2)
     ax.axhline(part["non_private"].iloc[0], color=GREEN, lw=1.2, ls="--", zorder=2)
-    ax.plot(part["epsilon"], part["best"], color=VERMILION, lw=1.5, marker="s", ms=3.5, zorder=3)
     band = 2 * part["ours_se"].fillna(0)
     ax.fill_between(part["epsilon"], part["ours"] - band, part["ours"] + band, color=BLUE, alpha=0.25, lw=0, zorder=4)
     ax.plot(part["epsilon"], part["ours"], color=BLUE, lw=2.5, marker="o", ms=4, zorder=5)

@@ -1,16 +1,16 @@
-"""The benchmark's results as one page and three pictures.
+"""The benchmark's results as pages and pictures.
 
     python -m experiments.benchmark.report [--results DIR]   # DIR holds arena.csv; default experiments/results
 
-Writes arena.md, arena_epsilon.png, arena_time.png and arena_gain.png beside the CSV, complete or not: what has not been
-run yet is shown as missing.
+Writes beside the CSV, complete or not: README.md, what is read first; for each table that the CSV holds a page of every
+setting, `main.md` and so on; and three pictures of the first table. What has not been run yet is shown as missing.
 """
 
 import argparse
 import pathlib
 from collections.abc import Sequence
 
-from experiments.benchmark import comparison, figures, tables
+from experiments.benchmark import comparison, figures, summary, tables
 
 RESULTS = pathlib.Path(__file__).parents[1] / "results"
 
@@ -23,15 +23,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Writes page and pictures."""
+    """Writes pages and pictures."""
     folder = parse_args(argv).results
     df = comparison.read(folder / "arena.csv")
-    compared = comparison.compare(df)
-    (folder / "arena.md").write_text(tables.page(df, compared), encoding="utf-8")
-    figures.epsilon_figure(df, compared, folder / "arena_epsilon.png")
-    figures.time_figure(df, folder / "arena_time.png")
-    figures.gain_figure(compared, folder / "arena_gain.png")
-    print(f"wrote arena.md and three pictures into {folder}")
+    # In the order of the alphabet "main" comes before the others.
+    of_tables = dict(list(df.groupby("table")))
+    for name, rows in of_tables.items():
+        (folder / f"{name}.md").write_text(tables.page(name, rows, comparison.compare(rows)), encoding="utf-8")
+    first = next(iter(of_tables.values()))
+    (folder / "README.md").write_text(summary.page(first), encoding="utf-8")
+    compared = comparison.compare(first)
+    figures.epsilon_figure(first, compared, folder / "epsilon.png")
+    figures.time_figure(first, folder / "time.png")
+    figures.gain_figure(compared, folder / "gain.png")
+    print(f"wrote README.md, {', '.join(f'{name}.md' for name in of_tables)} and three pictures into {folder}")
 
 
 if __name__ == "__main__":

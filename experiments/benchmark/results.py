@@ -21,8 +21,8 @@ from experiments.benchmark.search import Point
 
 RESULTS = pathlib.Path(__file__).parents[1] / "results"
 COLUMNS = (
-    "task model n epsilon delta method seed metric_name metric loss seconds compile_seconds private_gradients "
-    "noisy_steps peak_bytes settings lattice_point search_seconds"
+    "table task pretraining model n epsilon delta method seed metric_name metric loss seconds compile_seconds "
+    "private_gradients noisy_steps peak_bytes settings lattice_point search_seconds"
 ).split()
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "jax_privacy", "dp_accounting", "numpy", "scipy", "scikit-learn")
 

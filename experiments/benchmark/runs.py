@@ -132,7 +132,9 @@ def _row(setting: Setting, group: Group, seed: int, hyperparameters: Hyperparame
     metrics = (pretrained.task.metric, "negative_loss")
     metric, negative_loss = models.scores(pretrained.model, outcome.params, pretrained.split.test, metrics)
     return {
+        "table": pretrained.task.table,
         "task": pretrained.task.name,
+        "pretraining": f"{pretrained.task.pretraining[group.model]['epochs']} epochs",
         "model": group.model,
         "n": setting.num_private,
         "epsilon": setting.epsilon,

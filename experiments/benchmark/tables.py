@@ -1,7 +1,4 @@
-"""The text of `arena.md`: a summary, ours against the best baseline, costs, every method's mean, and what is missing.
-
-The page calls a setting a cell, as the pages that are stored do.
-"""
+"""A page of every setting of a table: ours against the best baseline, costs, every method's mean, what is missing."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -27,14 +24,22 @@ _COST_NOTES = [
 ]
 
 
-def page(df: pd.DataFrame, compared: pd.DataFrame) -> str:
+def page(name: str, df: pd.DataFrame, compared: pd.DataFrame) -> str:
     """The whole page.
 
     Args:
+      name: of the table.
       df: what `comparison.read` gives.
       compared: what `comparison.compare` gives.
     """
-    lines = [*_summary(df, compared), "", "## Ours against the best baseline", ""]
+    lines = [
+        f"# {name.capitalize()}: ours against the best baseline",
+        "",
+        *_summary(df, compared),
+        "",
+        "## Ours against the best baseline",
+        "",
+    ]
     for (task, model), group in compared.groupby(GROUP):
         lines += [_title(task, model, group), "", *table(_comparison_row(row) for row in group.itertuples()), ""]
     lines += ["## Costs", "", *_COST_NOTES, ""]
@@ -51,24 +56,23 @@ def _title(task: str, model: str, group: pd.DataFrame) -> str:
 
 
 def _summary(df: pd.DataFrame, compared: pd.DataFrame) -> list[str]:
-    """Title, verdicts counted by split of the settings, and how to read them."""
+    """Verdicts counted by split of the settings, and how to read them."""
     metrics = df.groupby("metric_name")["task"].agg(lambda tasks: ", ".join(sorted(set(tasks))))
     measured = "; ".join(f"{name} ({tasks})" for name, tasks in metrics.items())
     deltas = ", ".join(f"{delta:g}" for delta in sorted(df["delta"].unique()))
     done = compared["verdict"].isin(VERDICTS)
     return [
-        "# The arena: qexp (ours) against private fine-tuning", "",
         *table(_split_row(name, compared[chosen]) for name, chosen in _splits(compared).items()), "",
-        f"- {done.sum()} of {len(compared)} cells compared, {(~done).sum()} missing; "
+        f"- {done.sum()} of {len(compared)} settings compared, {(~done).sum()} missing; "
         f"{(compared['absent'] != '').sum()} still lack a baseline (see Missing, at the end).",
         "- **Each baseline's hyperparameters were chosen on the test set; ours were not.**",
-        "- Best baseline: the baseline with the highest mean in that cell. Higher is better.",
+        "- Best baseline: the baseline with the highest mean in that setting. Higher is better.",
         "- Ahead, behind: by more than 2 standard errors (SE) of the paired difference over common seeds, which share "
         "the private records. SEs cover subsample, order of the public records and noise, not test set or pretraining.",
         f"- Below zero-shot: ours is, by more than max(3 SE, {SMALLEST_DROP:g}).",
         "- Loss: mean cross-entropy on the test set, in nats; ours is lower or higher than the same baseline's by "
         "more than 2 SE. **The baseline's settings are those of its best metric; others may have a lower loss.**",
-        f"- Metric: {measured}. δ = {deltas}. Common seeds in a cell: {span(compared.loc[done, 'seeds'])}.",
+        f"- Metric: {measured}. δ = {deltas}. Common seeds in a setting: {span(compared.loc[done, 'seeds'])}.",
     ]  # fmt: skip
 
 
@@ -85,7 +89,7 @@ def _splits(compared: pd.DataFrame) -> dict[str, Any]:
 def _split_row(name: str, part: pd.DataFrame) -> dict[str, str]:
     counts = part["verdict"].value_counts()
     return {
-        "cells": name,
+        "settings": name,
         "compared": str(part["verdict"].isin(VERDICTS).sum()),
         **{verdict: str(counts.get(verdict, 0)) for verdict in VERDICTS},
         "mean difference": number(part["difference"].mean(), signed=True),

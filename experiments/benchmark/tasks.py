@@ -15,13 +15,15 @@ class Task(NamedTuple):
     """A public -> private task.
 
     Attributes:
-      name: as in the results.
+      table: of the results, to which the task belongs.
+      name: as there.
       metric: key of `models.METRICS`.
       num_outputs: logits of a model.
       pretraining: hyperparameters of `models.pretrain` for each model.
       load: `(data_dir, cache_dir) -> Split`.
     """
 
+    table: str
     name: str
     metric: str
     num_outputs: int
@@ -60,22 +62,24 @@ def _mimic(outcome: str, split_by: str) -> Task:
     def load(data_dir: pathlib.Path, cache_dir: pathlib.Path) -> Split:
         return mimic.load(data_dir, outcome=outcome, split_by=split_by, cache_dir=cache_dir)
 
-    return Task(f"mimic_{outcome}_by_{split_by}", "auroc", 1, _CLINICAL, load)
+    return Task("mimic", f"mimic_{outcome}_by_{split_by}", "auroc", 1, _CLINICAL, load)
 
 
 def _published(outcome: str) -> Task:
     def load(data_dir: pathlib.Path, cache_dir: pathlib.Path) -> Split:
         return mimic_published.load(data_dir, outcome=outcome, cache_dir=cache_dir)
 
-    return Task(f"mimic_{outcome}_published", "auroc", 1, _HOURLY, load)
+    return Task("mimic", f"mimic_{outcome}_published", "auroc", 1, _HOURLY, load)
 
 
 OPEN_TASKS = {
     task.name: task
     for task in (
-        Task("physionet_icu", "auroc", 1, _CLINICAL, physionet.by_icu),
-        Task("physionet_control", "auroc", 1, _CLINICAL, physionet.no_shift),
-        Task("mnist_trained", "accuracy", 10, _IMAGES, lambda data_dir, cache_dir: mnist.writers_mnist(data_dir)),
+        Task("main", "physionet_icu", "auroc", 1, _CLINICAL, physionet.by_icu),
+        Task("main", "physionet_control", "auroc", 1, _CLINICAL, physionet.no_shift),
+        Task(
+            "main", "mnist_trained", "accuracy", 10, _IMAGES, lambda data_dir, cache_dir: mnist.writers_mnist(data_dir)
+        ),
     )
 }
 # For users with credentials: --data-dir names the directory of MIMIC-III or MIMIC-IV.
@@ -90,10 +94,20 @@ OTHER_IMAGES = {
     task.name: task
     for task in (
         Task(
-            "mnist_writers", "accuracy", 10, _IMAGES_BRIEFLY, lambda data_dir, cache_dir: mnist.writers_mnist(data_dir)
+            "other",
+            "mnist_writers",
+            "accuracy",
+            10,
+            _IMAGES_BRIEFLY,
+            lambda data_dir, cache_dir: mnist.writers_mnist(data_dir),
         ),
         Task(
-            "mnist_rotated", "accuracy", 10, _IMAGES_BRIEFLY, lambda data_dir, cache_dir: mnist.rotated_mnist(data_dir)
+            "other",
+            "mnist_rotated",
+            "accuracy",
+            10,
+            _IMAGES_BRIEFLY,
+            lambda data_dir, cache_dir: mnist.rotated_mnist(data_dir),
         ),
     )
 }
@@ -109,7 +123,9 @@ def _small(
 ) -> dict[str, Task]:
     """The tasks of one family of `small`, one for each kind of change."""
     return {
-        f"{name}_{kind}": Task(f"{name}_{kind}", metric, num_outputs, pretraining, functools.partial(load, kind))
+        f"{name}_{kind}": Task(
+            "small", f"{name}_{kind}", metric, num_outputs, pretraining, functools.partial(load, kind)
+        )
         for kind in kinds
     }
 
@@ -121,8 +137,8 @@ SMALL_TASKS = (
     | {
         task.name: task
         for task in (
-            Task("table_rare", "auroc", 1, _CLINICAL, small.rare_table),
-            Task("physionet_rare", "auroc", 1, _CLINICAL, small.rare_physionet),
+            Task("small", "table_rare", "auroc", 1, _CLINICAL, small.rare_table),
+            Task("small", "physionet_rare", "auroc", 1, _CLINICAL, small.rare_physionet),
         )
     }
 )
