@@ -56,11 +56,10 @@ is post-processing of releases (T5), in one function, `one_round.follow`; all it
     audit         attained against claimed privacy
 """
 
-from dp_accounting import NeighboringRelation
-
 from qexp_jax import audit, mechanism, privacy
 from qexp_jax.data import records
 from qexp_jax.data.dataset import Dataset
+from qexp_jax.data.relation import NeighboringRelation
 from qexp_jax.data.stream import Stream
 from qexp_jax.fine_tuning import preflight, tilt
 from qexp_jax.fine_tuning.checkpoint import Checkpoint

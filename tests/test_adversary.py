@@ -14,11 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dp_accounting import NeighboringRelation
 from problems import fine_tune
 
 import qexp_jax
-from qexp_jax import clipping, hardened, plan, precision, records, subspace
+from qexp_jax import NeighboringRelation, clipping, hardened, plan, precision, records, subspace
 from qexp_jax.fine_tuning import one_round, stages
 from qexp_jax.model.factored_gradients import squares
 from qexp_jax.numerics import integers

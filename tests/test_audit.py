@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dp_accounting import NeighboringRelation
 from problems import linear_loss, spd
 from scipy import stats
 
-from qexp_jax import audit, clipping, mechanism, precision, privacy, records, subspace
+from qexp_jax import NeighboringRelation, audit, clipping, mechanism, precision, privacy, records, subspace
 
 KEY = jax.random.key(31)
 K, CLIP, MU, DELTA = 4, 1.5, 0.8, 1e-5

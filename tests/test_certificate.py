@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dp_accounting import NeighboringRelation
 from problems import fine_tune
 
 import qexp_jax
-from qexp_jax import hardened, privacy, verification
+from qexp_jax import NeighboringRelation, hardened, privacy, verification
 from qexp_jax.privacy import certificate as certificates
 from qexp_jax.quadratic import plan_terms
 

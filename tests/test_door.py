@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dp_accounting import NeighboringRelation
 from test_finetune import regression, tune
 
 import qexp_jax
-from qexp_jax import ledger, preflight, records, subspace
+from qexp_jax import NeighboringRelation, ledger, preflight, records, subspace
 from qexp_jax.data import stream, validation
 
 DATA = jax.tree.map(np.asarray, regression())

@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dp_accounting import NeighboringRelation
 from flax import nnx
 from problems import fine_tune, network, network_loss
 
 import qexp_jax
-from qexp_jax import accuracy, clipping, plan, privacy, subspace
+from qexp_jax import NeighboringRelation, accuracy, clipping, plan, privacy, subspace
 from qexp_jax.fine_tuning import one_pass, one_round, rounds, stages
 from qexp_jax.privacy import certificate as certificates
 from qexp_jax.quadratic import empirical_bayes, step_size

@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dp_accounting import NeighboringRelation
 from problems import linear_loss, spd
 from scipy import stats
 
-from qexp_jax import clipping, precision, privacy, subspace
+from qexp_jax import NeighboringRelation, clipping, precision, privacy, subspace
 
 KEY = jax.random.key(9)
 K, CLIP, MU = 4, 1.5, 0.8

@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dp_accounting import NeighboringRelation
 from problems import fine_tune, linear_loss, network, network_loss, spd
 from scipy import stats
 
 import qexp_jax
-from qexp_jax import clipping, hardened, ledger, precision, privacy, records, subspace
+from qexp_jax import NeighboringRelation, clipping, hardened, ledger, precision, privacy, records, subspace
 from qexp_jax.private_pass import exact_clipping, noise
 
 pytest.importorskip("opendp")

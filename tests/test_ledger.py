@@ -13,12 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dp_accounting import NeighboringRelation
 from problems import fine_tune
 
 import qexp_jax
+from qexp_jax import NeighboringRelation, privacy
 from qexp_jax import ledger as ledgers
-from qexp_jax import privacy
 from qexp_jax.data import stream
 from qexp_jax.fine_tuning import checkpoint as checkpoints
 from qexp_jax.privacy import ledger_file

@@ -5,13 +5,13 @@ import csv
 import jax
 import numpy as np
 import pytest
-from dp_accounting import NeighboringRelation
 from problems import fine_tune
 from scipy import stats
 
 from experiments.benchmark import tasks
 from experiments.data import splits
 from experiments.studies import attacks, membership, shadow_models
+from qexp_jax import NeighboringRelation
 
 PRETRAINING = {"linear": {"epochs": 2, "learning_rate": 1e-2, "batch_size": 32}}
 

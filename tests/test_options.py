@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dp_accounting import NeighboringRelation
 
 import qexp_jax
+from qexp_jax import NeighboringRelation
 from qexp_jax.data.dataset import as_dataset
 from qexp_jax.fine_tuning import options, progress
 

@@ -80,6 +80,13 @@ def test_wheel_names_its_dependencies(dist):
     assert others <= required, others - required
 
 
+@pytest.mark.parametrize("module", ["dp_accounting", "opendp", "orbax.checkpoint", "scipy.optimize", "scipy.stats"])
+def test_what_is_slow_to_import_waits_until_it_is_used(module):
+    """The rest is held to a quarter of a second by `make benchmarks`, as seconds are no test."""
+    loaded = run("-c", f"import qexp_jax, sys; print({module!r} in sys.modules)", cwd=ROOT)
+    assert loaded.strip() == "False"
+
+
 def test_source_holds_the_package(dist):
     (source,) = dist.glob("*.tar.gz")
     with tarfile.open(source) as archive:

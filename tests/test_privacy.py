@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import mpmath
 import numpy as np
 import pytest
-from dp_accounting import NeighboringRelation, pld
+from dp_accounting import pld
 
-from qexp_jax import hardened, privacy
+from qexp_jax import NeighboringRelation, hardened, privacy
 from qexp_jax.data import arguments
 
 
@@ -39,11 +39,23 @@ def test_conversion_is_exact_both_ways_and_never_over_budget(epsilon, delta):
 
 def test_dp_accounting_agrees_on_a_composition():
     mus = [0.2, 0.3, 0.1]
-    accountant = pld.PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE).compose(privacy.dp_event(mus))
+    accountant = pld.PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE).compose(privacy.dp_event(mus))
     expected = privacy.epsilon_from_mu(privacy.compose(mus), 1e-5)
     np.testing.assert_allclose(accountant.get_epsilon(1e-5), expected, rtol=1e-3)
     rdp = dp_accounting.rdp.RdpAccountant().compose(privacy.dp_event(mus))
     assert rdp.get_epsilon(1e-5) > expected
+
+
+def test_relations_are_those_of_dp_accounting_and_either_is_taken():
+    theirs = list(dp_accounting.NeighboringRelation)
+    assert [(r.name, r.value) for r in NeighboringRelation] == [(r.name, r.value) for r in theirs]
+    assert [privacy.sensitivity(1.0, relation) for relation in theirs] == [1.0, 2.0, 1.0]
+
+
+@pytest.mark.parametrize("wrong", ["REPLACE_ONE", 2, None, NeighboringRelation])
+def test_nothing_else_is_a_relation(wrong):
+    with pytest.raises(ValueError, match="neighboring_relation"):
+        privacy.sensitivity(1.0, wrong)
 
 
 @pytest.mark.parametrize("relation", list(NeighboringRelation))

@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dp_accounting import NeighboringRelation
 from problems import quadratic_from, spd
 from scipy import special, stats
 
-from qexp_jax import accuracy, mechanism, precision, privacy, pure, truncated
+from qexp_jax import NeighboringRelation, accuracy, mechanism, precision, privacy, pure, truncated
 
 KEY = jax.random.key(23)
 ZERO_OUT = NeighboringRelation.REPLACE_SPECIAL

@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dp_accounting import NeighboringRelation
 from test_finetune import regression, tune
 
 import qexp_jax
-from qexp_jax import records
+from qexp_jax import NeighboringRelation, records
 from qexp_jax.data import stream
 from qexp_jax.numerics import integers
 from qexp_jax.private_pass import passes

@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dp_accounting import NeighboringRelation
 from problems import fine_tune, tilt_weights
 from scipy import stats
 
 import qexp_jax
-from qexp_jax import clipping, features, hardened, privacy, records, tilt, weighting
+from qexp_jax import NeighboringRelation, clipping, features, hardened, privacy, records, tilt, weighting
 from qexp_jax import ledger as ledgers
 from qexp_jax.data.source import source_of
 from qexp_jax.fine_tuning import inputs, one_pass, rounds, tilting

@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from dp_accounting import NeighboringRelation
 
 from experiments.benchmark.tasks import Pretrained
 from experiments.data.splits import Records
-from qexp_jax import clipping, mechanism, plan, precision, privacy
+from qexp_jax import NeighboringRelation, clipping, mechanism, plan, precision, privacy
 from qexp_jax import subspace as subspaces
 from qexp_jax.fine_tuning import one_round, rounds
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.stats import beta, norm
+from scipy.special import betainccinv, ndtri
 
 from qexp_jax.data import arguments
 
@@ -155,8 +155,8 @@ def least_draws(confidence: float, delta: float) -> int:
 
 def mu_bound(false_positives: Any, false_negatives: Any) -> Any:
     """mu that error rates at most these imply, by the trade-off curve of Gaussian DP: Phi^{-1}(1 - a) - Phi^{-1}(b)."""
-    # `isf` keeps the digits of a small rate, which 1 - a would lose.
-    return norm.isf(false_positives) - norm.ppf(false_negatives)
+    # -Phi^{-1}(a) keeps the digits of a small rate, which 1 - a would lose.
+    return -ndtri(false_positives) - ndtri(false_negatives)
 
 
 def epsilon_bound(false_positives: Any, false_negatives: Any, delta: float) -> Any:
@@ -202,7 +202,7 @@ def _error_bounds(
 def _clopper_pearson(count: np.ndarray, total: int, level: float) -> np.ndarray:
     """The largest rate at which so few of `total` still have probability `level`."""
     # The Beta law takes no parameter of zero: `maximum` keeps it away where the bound is 1 anyway.
-    bound = beta.isf(level, count + 1, np.maximum(total - count, 1))
+    bound = betainccinv(count + 1, np.maximum(total - count, 1), level)
     return np.where(count < total, bound, 1.0)
 
 

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from dp_accounting import NeighboringRelation
 
 from qexp_jax.data import arguments
 from qexp_jax.data.records import Record, num_records
+from qexp_jax.data.relation import NeighboringRelation, checked_relation
 from qexp_jax.privacy import accounting
 
 
@@ -83,7 +83,7 @@ def worst_neighbour(
     """
     noise_std = arguments.positive("noise_std", noise_std)
     ascent_steps = arguments.count("ascent_steps", ascent_steps, least=0)
-    relation = arguments.neighboring_relation(relation)
+    relation = checked_relation(relation)
     if num_records(candidates) == 0:
         raise ValueError("Expected at least one of the candidates, found leading axis 0.")
     base = sum_fn(dataset)

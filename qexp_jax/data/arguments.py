@@ -14,7 +14,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from dp_accounting import NeighboringRelation
 
 
 def real(name: str, value: Any) -> float:
@@ -72,13 +71,6 @@ def count(name: str, value: Any, *, least: int = 1) -> int:
     if number < least:
         raise ValueError(f"Expected an integer {name} >= {least}, found {number}.")
     return number
-
-
-def neighboring_relation(value: Any) -> NeighboringRelation:
-    """A member of dp_accounting's enumeration: its name as a text would pass for any relation but REPLACE_ONE."""
-    if not isinstance(value, NeighboringRelation):
-        raise ValueError(f"Expected a neighboring_relation of dp_accounting.NeighboringRelation, found {value!r}.")
-    return value
 
 
 def function(name: str, value: Any) -> None:

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from dp_accounting import NeighboringRelation
 
 from qexp_jax.data import validation
 from qexp_jax.data.dataset import Dataset
 from qexp_jax.data.records import LossFn, Params, Record
+from qexp_jax.data.relation import NeighboringRelation
 from qexp_jax.fine_tuning import inputs, rounds, stages
 from qexp_jax.fine_tuning.checkpoint import Checkpoint
 from qexp_jax.fine_tuning.job import Job, accepted, grouped

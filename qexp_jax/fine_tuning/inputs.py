@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from dp_accounting import NeighboringRelation
 
 from qexp_jax.data import arguments, stream, validation
 from qexp_jax.data.dataset import Dataset
 from qexp_jax.data.records import LossFn, Params, Record, held, take, unit_loss
+from qexp_jax.data.relation import NeighboringRelation
 from qexp_jax.data.source import InMemory, Source, source_of
 from qexp_jax.fine_tuning import preflight
 from qexp_jax.model.subspace import Subspace

@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from dp_accounting import NeighboringRelation
 
-from qexp_jax.data import arguments, validation
+from qexp_jax.data import validation
 from qexp_jax.data.dataset import Dataset, as_dataset
 from qexp_jax.data.records import LossFn, Params, Record, group_by_unit, held, num_records, unit_loss
+from qexp_jax.data.relation import NeighboringRelation, checked_relation
 from qexp_jax.data.source import Source
 from qexp_jax.fine_tuning import checkpoint as checkpoints
 from qexp_jax.fine_tuning import inputs, preflight
@@ -116,7 +116,7 @@ def accepted(
     validation.check_key(key)
     noise = DISCRETE if hardened else GAUSSIAN
     noise.check_available()
-    arguments.neighboring_relation(relation)
+    relation = checked_relation(relation)
     if checkpoint is not None:
         checkpoints.check(checkpoint)
     plan = checked_plan(plan)

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from dp_accounting import NeighboringRelation
 
 from qexp_jax.data.records import Params, group_by_unit, num_records, take, unit_loss
+from qexp_jax.data.relation import NeighboringRelation
 from qexp_jax.fine_tuning import checkpoint as checkpoints
 from qexp_jax.fine_tuning import entry, tilting
 from qexp_jax.fine_tuning.job import Job

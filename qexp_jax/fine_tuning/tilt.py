@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from dp_accounting import NeighboringRelation
 
-from qexp_jax.data import arguments, validation
+from qexp_jax.data import validation
 from qexp_jax.data.dataset import Dataset, as_dataset
 from qexp_jax.data.records import Params, Record
+from qexp_jax.data.relation import NeighboringRelation, checked_relation
 from qexp_jax.data.source import Source
 from qexp_jax.fine_tuning import entry, inputs, tilting
 from qexp_jax.fine_tuning.inputs import Inputs
@@ -101,7 +101,7 @@ def weights(
       Ji and Elkan, Mach. Learn. 93 (2013); Yu et al., arXiv:2305.13865; Dong, Roth and Su, arXiv:1905.02383 (mu-GDP).
     """
     validation.check_key(key)
-    arguments.neighboring_relation(neighboring_relation)
+    relation = checked_relation(neighboring_relation)
     run = checked_run(run)
     announce = announcer(run.progress, rounds=1)
     devices.local_mesh(run.mesh)
@@ -111,21 +111,21 @@ def weights(
     prepared, public = _prepared(public, private, params, features, announce)
     check_loss = functools.partial(tilting.check_features, prepared.features)
     data = inputs.accept(
-        key, check_loss, params, Dataset(records=public), private, neighboring_relation, None, run.mesh
+        key, check_loss, params, Dataset(records=public), private, relation, None, run.mesh
     )  # fmt: skip
     if not data.private.has_shapes_of(data.public):
         raise ValueError("Expected private records of the public ones' shapes, found others.")
-    noise_multiplier = accounting.noise_multiplier(mu, neighboring_relation)
-    options, units = _pass_of_units(prepared, data, neighboring_relation, run, announce)
+    noise_multiplier = accounting.noise_multiplier(mu, relation)
+    options, units = _pass_of_units(prepared, data, relation, run, announce)
     entry.enter(
         ledgers.opened(ledger), data.key, None, units, run.mesh,
-        mu=mu, hardened=GAUSSIAN.hardened, neighboring_relation=neighboring_relation, privacy_unit=data.unit,
+        mu=mu, hardened=GAUSSIAN.hardened, neighboring_relation=relation, privacy_unit=data.unit,
     )  # fmt: skip
     noisy, noise_std = tilting.draw(data.key, data.key, prepared, units, options, noise_multiplier=noise_multiplier)
     num_units = data.num_units
     tilted = weighting.fit(prepared.rows, noisy / num_units, noise_std / num_units, num_units)
     certificate = make_tilt_certificate(
-        epsilon=epsilon, delta=delta, relation=neighboring_relation, num_units=num_units,
+        epsilon=epsilon, delta=delta, relation=relation, num_units=num_units,
         num_units_from=data.num_units_from, unit=data.unit, public=data.public,
         prng_impl=str(jax.random.key_impl(data.key)), tilt=tilting.terms(prepared, tilted, noise_multiplier, 0),
     )  # fmt: skip

@@ -5,10 +5,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from dp_accounting import NeighboringRelation
-from scipy.optimize import brentq
 
 from qexp_jax.data import arguments
+from qexp_jax.data.relation import NeighboringRelation
 from qexp_jax.mechanism import truncated
 from qexp_jax.mechanism.gaussian import Quadratic, protecting_key, release_step
 from qexp_jax.privacy import accounting
@@ -81,7 +80,7 @@ def calibrate_ball(
     num_units = arguments.count("num_units", num_units)
     l2_clip_norm = arguments.positive("l2_clip_norm", l2_clip_norm)
     epsilon = accounting.check_epsilon(epsilon)
-    delta = accounting.sensitivity(l2_clip_norm, arguments.neighboring_relation(relation))
+    delta = accounting.sensitivity(l2_clip_norm, relation)
     largest_sum = num_units * l2_clip_norm
     sum_bound = largest_sum if sum_bound is None else min(arguments.positive("sum_bound", sum_bound), largest_sum)
     radius = sum_bound / num_units if radius is None else arguments.positive("radius", radius)
@@ -99,6 +98,8 @@ def calibrate_ball(
     if cells > _MOST_CELLS:
         raise ValueError(f"Expected a ball draw of at most 2^20 cells, found {cells}: {num_units=}, {radius=}, {dim=}.")
     # In units of the textbook's: beta may be of any scale, and a tolerance is not.
+    from scipy.optimize import brentq  # slow to import
+
     multiple = brentq(lambda multiple: spent(multiple * textbook) - target, 0.5, 2.0, xtol=1e-14, rtol=1e-12)
     beta = multiple * textbook
     concentration = beta * num_units * radius**2

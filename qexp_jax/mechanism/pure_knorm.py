@@ -2,10 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-from dp_accounting import NeighboringRelation
-from scipy.stats import gamma
+from scipy.special import gammaincinv
 
 from qexp_jax.data import arguments
+from qexp_jax.data.relation import NeighboringRelation
 from qexp_jax.mechanism.gaussian import Quadratic, protecting_key, release_step
 from qexp_jax.privacy import accounting
 from qexp_jax.quadratic.precision import uncolor
@@ -96,12 +96,12 @@ def knorm_excess_quantile(
     probability = arguments.proportion("probability", probability)
     dim = arguments.count("dim", dim)
     num_units = arguments.count("num_units", num_units)
-    length = _knorm_scale(l2_clip_norm, epsilon, relation) * float(gamma.ppf(probability, dim))
+    length = _knorm_scale(l2_clip_norm, epsilon, relation) * float(gammaincinv(dim, probability))
     return length**2 / (2 * num_units**2)
 
 
 def _knorm_scale(l2_clip_norm: float, epsilon: float, relation: NeighboringRelation) -> float:
     """Delta / epsilon."""
     clip_norm = arguments.positive("l2_clip_norm", l2_clip_norm)
-    delta = accounting.sensitivity(clip_norm, arguments.neighboring_relation(relation))
+    delta = accounting.sensitivity(clip_norm, relation)
     return delta / accounting.check_epsilon(epsilon)

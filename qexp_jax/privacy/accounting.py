@@ -22,14 +22,16 @@ is `float(number)`, and all arithmetic is Python's.
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from dp_accounting import ComposedDpEvent, GaussianDpEvent, NeighboringRelation, ZCDpEvent
-from scipy.optimize import brentq
 from scipy.special import erfcx, ndtr
 
 from qexp_jax.data import arguments
+from qexp_jax.data.relation import NeighboringRelation, checked_relation
+
+if TYPE_CHECKING:  # it takes longer to import than this library
+    from dp_accounting import ComposedDpEvent
 
 EPSILON_RANGE = 1e-4, 1e4
 DELTA_RANGE = 1e-30, 0.999
@@ -44,7 +46,7 @@ _TAIL = 40.0  # what the integral leaves out is below exp(-40) of it
 
 def sensitivity(l2_clip_norm: float, relation: NeighboringRelation) -> float:
     """Largest |S - S'| between neighbours: C for zero-out and add/remove, 2 C for replace-one."""
-    relation = arguments.neighboring_relation(relation)
+    relation = checked_relation(relation)
     return 2 * l2_clip_norm if relation is NeighboringRelation.REPLACE_ONE else l2_clip_norm
 
 
@@ -101,7 +103,7 @@ def _largest(delta_from: Callable[[float, float], float], epsilon: float, delta:
     while delta_from(upper, epsilon) < delta:
         upper *= 2
     # In logarithms, so that the tolerance is relative: parameters range over many powers of ten.
-    log_root = brentq(
+    log_root = _root(
         lambda x: delta_from(math.exp(x), epsilon) - delta,
         math.log(least),
         math.log(upper),
@@ -112,6 +114,13 @@ def _largest(delta_from: Callable[[float, float], float], epsilon: float, delta:
     while delta_from(root, epsilon) > delta:  # never above the budget by the root's last bits
         root *= 1 - _MARGIN
     return root * (1 - _MARGIN)
+
+
+def _root(function: Callable[[float], float], low: float, high: float, **tolerances: float) -> float:
+    """Where a function changes its sign."""
+    from scipy.optimize import brentq  # slow to import
+
+    return brentq(function, low, high, **tolerances)
 
 
 def epsilon_from_mu(mu: float, delta: float) -> float:
@@ -139,7 +148,7 @@ def _smallest_epsilon(delta_from: Callable[[float, float], float], parameter: fl
     while delta_from(parameter, upper) > delta:
         upper *= 2
     excess = lambda epsilon: delta_from(parameter, epsilon) - delta
-    root = float(brentq(excess, 0.0, upper, xtol=1e-18, rtol=1e-13))
+    root = float(_root(excess, 0.0, upper, xtol=1e-18, rtol=1e-13))
     while delta_from(parameter, root) > delta:  # never below what is known by the root's last bits
         root += 1e-13 * max(root, 1e-4)
     return root
@@ -164,7 +173,7 @@ def delta_from_rho(rho: float, epsilon: float) -> float:
     # exp(700) is still a double. Any order is sound, so that the best one is not needed to the last bit.
     if slope(-700.0) >= 0:
         return 1.0
-    x = 700.0 if slope(700.0) <= 0 else brentq(slope, -700.0, 700.0, xtol=1e-12)
+    x = 700.0 if slope(700.0) <= 0 else _root(slope, -700.0, 700.0, xtol=1e-12)
     excess = math.exp(x)
     alpha = 1 + excess
     log_delta = excess * (alpha * rho - epsilon) - alpha * math.log1p(1 / excess) - x
@@ -244,11 +253,15 @@ def zcdp_rho(mu: float) -> float:
     return arguments.not_negative("mu", mu) ** 2 / 2
 
 
-def zcdp_event(rhos: Iterable[float]) -> ComposedDpEvent:
+def zcdp_event(rhos: Iterable[float]) -> "ComposedDpEvent":
     """Releases that are rho-zCDP as a dp_accounting event, for its RDP accountant."""
+    from dp_accounting import ComposedDpEvent, ZCDpEvent
+
     return ComposedDpEvent([ZCDpEvent(arguments.positive("rho", rho)) for rho in rhos])
 
 
-def dp_event(mus: Iterable[float]) -> ComposedDpEvent:
+def dp_event(mus: Iterable[float]) -> "ComposedDpEvent":
     """The releases as a dp_accounting event, for any accountant under ADD_OR_REMOVE_ONE."""
+    from dp_accounting import ComposedDpEvent, GaussianDpEvent
+
     return ComposedDpEvent([GaussianDpEvent(1 / arguments.positive("mu", mu)) for mu in mus])

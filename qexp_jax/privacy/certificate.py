@@ -9,10 +9,9 @@ import importlib.metadata
 import re
 from typing import Any
 
-from dp_accounting import NeighboringRelation
-
 from qexp_jax.data import arguments
 from qexp_jax.data.records import absorb
+from qexp_jax.data.relation import NeighboringRelation
 from qexp_jax.privacy import accounting
 from qexp_jax.privacy.discrete import DiscreteNoise
 

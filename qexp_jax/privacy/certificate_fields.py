@@ -9,8 +9,7 @@ import sys
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
-from dp_accounting import NeighboringRelation
-
+from qexp_jax.data.relation import NeighboringRelation
 from qexp_jax.privacy import accounting
 from qexp_jax.privacy.certificate import PRIVACY_UNITS, PRNG_IMPL, SCHEMA, TILT_SCHEMA, VERSIONS
 from qexp_jax.privacy.subspace_names import is_certified_name

@@ -34,9 +34,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from dp_accounting import NeighboringRelation
 
 from qexp_jax.data import arguments
+from qexp_jax.data.relation import NeighboringRelation, checked_relation
 from qexp_jax.privacy import accounting, ledger_file
 from qexp_jax.privacy.ledger_file import SCHEMA
 
@@ -100,7 +100,7 @@ def create(
         "schema": SCHEMA,
         "epsilon": epsilon,
         "delta": delta,
-        "neighboring_relation": arguments.neighboring_relation(neighboring_relation).name,
+        "neighboring_relation": checked_relation(neighboring_relation).name,
         "privacy_unit": _text("privacy_unit", privacy_unit),
         "entries": [],
     }
@@ -186,7 +186,7 @@ def debit(
       ValueError: if the key was used before, or relation or unit are not the ledger's.
     """
     mu = arguments.positive("mu", mu)
-    relation = arguments.neighboring_relation(neighboring_relation).name
+    relation = checked_relation(neighboring_relation).name
     terms = {"neighboring_relation": relation, "privacy_unit": privacy_unit}
     # What is read and what is written are one step: two debits at once might both fit, and not together.
     with ledger_file.locked(ledger.path):

@@ -18,9 +18,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-from dp_accounting import NeighboringRelation, rdp
-from dp_accounting.pld import privacy_loss_distribution as pld
 
+from qexp_jax.data.relation import NeighboringRelation
 from qexp_jax.privacy import accounting
 from qexp_jax.privacy.certificate import MECHANISMS, NEIGHBORS, TILT_MECHANISM, TILT_SCHEMA, assumptions
 from qexp_jax.privacy.certificate_fields import (
@@ -208,12 +207,18 @@ def _check_accountant(certificate: dict[str, Any], relation: NeighboringRelation
 
 def _delta_of_rdp(mus: Iterable[float], epsilon: float) -> float:
     """An upper bound, of orders a tenth apart."""
+    from dp_accounting import rdp  # slow to import
+
     accountant = rdp.RdpAccountant(_ORDERS).compose(accounting.zcdp_event(mu**2 / 2 for mu in mus))
     return float(accountant.get_delta(epsilon))
 
 
 def _least_delta_of_pld(mus: list[float], epsilon: float) -> float:
     """A lower bound, by up to a tenth for 300 rounds: losses are rounded down to cells, small beside a share's mu."""
+    # Slow to import.
+    from dp_accounting import NeighboringRelation as Relation
+    from dp_accounting.pld import privacy_loss_distribution as pld
+
     cell = max(max(mus) / _CELLS_PER_MU, 20 * accounting.compose(mus) / _MOST_CELLS)
     distributions = [
         pld.from_gaussian_mechanism(
@@ -221,7 +226,7 @@ def _least_delta_of_pld(mus: list[float], epsilon: float) -> float:
             pessimistic_estimate=False,
             value_discretization_interval=cell,
             use_connect_dots=False,
-            neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE,
+            neighboring_relation=Relation.ADD_OR_REMOVE_ONE,
         ).self_compose(times)
         for mu, times in collections.Counter(mus).items()
     ]

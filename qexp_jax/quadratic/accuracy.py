@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.stats import chi2
+from scipy.special import gammaincinv
 
 from qexp_jax.data import arguments
 from qexp_jax.data.records import LossFn, Params, Record
@@ -61,7 +61,8 @@ def excess_quantile(probability: float, mean: float, degrees: float) -> float:
     probability = arguments.proportion("probability", probability)
     mean = arguments.not_negative("mean", mean)
     degrees = arguments.positive("degrees", degrees)
-    return mean * float(chi2.ppf(probability, degrees)) / degrees
+    # Half a chi-square of k degrees is a gamma of k / 2.
+    return mean * 2 * float(gammaincinv(degrees / 2, probability)) / degrees
 
 
 def noise_cost(curvature: Any, multiples: Any, dims: Any, *, noise_std: float, num_units: int) -> tuple[float, float]:

@@ -33,7 +33,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.optimize import minimize
 
 from qexp_jax.data.records import Record
 from qexp_jax.quadratic import features as feature_maps
@@ -166,6 +165,8 @@ def _solve(rows: np.ndarray, mean: np.ndarray, penalties: np.ndarray) -> np.ndar
     def value_and_slope(theta: np.ndarray) -> tuple[float, np.ndarray]:
         value, slope = _dual(jnp.asarray(theta, jnp.float32), *on_device)
         return float(value), np.asarray(slope, np.float64)
+
+    from scipy.optimize import minimize  # slow to import
 
     start = np.zeros(rows.shape[1])
     found = minimize(value_and_slope, start, jac=True, method="L-BFGS-B", options={"maxiter": 200})
