@@ -119,7 +119,7 @@ report: .venv/ready ## tables and pictures of results (seconds)
 
 ##@ Development
 test: .venv/ready ## the tests (20 minutes)
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 4
+	$(BIN)/python -m pytest -q -rs -n auto --maxprocesses 4
 
 lint: .venv/ready ## ruff and mypy (seconds)
 	$(BIN)/ruff check .

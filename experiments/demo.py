@@ -209,12 +209,13 @@ def report(metrics: dict[str, Any], certificate: dict[str, Any]) -> None:
     """Prints what a person wants to know."""
     accuracy = metrics["test_accuracy"]
     predicted = metrics["predicted_noise_cost"]
+    privacy = f"({certificate['epsilon']:g}, {certificate['delta']:g})-DP"
+    print(f"\ntest accuracy, fine-tuned on {metrics['num_private']} private images")
+    print(f"  before                       {accuracy['zero_shot']:.3f}")
+    print(f"  after, {privacy:22s}{accuracy['private']:.3f}")
+    print(f"  ceiling, without privacy     {accuracy['non_private']:.3f}")
     print(f"\n{metrics['split']}")
     print(f"public {metrics['num_public']}, private {metrics['num_private']}, test {metrics['num_test']} records")
-    print("\ntest accuracy")
-    print(f"  pretrained, zero-shot    {accuracy['zero_shot']:.3f}")
-    print(f"  private                  {accuracy['private']:.3f}")
-    print(f"  non-private reference    {accuracy['non_private']:.3f}")
     print("\nwhat the noise of the first step costs, loss per record")
     print(
         f"  predicted  {predicted['mean']:.2e}  "
@@ -228,7 +229,7 @@ def report(metrics: dict[str, Any], certificate: dict[str, Any]) -> None:
         f"noise multiplier {certificate['noise_multiplier']:.3f}, "
         f"{metrics['draws']} draws ({certificate['rounds']} planned, more under a heavy shift)"
     )
-    print("  the zero-shot, non-private and measured figures above use open data without privacy")
+    print("  accuracy before, the ceiling and the measured cost use open data without privacy")
     print("\nseconds")
     for name, value in metrics["seconds"].items():
         print(f"  {value:7.1f}  {name}")

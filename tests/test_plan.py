@@ -143,7 +143,9 @@ def test_the_releases_choose_the_leading_directions_for_a_small_shift_and_all_fo
     noise_var = (made.preconditioners.l2_clip_norm[1] * noise_multiplier / num_units) ** 2
     g = leading_gradient(estimate, shift)
     posterior = step_size.observe(before_release(estimate), estimate, g, noise_var, seen)
-    preconditioner, _ = plan.choose(posterior, estimate, made.preconditioners, noise_multiplier, num_units, 80.0)
+    preconditioner = plan.choose(
+        posterior, estimate, made.preconditioners, noise_multiplier, num_units, 80.0
+    ).preconditioner
     assert jnp.vdot(preconditioner.tuned, estimate.dims) == tuned
     heavy = tuned == D
     assert plan.is_heavy(posterior, estimate, num_units) == heavy
@@ -176,6 +178,6 @@ def test_under_a_heavy_shift_all_are_tuned_where_it_pays_and_in_one_round_of_ten
     times, idle = jnp.full(9, 80.0).at[-1].set(looked), jnp.zeros(9).at[-1].set(held)
     posterior = posterior._replace(recent=recent, recent_var=jnp.full(9, recent_var), times=times, idle=idle)
     assert plan.is_heavy(posterior, estimate, num_units)
-    preconditioner, _ = plan.choose(posterior, estimate, made.preconditioners, 3.0, num_units, 80.0)
+    preconditioner = plan.choose(posterior, estimate, made.preconditioners, 3.0, num_units, 80.0).preconditioner
     assert jnp.vdot(preconditioner.tuned, estimate.dims) == tuned
     np.testing.assert_allclose(preconditioner.longest, 2 * made.preconditioners.longest[int(tuned == 8)])

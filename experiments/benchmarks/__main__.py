@@ -26,10 +26,11 @@ from tqdm import tqdm
 
 from experiments.benchmark import tasks
 from experiments.benchmark.results import RESULTS, write_table
-from experiments.benchmarks import cases, curvature, draws, libraries, modes, private_pass, timing, whole
+from experiments.benchmarks import cases, curvature, draws, first, libraries, modes, private_pass, timing, whole
 from experiments.data.splits import run_cli
 
-PATHS = ("private", "draws", "curvature", "modes", "whole")
+PATHS = ("private", "draws", "curvature", "modes", "whole", "first")
+FIRST = [("toy", 1000), ("linear", 1000), ("mlp", 1000), ("cnn", 1000), ("mlp", 10_000)]
 WHOLE = [
     ("physionet_icu", "linear"), ("physionet_icu", "mlp"), ("mnist_writers", "linear"), ("mnist_writers", "mlp"),
     ("mnist_writers", "cnn"),
@@ -84,6 +85,10 @@ def races(args: argparse.Namespace) -> Iterator[tuple[str, Iterator[timing.Row]]
             seeds = 1 if tiny else 3
             options = {"table": args.table, "data": args.data_dir, "seeds": seeds, "seconds": seconds}
             yield whole.PATH, whole.rows(task, model, num_private, args.epsilon, **options)
+    if "first" in args.paths:
+        yield first.PATH, first.import_rows()
+        for model, n in [("toy", 100)] if tiny else FIRST:
+            yield first.PATH, first.rows(model, n)
 
 
 def table(rows: Sequence[timing.Row], ceilings: dict[str, float]) -> str:

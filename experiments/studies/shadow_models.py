@@ -125,10 +125,10 @@ def _round(
 ) -> one_round.State:
     """One round of one model, on the records of `mask`; `noise_multiplier` is z of a round."""
     estimate = public_side.estimate
-    preconditioner, _ = plan.choose(
+    preconditioner = plan.choose(
         state.posterior, estimate, public_side.preconditioners, noise_multiplier / num_rounds**0.5, num_units,
         num_rounds,
-    )  # fmt: skip
+    ).preconditioner  # fmt: skip
     clip_norm = preconditioner.l2_clip_norm
     noise_std = clip_norm * noise_multiplier
 

@@ -163,6 +163,8 @@ def _cast(layout: Layout, params: Params) -> Params:
     """Back to the pretrained dtypes, saturated: float16 ends at 65504, and a release holds no infinity."""
 
     def saturated(x: jax.Array, dtype: np.dtype) -> jax.Array:
+        if x.dtype == dtype:  # and finite, as was checked
+            return x
         return jnp.asarray(jnp.clip(x, jnp.finfo(dtype).min, jnp.finfo(dtype).max), dtype)
 
     leaves = jax.tree.leaves(params)

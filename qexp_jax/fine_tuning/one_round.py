@@ -73,16 +73,18 @@ class Aim(NamedTuple):
     """What a round will do, before its pass; public, or made of earlier releases.
 
     Attributes:
-      preconditioner: M, its clip norm, and how far draws are followed.
+      preconditioner: M, its clip norm, and how far draws are followed; on the host.
       linearisation: where gradients are taken and how they are clipped.
       noise_std: C z.
       multiplier: z.
+      heavy: whether the releases show a heavy shift.
     """
 
     preconditioner: Preconditioner
     linearisation: Linearisation
-    noise_std: jax.Array
+    noise_std: np.ndarray
     multiplier: float
+    heavy: bool
 
 
 def aimed(plan: Plan, state: State, num_units: int, noise_multiplier: float, of_rounds: float) -> Aim:
@@ -97,32 +99,38 @@ def aimed(plan: Plan, state: State, num_units: int, noise_multiplier: float, of_
     """
     whole = noise_multiplier / plan.rounds**0.5
     multiplier = noise_multiplier * (of_rounds / plan.rounds) ** 0.5
-    preconditioner, noise_std = _choose(
-        state.posterior, plan.estimate, plan.preconditioners, num_units, of_rounds, whole, multiplier
-    )  # fmt: skip
+    choice = choose(state.posterior, plan.estimate, plan.preconditioners, whole, num_units, of_rounds)
+    # Public, or made of releases: what a few numbers decide is decided on the host.
+    preconditioner, _, heavy = jax.device_get(choice)
     precision = precision_of(plan.estimate.directions, preconditioner)
     linearisation = Linearisation(state.params, plan.subspace, precision, preconditioner.l2_clip_norm)
-    return Aim(preconditioner, linearisation, noise_std, multiplier)
+    return Aim(preconditioner, linearisation, preconditioner.l2_clip_norm * multiplier, multiplier, bool(heavy))
 
 
 def followed(
     plan: Plan, state: State, aim: Aim, drawn: Drawn, clip_info: ClipInfo, num_units: int, of_rounds: float
-) -> tuple[RoundInfo, State]:
-    """What a round was, **not private**, and the state after it, which is.
+) -> tuple[RoundInfo | None, State]:
+    """What a round was, **not private**, if somebody looks at its sum; and the state after it, which is private.
 
     Args:
       plan: public.
       state: before the round.
       aim: of the round.
-      drawn: its draw, with the exact sum.
+      drawn: its draw, with the exact sum if somebody looks at it.
       clip_info: counts.
       num_units: N.
       of_rounds: such as this one would spend the whole budget.
     """
-    quadratic = Quadratic(aim.linearisation.precision, drawn.total, num_units)
-    w, multiples, cost, after = follow(
-        drawn.noisy, state, plan.subspace, quadratic, drawn.noise_std, plan.estimate, aim.preconditioner, of_rounds
+    precision = aim.linearisation.precision
+    w, multiples, after = follow(
+        drawn.noisy, state, plan.subspace, Quadratic(precision, None, num_units), drawn.noise_std, plan.estimate,
+        aim.preconditioner, of_rounds,
     )  # fmt: skip
+    # The count on the host, which decides how many rounds there are, not the copy that a compiled program returns.
+    after = after._replace(split=state.split)
+    if drawn.total is None:
+        return None, after
+    quadratic = Quadratic(precision, drawn.total, num_units)
     info = RoundInfo(
         plan=plan,
         preconditioner=aim.preconditioner,
@@ -130,36 +138,10 @@ def followed(
         noise_std=drawn.noise_std,
         w=w,
         multiples=multiples,
-        noise_cost=cost,
+        noise_cost=_measured_cost(drawn.noisy, quadratic, plan.subspace, plan.estimate, multiples),
         clip_info=clip_info,
     )
-    # The count on the host, which decides how many rounds there are, not the copy that a compiled program returns.
-    return info, after._replace(split=state.split)
-
-
-@jax.jit
-def _choose(
-    posterior: Posterior,
-    estimate: CurvatureEstimate,
-    preconditioners: Preconditioner,
-    num_units: int,
-    rounds: float,
-    whole: float,
-    multiplier: float,
-) -> tuple[Preconditioner, jax.Array]:
-    """The preconditioner of a round, and its C z; one program.
-
-    Args:
-      posterior: what the releases say.
-      estimate: of the plan.
-      preconditioners: of the plan, along a leading axis.
-      num_units: N.
-      rounds: such as this one would spend the whole budget.
-      whole: z of all rounds together.
-      multiplier: z of this one.
-    """
-    preconditioner, _ = choose(posterior, estimate, preconditioners, whole, num_units, rounds)
-    return preconditioner, preconditioner.l2_clip_norm * multiplier
+    return info, after
 
 
 @jax.jit
@@ -172,24 +154,24 @@ def follow(
     estimate: CurvatureEstimate,
     preconditioner: Preconditioner,
     rounds: float,
-) -> tuple[jax.Array, jax.Array, jax.Array, State]:
+) -> tuple[jax.Array, jax.Array, State]:
     """The draw of a noisy sum, followed for a step of the flow whose length all releases so far deserve.
 
     N times the preconditioner's clipping bias, which is public, is taken off the sum before. Post-processing of
-    `noisy`, but for the cost, which is **not private**.
+    `noisy` (T5).
 
     Args:
       noisy: (k,), the noisy sum.
       state: before the round.
       subspace: of the plan.
-      quadratic: of the round, with its exact sum, which only the cost reads.
+      quadratic: of the round; its exact sum is not read.
       noise_std: C z.
       estimate: of the plan.
       preconditioner: of the round.
       rounds: such as this one would spend the whole budget.
 
     Returns:
-      The draw w, the multiples of it that are followed, the cost of their noise, and the state after it.
+      The draw w, the multiples of it that are followed, and the state after it.
     """
     num_units = quadratic.num_units
     share = preconditioner.share
@@ -211,10 +193,25 @@ def follow(
     multiples = multiples_of(preconditioner, multiples) / share
     # The precision has the estimate's directions, so that scaling before or after colouring is the same.
     params = subspaces.displace(subspace, state.params, step_size.scale(estimate.directions, multiples, w))
-    noise = (noisy - quadratic.whitened_sum) / num_units
+    return w, multiples, State(params, posterior, state.split)
+
+
+@jax.jit
+def _measured_cost(
+    noisy: jax.Array, quadratic: Quadratic, subspace: Subspace, estimate: CurvatureEstimate, multiples: jax.Array
+) -> jax.Array:
+    """Loss per record that the noise of a step cost under the public curvature; **not private**.
+
+    Args:
+      noisy: (k,), the noisy sum.
+      quadratic: with the exact sum.
+      subspace: of the plan.
+      estimate: of the plan.
+      multiples: (r + 1,) of the draw that were followed.
+    """
+    noise = (subspaces.without_held(subspace, noisy) - quadratic.whitened_sum) / quadratic.num_units
     stretched = step_size.scale(estimate.directions, estimate.curvature * multiples**2, noise)
-    cost = jnp.vdot(noise, stretched, precision=jax.lax.Precision.HIGHEST) / 2
-    return w, multiples, cost, State(params, posterior, state.split)
+    return jnp.vdot(noise, stretched, precision=jax.lax.Precision.HIGHEST) / 2
 
 
 def predicted_cost(info: RoundInfo) -> tuple[float, float]:

@@ -21,7 +21,7 @@ from qexp_jax.private_pass.passes import Linearisation
 from qexp_jax.quadratic import precision as precisions
 from qexp_jax.quadratic import public_curvature, tilted_training
 from qexp_jax.quadratic.directions import Directions
-from qexp_jax.quadratic.public_samples import num_curved
+from qexp_jax.quadratic.public_samples import num_curved, num_held_out
 from qexp_jax.quadratic.tuned_space import tuned_space
 
 
@@ -238,16 +238,19 @@ def _plan_bytes(
     space: Subspace,
     directions: Directions | jax.Array,
 ) -> int:
-    """Of the leading directions, which hold a sample of gradients, or a Hessian-vector product, which holds two."""
+    """Both samples, held throughout, and the largest of the programs that read them, with the directions it needs."""
     shapes = _shapes(space)
     curved = _batch(record, num_curved(num_public))
-    others = num_public - num_curved(num_public)
-    few = _batch(record, max(1, min(public_curvature.SCALING_RECORDS, others)))
-    steps = (
-        (curved, public_curvature.leading_directions.lower(loss_fn, params, curved, len(directions), shapes)),
-        (few, public_curvature.curvature_along.lower(loss_fn, params, shapes, directions, 0, few)),
-    )
-    return max(_bytes(records) + sum(_held(lowered)) for records, lowered in steps)
+    held_out = _batch(record, num_held_out(num_public))
+    found = sum(_held(public_curvature.leading_directions.lower(loss_fn, params, curved, len(directions), shapes)))
+    of_directions = _bytes(directions)
+    for lowered in (
+        public_curvature.surveyed_gradients.lower(loss_fn, params, shapes, directions, held_out),
+        public_curvature.curvature_along.lower(loss_fn, params, shapes, directions, 0, held_out),
+        public_curvature.moved_losses.lower(loss_fn, params, shapes, public_curvature.moves_of(space), 1.0, held_out),
+    ):
+        found = max(found, of_directions + sum(_held(lowered)))
+    return _bytes((curved, held_out)) + found
 
 
 def _tilt_bytes(loss_fn: LossFn, params: Params, record: Record, num_public: int, space: Subspace, steps: int) -> int:

@@ -24,12 +24,11 @@ from qexp_jax.fine_tuning.one_pass import PassOptions
 from qexp_jax.fine_tuning.one_round import RoundInfo, State
 from qexp_jax.model import subspace as subspaces
 from qexp_jax.model.subspace import Layout
+from qexp_jax.numerics.keys import one_of
 from qexp_jax.private_pass import devices
 from qexp_jax.private_pass.passes import Partial
-from qexp_jax.quadratic import step_size
 from qexp_jax.quadratic.plan import Plan
-from qexp_jax.quadratic.posterior import CurvatureEstimate
-from qexp_jax.quadratic.preconditioner import is_heavy
+from qexp_jax.quadratic.posterior import CurvatureEstimate, before_release
 
 
 def start(layout: Layout, params: Params, estimate: CurvatureEstimate, rounds: int) -> State:
@@ -41,8 +40,7 @@ def start(layout: Layout, params: Params, estimate: CurvatureEstimate, rounds: i
       estimate: public curvature.
       rounds: T.
     """
-    posterior = jax.jit(step_size.before_release)(estimate)
-    return State(subspaces.working(layout, params), posterior, np.asarray(rounds, np.int32))
+    return State(subspaces.working(layout, params), before_release(estimate), np.asarray(rounds, np.int32))
 
 
 def schedule(rounds: int, most_rounds: int, split: int) -> tuple[int, float]:
@@ -87,32 +85,36 @@ def run(
       release_key: by which a ledger knows the release; by default `key`.
 
     Returns:
-      The state after the last round, and the `RoundInfo` of each round that was run; **not private**.
+      The state after the last round, and of a diagnosed release the `RoundInfo` of each round that was run, **not
+      private**.
     """
     mesh = devices.local_mesh(options.mesh)
     plan, state = devices.replicate(mesh, (plan, state))
     progress = _resumed(options, plan, state)
     units = one_pass.place(options, units)
-    keys = list(jax.random.split(key, plan.most_rounds))
     release_key = key if release_key is None else release_key
     infos: list[RoundInfo] = []
     length = None  # of a stream
     while True:
         # How a round goes, and how many there are, depends on releases alone.
-        progress = progress._replace(state=_split(progress, plan, num_units))
         num_rounds, of_rounds = schedule(plan.rounds, plan.most_rounds, int(progress.state.split))
         if progress.round == num_rounds:
             break
         aim = one_round.aimed(plan, progress.state, num_units, noise_multiplier, of_rounds)
+        if aim.heavy and _may_split(progress, plan):
+            split = np.asarray(progress.round, np.int32)
+            progress = progress._replace(state=progress.state._replace(split=split))
+            continue
         options.announce("private pass", progress.state)
         summed = one_pass.exact_sum(options, aim.linearisation, units, progress, length)
         length = summed.length
         options.announce("draw", summed.total)
-        noise_key = keys[progress.round]
+        noise_key = one_of(key, plan.most_rounds, progress.round)
         drawn = one_pass.draw(noise_key, options, aim.linearisation, summed.total, aim.noise_std, aim.multiplier)
         one_pass.enter_draw(options, release_key, progress.round, drawn.noisy)
         info, state = one_round.followed(plan, progress.state, aim, drawn, summed.clip_info, num_units, of_rounds)
-        infos.append(info)
+        if info is not None:
+            infos.append(info)
         progress = one_pass.beginning(progress.round + 1, state, _no_units(options, plan))
         one_pass.save(options, plan.subspace.layout, progress)
     options.announce("done", progress.state)
@@ -124,13 +126,9 @@ def _no_units(options: PassOptions, plan: Plan) -> Partial:
     return one_pass.empty(options, plan.subspace.dim)
 
 
-def _split(progress: Progress, plan: Plan, num_units: int) -> State:
-    """The state, with the budget left split anew, once, where the releases show a heavy shift."""
-    state = progress.state
-    may_split = progress.round < plan.rounds < plan.most_rounds and int(state.split) == plan.rounds
-    if may_split and is_heavy(state.posterior, plan.estimate, num_units):
-        return state._replace(split=np.asarray(progress.round, np.int32))
-    return state
+def _may_split(progress: Progress, plan: Plan) -> bool:
+    """Whether the budget left may be split anew: once, before the rounds are over."""
+    return progress.round < plan.rounds < plan.most_rounds and int(progress.state.split) == plan.rounds
 
 
 def _resumed(options: PassOptions, plan: Plan, state: State) -> Progress:

@@ -22,6 +22,7 @@ from qexp_jax.fine_tuning import entry, tilting
 from qexp_jax.fine_tuning.job import Job
 from qexp_jax.fine_tuning.one_pass import PassOptions
 from qexp_jax.model.gradients import is_in_factors
+from qexp_jax.numerics.keys import split
 from qexp_jax.privacy import accounting
 from qexp_jax.privacy.certificate import make_provenance
 from qexp_jax.private_pass import clipping, devices
@@ -192,7 +193,7 @@ def tilted(job: Job, tilt: PreparedTilt | None, made: Plan, options: PassOptions
     key = job.data.key
     if tilt is None:
         return Tilted(job.pretrained, made, terms=None, noise_key=key)
-    tilt_key, noise_key = jax.random.split(key)
+    tilt_key, noise_key = split(key, 2)
     noise_multiplier = accounting.noise_multiplier(_mu_of_tilt(job, tilt), job.relation)
     noise_multiplier = job.noise.calibrate(noise_multiplier, 1).multiplier
     feature_loss = tilting.loss(tilt.prepared.features)
@@ -244,12 +245,13 @@ def roundings(plan: Plan, exact: bool) -> list[float]:
       ValueError: where rounding would take a quarter of the clip norm or more.
     """
     in_factors = is_in_factors(plan.subspace)
+    preconditioners = jax.device_get(plan.preconditioners)
     found = []
-    for i in range(len(plan.preconditioners.l2_clip_norm)):
-        preconditioner = jax.tree.map(lambda x, i=i: x[i], plan.preconditioners)
+    for i in range(len(preconditioners.l2_clip_norm)):
+        preconditioner = jax.tree.map(lambda x, i=i: x[i], preconditioners)
         precision = precision_of(plan.estimate.directions, preconditioner)
         is_leading = precision.num_coordinates < precision.dim
-        found.append(float(clipping.rounding(precision, exact or is_leading or not in_factors)))
+        found.append(float(clipping.rounding(precision, exact=exact or is_leading or not in_factors)))
     if exact and max(found) >= _TOO_MUCH_ROUNDING:
         raise ValueError(
             f"Rounding in float32 would take {max(found):.2g} of the clip norm: damping={plan.damping} is too small "

@@ -99,7 +99,8 @@ def linearisation(preparation: Preparation) -> Linearisation:
     """Where the pass takes features as gradients: in k axes, with M = I."""
     params = feature_maps.linear_params(preparation.features)
     space = subspaces.full(params, where=_TUNED)
-    return Linearisation(params, space, precisions.dense(jnp.eye(space.dim)), preparation.features.l2_clip_norm)
+    identity = np.eye(space.dim, dtype=np.float32)
+    return Linearisation(params, space, precisions.dense(identity), preparation.features.l2_clip_norm)
 
 
 def rounding(preparation: Preparation) -> float:

@@ -40,12 +40,12 @@ class Quadratic(NamedTuple):
 
     Attributes:
       precision: public H.
-      whitened_sum: S (k,), from `clipping.clipped_sum`.
+      whitened_sum: S (k,), from `clipping.clipped_sum`; None where only a draw is made into a step.
       num_units: public N.
     """
 
     precision: Precision
-    whitened_sum: jax.Array
+    whitened_sum: Any
     num_units: int
 
 

@@ -6,7 +6,7 @@ moves a long sum by more than its own size (Casacuberta et al., arXiv:2207.10635
     value = high * 2^20 + low,      0 <= low < 2^20
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +31,9 @@ class Words(NamedTuple):
 
 
 def zeros(dim: int) -> Words:
-    """`dim` zeros."""
-    return Words(jnp.zeros(dim, jnp.int32), jnp.zeros(dim, jnp.int32))
+    """`dim` zeros, on the host until something is added to them."""
+    none: Any = np.zeros(dim, np.int32)
+    return Words(none, none)
 
 
 def normalised(words: Words) -> Words:

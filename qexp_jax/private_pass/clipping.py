@@ -20,6 +20,7 @@ H, would have sensitivity C/sqrt(lambda_min(H)) instead.
 The grid, the places and the bound are ours.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -84,6 +85,7 @@ def step_size(precision: Precision, l2_clip_norm: jax.Array | float) -> jax.Arra
     return largest * jnp.asarray(l2_clip_norm, largest.dtype) / STEPS
 
 
+@functools.partial(jax.jit, static_argnames="exact")
 def rounding(precision: Precision, exact: bool = True) -> jax.Array:
     """A bound, in units of C, on what rounding adds to how far one unit moves the whitened sum.
 

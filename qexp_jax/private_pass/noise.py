@@ -24,7 +24,6 @@ from qexp_jax.privacy import accounting, discrete
 from qexp_jax.privacy.discrete import DiscreteNoise
 from qexp_jax.private_pass import clipping, devices, passes
 from qexp_jax.private_pass.passes import BatchSum, Linearisation
-from qexp_jax.quadratic import precision as precisions
 from qexp_jax.quadratic.precision import Precision
 
 
@@ -44,7 +43,7 @@ class Drawn(NamedTuple):
     """A sum and the draw of it; only `noisy` and `noise_std` may leave the curator.
 
     Attributes:
-      total: (k,), the exact sum, whitened; **not private**.
+      total: (k,), the exact sum, whitened, in float64; **not private**. None unless somebody looks at it.
       noisy: (k,), with its noise.
       noise_std: C z.
     """
@@ -68,7 +67,7 @@ class Noise(NamedTuple):
       batch_sum: `passes.device_sum` or `passes.host_sum`.
       draw: `(key, linearisation, total, noise_std, multiplier, mesh, exactly) -> Drawn`, the release of T1. The key is
         secret, the noise of this draw alone; of a hardened release the system's entropy is used in its place. C z is
-        found anew of integers. `exactly` asks for `total` in float64, for somebody who looks at it.
+        found anew of integers. The last argument asks for `total`.
     """
 
     hardened: bool
@@ -92,18 +91,17 @@ def _draw_gaussian(
     noise_std: Any,
     multiplier: float,
     mesh: Mesh | None,
-    exactly: bool,
+    looked_at: bool,
 ) -> Drawn:
     """Noise of the same key in every process, on a sum that is the same in every process."""
     precision = linearisation.precision
-    step = clipping.step_size(precision, jnp.asarray(linearisation.l2_clip_norm, linearisation.subspace.layout.dtype))
+    step = _step_size(precision, linearisation.l2_clip_norm)
     noisy = noisy_sum(key, total, precision, step, noise_std)
-    whiten = _whitened_exactly if exactly else _whitened
-    return Drawn(whiten(precision, total, step), noisy, noise_std)
+    return Drawn(_whitened_exactly(precision, total, step) if looked_at else None, noisy, noise_std)
 
 
 noisy_sum = jax.jit(gaussian.noisy_whitened_sum)
-_whitened = jax.jit(precisions.whiten_sum)
+_step_size = jax.jit(clipping.step_size)
 
 
 def _whitened_exactly(precision: Precision, total: Any, step: jax.Array) -> np.ndarray:
@@ -146,13 +144,14 @@ def _draw_discrete(
     noise_std: Any,
     multiplier: float,
     mesh: Mesh | None,
-    exactly: bool,
+    looked_at: bool,
 ) -> Drawn:
     """Noise is fresh in each process; that of the first is the release."""
     l2_clip_norm = jnp.asarray(linearisation.l2_clip_norm, linearisation.subspace.layout.dtype)
     noise = discrete.discrete_noise(multiplier, linearisation.subspace.dim)
     whitened, noisy = hardened.noisy_sum(total, noise, l2_clip_norm)
-    return Drawn(whitened, devices.from_first(mesh, noisy), l2_clip_norm * noise.multiplier)
+    total = whitened if looked_at else None
+    return Drawn(total, devices.from_first(mesh, noisy), l2_clip_norm * noise.multiplier)
 
 
 DISCRETE = Noise(

@@ -231,4 +231,6 @@ def partial_sums(
 def whole_sum(total: Any, info: ClipInfo, mesh: Mesh | None) -> tuple[Any, ClipInfo]:
     """A sum and its counts over all processes of a mesh."""
     total, info = devices.over_processes((total, info), mesh)
-    return integers.normalised(total) if isinstance(total, Words) else total, info
+    # Of one process the words are in their range already.
+    is_many = devices.spans_processes(mesh) and isinstance(total, Words)
+    return integers.normalised(total) if is_many else total, info

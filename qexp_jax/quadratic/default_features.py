@@ -57,11 +57,15 @@ def fit(key: jax.Array, sample: Record) -> tuple[Raw, Any]:
     if columns.shape[1] > _MOST_COLUMNS:
         signs = jax.random.rademacher(key, columns.shape[1:], jnp.float32)
         columns = _folded(columns, signs)
-    axes, spread = principal_axes(columns, min(_INPUT_AXES, *columns.shape))
-    # All axes over one number, so that the constant weighs as much beside inputs of any units.
+    return _crossed(kinds), (fitted, signs, _input_axes(columns, min(_INPUT_AXES, *columns.shape)))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _input_axes(columns: jax.Array, rank: int) -> jax.Array:
+    """The leading axes, all over one number, so that a constant weighs as much beside inputs of any units."""
+    axes, spread = principal_axes(columns, rank)
     total = jnp.linalg.norm(spread)
-    axes = axes / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
-    return _crossed(kinds), (fitted, signs, axes)
+    return axes / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
 
 
 def _is_number(leaf: Any) -> bool:
@@ -92,7 +96,7 @@ def _kind(leaf: Any, may_be_label: bool) -> str:
     return "numbers"
 
 
-def _fit_numbers(leaf: Any) -> tuple[jax.Array, jax.Array]:
+def _fit_numbers(leaf: Any) -> tuple[np.ndarray, np.ndarray]:
     """Mean, and one over the spread: of each column of a table, of an image as a whole."""
     values = np.asarray(leaf, np.float64)
     mean = values.mean(axis=0)
@@ -106,31 +110,31 @@ def _fit_numbers(leaf: Any) -> tuple[jax.Array, jax.Array]:
     # Over the spread of all columns together, so that no leaf weighs more for having more of them.
     total = np.sqrt(np.sum((spread * scale) ** 2))
     scale = scale / max(total, _LEAST_TOTAL)
-    return jnp.asarray(mean, jnp.float32), jnp.asarray(scale, jnp.float32)
+    return mean.astype(np.float32), scale.astype(np.float32)
 
 
-def _fit_tokens(leaf: Any) -> tuple[jax.Array, jax.Array]:
+def _fit_tokens(leaf: Any) -> tuple[np.ndarray, np.float32]:
     """Mean shares of the buckets, and one over their spread."""
     tokens = np.asarray(leaf).reshape(len(leaf), -1) % _BUCKETS
     counts = np.stack([np.bincount(row, minlength=_BUCKETS) for row in tokens])
     shares = counts / tokens.shape[1]
     total = np.sqrt(np.sum(shares.var(axis=0)))
     scale = 1 / max(total, _LEAST_TOTAL)
-    return jnp.asarray(shares.mean(axis=0), jnp.float32), jnp.asarray(scale, jnp.float32)
+    return shares.mean(axis=0).astype(np.float32), np.float32(scale)
 
 
-def _fit_values(leaf: Any) -> tuple[jax.Array, jax.Array]:
+def _fit_values(leaf: Any) -> tuple[np.ndarray, np.int32]:
     """The values that are told apart; of very many, their remainders."""
     values = np.unique(np.asarray(leaf).astype(np.int64))
     if len(values) > _MOST_VALUES:
-        return jnp.arange(_MOST_VALUES), jnp.asarray(_MOST_VALUES)
-    return jnp.asarray(values, jnp.int32), jnp.asarray(0)
+        return np.arange(_MOST_VALUES, dtype=np.int32), np.int32(_MOST_VALUES)
+    return values.astype(np.int32), np.int32(0)
 
 
-def _fit_quarters(leaf: Any) -> jax.Array:
+def _fit_quarters(leaf: Any) -> np.ndarray:
     """The edges between them (3,)."""
     edges = np.quantile(np.asarray(leaf, np.float64), [0.25, 0.5, 0.75])
-    return jnp.asarray(edges, jnp.float32)
+    return edges.astype(np.float32)
 
 
 _FIT: dict[str, Callable[[Any], Any]] = {

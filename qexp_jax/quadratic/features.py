@@ -75,19 +75,26 @@ def fit(
         arrays = ()
     if features is None or not takes_params(features):
         params = ()
-    if not jax.eval_shape(raw, arrays, params, take(sample, 0)).size:
+    if not jax.eval_shape(lambda records: raw(arrays, params, take(records, 0)), sample).size:
         return None
     rows = raw_each(raw, arrays, params, sample)
-    center = jnp.mean(rows, axis=0)
-    basis, spread = principal_axes(rows - center, min(NUM_AXES, *rows.shape))
-    largest = float(jnp.max(spread))  # public, so it may be branched on
+    center, basis, spread = jax.device_get(_centred_axes(rows, min(NUM_AXES, *rows.shape)))
+    largest = float(np.max(spread))  # public, so it may be branched on
     if not np.isfinite(largest):
         raise ValueError("Expected finite features of the public records, found some that are not.")
     if largest <= 0:
         return None
-    kept = np.asarray(spread) > _LEAST_SPREAD * largest
-    axes = basis / jnp.sqrt(spread)
-    return FeatureMap(raw=raw, arrays=arrays, center=center, axes=axes[:, kept], params=params)
+    kept = spread > _LEAST_SPREAD * largest
+    axes = basis[:, kept] / np.sqrt(spread[kept])
+    on_device = jax.device_put((center, axes))
+    return FeatureMap(raw=raw, arrays=arrays, center=on_device[0], axes=on_device[1], params=params)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _centred_axes(rows: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The mean of rows (n, q), their leading principal axes (q, rank), and the spreads of these."""
+    center = jnp.mean(rows, axis=0)
+    return center, *principal_axes(rows - center, rank)
 
 
 def apply(features: FeatureMap, record: Record) -> jax.Array:
@@ -133,4 +140,4 @@ def linear_loss(raw: Raw) -> LossFn:
 
 def linear_params(features: FeatureMap) -> Params:
     """Where `linear_loss` is differentiated; only `axes` is tuned."""
-    return {"axes": jnp.zeros(features.axes.shape[1], features.axes.dtype), "map": tuple(features[1:])}
+    return {"axes": np.zeros(features.axes.shape[1], features.axes.dtype), "map": tuple(features[1:])}

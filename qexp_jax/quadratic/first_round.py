@@ -2,10 +2,9 @@
 
 import jax
 
-from qexp_jax.quadratic import step_size
 from qexp_jax.quadratic.accuracy import noise_cost
 from qexp_jax.quadratic.posterior import CurvatureEstimate, before_release
-from qexp_jax.quadratic.preconditioner import Preconditioner, choose, multiples_of
+from qexp_jax.quadratic.preconditioner import Preconditioner, choose
 
 
 def first_round(
@@ -27,23 +26,12 @@ def first_round(
     Returns:
       The preconditioner, and the loss per record that the noise of one round costs in the mean.
     """
-    preconditioner, multiples = _first_step(estimate, preconditioners, noise_multiplier, num_units, rounds)
+    # The program that chooses in every round, so that nothing is compiled for this one.
+    choice = choose(
+        before_release(estimate), estimate, preconditioners, float(noise_multiplier), num_units, float(rounds)
+    )
+    preconditioner, multiples, _ = jax.device_get(choice)
     # A T-th of mu^2 each (T6), so that z of one round is sqrt(T) times that of all.
     noise_std = float(preconditioner.l2_clip_norm) * noise_multiplier * rounds**0.5
     cost, _ = noise_cost(estimate.curvature, multiples, estimate.dims, noise_std=noise_std, num_units=num_units)
     return preconditioner, cost
-
-
-@jax.jit
-def _first_step(
-    estimate: CurvatureEstimate,
-    preconditioners: Preconditioner,
-    noise_multiplier: jax.Array | float,
-    num_units: int,
-    rounds: jax.Array | int,
-) -> tuple[Preconditioner, jax.Array]:
-    """The preconditioner before any release, and the multiples (r + 1,) of a round in it."""
-    posterior = before_release(estimate)
-    preconditioner, length = choose(posterior, estimate, preconditioners, noise_multiplier, num_units, rounds)
-    multiples, _ = step_size.advance(posterior, estimate, length / rounds, num_units, preconditioner.tuned)
-    return preconditioner, multiples_of(preconditioner, multiples)

@@ -21,6 +21,7 @@ import numpy as np
 
 from qexp_jax.data.records import LossFn, Params, Record, num_records
 from qexp_jax.model.subspace import Layout, Subspace
+from qexp_jax.numerics.keys import split
 from qexp_jax.quadratic import public_curvature, public_samples
 from qexp_jax.quadratic.directions import Directions
 from qexp_jax.quadratic.empirical_bayes import shift_prior
@@ -250,6 +251,6 @@ def looked_at(key: jax.Array, public: Record) -> Record:
     return public_samples.looked_at(_keys(key)[0], public)
 
 
-def _keys(key: jax.Array) -> jax.Array:
+def _keys(key: jax.Array) -> tuple[jax.Array, ...]:
     """Of records, units, sketch and trials."""
-    return jax.random.split(key, 4)
+    return split(key, 4)

@@ -21,7 +21,7 @@ def terms(plan: Plan, roundings: list[float]) -> dict[str, Any]:
         "most_rounds": arguments.count("most_rounds", plan.most_rounds),
         "geometries": _certified(plan, roundings),
         "subspace": certified_name(plan.subspace),
-        "subspace_dim": round(float(np.sum(plan.estimate.dims))),
+        "subspace_dim": round(float(np.sum(np.asarray(plan.estimate.dims)))),
         "precision_rank": len(plan.estimate.directions),
         "damping": arguments.real("damping", plan.damping),
         "expected_excess_loss_per_round": arguments.real("expected_cost", plan.expected_cost),

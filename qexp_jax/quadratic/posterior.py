@@ -72,6 +72,7 @@ class Posterior(NamedTuple):
     recent_var: jax.Array
 
 
+@jax.jit
 def before_release(estimate: CurvatureEstimate) -> Posterior:
     """Nothing is known but the prior."""
     zeros = jnp.zeros_like(estimate.curvature)

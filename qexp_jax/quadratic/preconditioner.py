@@ -61,6 +61,20 @@ class Preconditioner(NamedTuple):
     scale: jax.Array
 
 
+class Choice(NamedTuple):
+    """What the releases choose for a round.
+
+    Attributes:
+      preconditioner: with the clip norm that the round uses.
+      multiples: (r + 1,) F of one of as many rounds of the length that all of them together deserve.
+      heavy: whether the shift is.
+    """
+
+    preconditioner: Preconditioner
+    multiples: jax.Array
+    heavy: jax.Array
+
+
 class Candidate(NamedTuple):
     """A `Preconditioner` but for its share, on the host and in double precision."""
 
@@ -89,8 +103,8 @@ def choose(
     noise_multiplier: jax.Array | float,
     num_units: int,
     rounds: jax.Array | float,
-) -> tuple[Preconditioner, jax.Array]:
-    """The preconditioner of least expected excess given all releases, and its length: post-processing (T5).
+) -> Choice:
+    """The preconditioner of least expected excess given all releases: post-processing (T5).
 
     Under a heavy shift the first, of all parameters, where its best step is expected to lower the loss or none of the
     last nine rounds tuned all; else the last. Units are then clipped at a share of C.
@@ -102,9 +116,6 @@ def choose(
       noise_multiplier: z of all rounds together, that of one round over sqrt(T).
       num_units: N.
       rounds: how many such as the next one would spend the whole budget.
-
-    Returns:
-      The preconditioner, with the clip norm that the round uses, and the length that all rounds together deserve.
     """
     signals = pooled_signal(posterior, estimate, num_units)
     heavy = is_heavy(posterior, estimate, num_units)
@@ -132,7 +143,9 @@ def choose(
     must_look = posterior.idle[-1] >= RULE.heavy_hold
     far_away = jnp.where(must_look | (change < 0), 0, len(costs) - 1)
     chosen = jnp.where(heavy, far_away, jnp.argmin(costs))
-    return jax.tree.map(lambda x: x[chosen], preconditioners), lengths[chosen]
+    best_one = jax.tree.map(lambda x: x[chosen], preconditioners)
+    multiples, _ = step_size.advance(posterior, estimate, lengths[chosen] / rounds, num_units, best_one.tuned)
+    return Choice(best_one, multiples_of(best_one, multiples), heavy)
 
 
 @jax.jit

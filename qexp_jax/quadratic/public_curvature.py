@@ -31,7 +31,7 @@ from qexp_jax.quadratic.tuned_space import held_where_still, orthonormal_space
 _TRIED = 512  # records that a trial of noise takes
 _NOISE_DRAWS = 3  # and moves
 _SCALED_DIRECTIONS = 8  # that the scale of the curvature is measured with
-SCALING_RECORDS = 256  # and records
+_SCALING_RECORDS = 256  # and records
 
 
 class Measurement(NamedTuple):
@@ -44,7 +44,8 @@ class Measurement(NamedTuple):
       leading: (n, r) gradients of public units along the leading directions.
       squares: (n, r + 1) of these gradients: in each leading direction, and the mean of all others.
       dims: (r + 1,) how many coordinates each entry stands for: 1, ..., 1, k - r.
-      tried: a few public records, for trials of noise.
+      held_out: public records that did not choose the directions; trials of noise take a few.
+      losses: (n,) of these at theta_0.
     """
 
     subspace: Subspace
@@ -53,7 +54,8 @@ class Measurement(NamedTuple):
     leading: np.ndarray
     squares: np.ndarray
     dims: np.ndarray
-    tried: Record
+    held_out: Record
+    losses: np.ndarray
 
 
 def measure(
@@ -96,13 +98,13 @@ def measure(
     if layout is None:
         layout = subspaces.layout_of(params)
     space = orthonormal_space(sketch_key, loss_fn, params, layout, curved, public, subspace, subspace_dim)
-    for records in (curved, held_out):
-        _check_losses(loss_fn, params, space, records)
+    _finite_losses(loss_fn, params, space, curved)
+    losses = _finite_losses(loss_fn, params, space, held_out)
     rank = min(precision_rank, space.dim, num_records(curved))
     directions, moved = leading_directions(loss_fn, params, curved, rank, space)
     # Second moments of the records that chose the directions would be too large: they are those of others.
     leading, totals, moved_too = _gradients(loss_fn, params, space, directions, held_out)
-    space = held_where_still(space, jax.tree.map(jnp.logical_or, moved, moved_too))
+    space = held_where_still(space, jax.tree.map(np.logical_or, jax.device_get(moved), moved_too))
     # Where few parameters move there are fewer directions; the last ones are the least.
     rank = min(rank, max(1, subspaces.num_moved(space)))
     directions = directions_of.first(directions, rank)
@@ -115,18 +117,19 @@ def measure(
         leading, totals, _ = _gradients(clip_loss_fn, params, space, directions, units)
         squares = _squares(leading, totals, others)
     dims = np.append(np.ones(rank), others)
-    tried = take(held_out, slice(0, _TRIED))
-    return Measurement(space, directions, curvature, leading, squares, dims, tried)
+    return Measurement(space, directions, curvature, leading, squares, dims, held_out, losses)
 
 
-def _check_losses(loss_fn: LossFn, params: Params, space: Subspace, records: Record) -> None:
-    """Raises if a public loss at theta_0 is not finite; `space` says how many records are held together."""
-    finite = np.isfinite(np.asarray(_losses(loss_fn, params, space, records)))
+def _finite_losses(loss_fn: LossFn, params: Params, space: Subspace, records: Record) -> np.ndarray:
+    """(n,) at theta_0; raises if one is not finite. `space` says how many records are held together."""
+    losses = np.asarray(_losses(loss_fn, params, space, records))
+    finite = np.isfinite(losses)
     if not np.all(finite):
         raise ValueError(
             f"Expected finite losses of public records at the pretrained parameters, found {np.sum(~finite)} of "
             f"{len(finite)} that are not."
         )
+    return losses
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -162,8 +165,9 @@ def curvature_along(
       space: k directions.
       directions: (r, k).
       index: of v.
-      records: public.
+      records: public, of which a few are taken.
     """
+    records = take(records, slice(0, _SCALING_RECORDS))
     size = at_a_time(loss_fn, params, space, records)
     # The index is traced, so that one program serves all directions.
     coefficients = jax.nn.one_hot(index, len(directions), dtype=directions.dtype)
@@ -173,7 +177,7 @@ def curvature_along(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _surveyed_gradients(
+def surveyed_gradients(
     loss_fn: LossFn, params: Params, space: Subspace, directions: Directions | jax.Array, records: Record
 ) -> tuple[jax.Array, jax.Array, Rows]:
     """Of each microbatch: gradients along the directions (batches, r, size), norms, and where they are not zero."""
@@ -192,7 +196,7 @@ def _gradients(
     loss_fn: LossFn, params: Params, space: Subspace, directions: Directions | jax.Array, records: Record
 ) -> tuple[np.ndarray, np.ndarray, Any]:
     """Each record's gradient along the leading directions (n, r), its square (n,), and where any is not zero."""
-    leading, norms, moved = jax.device_get(_surveyed_gradients(loss_fn, params, space, directions, records))
+    leading, norms, moved = jax.device_get(surveyed_gradients(loss_fn, params, space, directions, records))
     n = num_records(records)  # the last microbatch is padded
     leading = np.concatenate(leading.astype(np.float64), axis=1).T[:n]
     norms = norms.astype(np.float64).ravel()[:n]
@@ -221,8 +225,7 @@ def _curvature(
     """
     moments = squares.mean(axis=0)
     steepest = np.argsort(-moments[:-1])[:_SCALED_DIRECTIONS]
-    few = take(records, slice(0, SCALING_RECORDS))
-    along = [curvature_along(loss_fn, params, space, directions, j, few) for j in steepest]
+    along = [curvature_along(loss_fn, params, space, directions, j, records) for j in steepest]
     curved = np.asarray(jax.device_get(along), np.float64)
     if not (np.all(np.isfinite(curved)) and np.all(np.isfinite(moments))):
         raise ValueError(f"The public curvature is not finite at the pretrained parameters, {moments.shape=}.")
@@ -238,7 +241,7 @@ def _curvature(
 
 
 def tolerated_noise(
-    key: jax.Array, loss_fn: LossFn, params: Params, space: Subspace, shape: Precision, records: Record, share: float
+    key: jax.Array, loss_fn: LossFn, params: Params, measured: Measurement, shape: Precision, share: float
 ) -> tuple[float, float]:
     """The largest s for which theta_0 moved by s M^{-1/2} xi costs a `share` of the loss's scale, and that cost.
 
@@ -246,21 +249,26 @@ def tolerated_noise(
       key: public randomness: xi.
       loss_fn: loss of one record.
       params: initial parameters theta_0.
-      space: P.
+      measured: P, and the records that losses are of.
       shape: M.
-      records: public.
       share: of the root mean square of the records' losses.
     """
-    losses = np.asarray(_losses(loss_fn, params, space, records), np.float64)
+    space = measured.subspace
+    losses = measured.losses[:_TRIED].astype(np.float64)
     limit = share * float(np.sqrt(np.mean(losses**2)))
     moves = _noise_moves(key, shape, space)
 
     # The same moves at every scale, so that the cost is a smooth function of it.
     def cost(scale):
-        moved = _moved_losses(loss_fn, params, space, moves, scale, records)
+        moved = moved_losses(loss_fn, params, space, moves, scale, measured.held_out)
         return float(np.mean(np.asarray(moved))) - float(np.mean(losses))
 
     return noise_tolerance(cost, limit), limit
+
+
+def moves_of(space: Subspace) -> jax.ShapeDtypeStruct:
+    """The shape of the moves that a trial of noise makes."""
+    return jax.ShapeDtypeStruct((_NOISE_DRAWS, space.dim), space.layout.dtype)
 
 
 @jax.jit
@@ -283,10 +291,11 @@ def _losses(loss_fn: LossFn, params: Params, space: Subspace, records: Record) -
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _moved_losses(
+def moved_losses(
     loss_fn: LossFn, params: Params, space: Subspace, moves: jax.Array, scale: float, records: Record
 ) -> jax.Array:
-    """Mean losses of the parameters after each of several moves, times a scale."""
+    """Mean losses of the parameters after each of several moves, times a scale; of a few of the records."""
+    records = take(records, slice(0, _TRIED))
     size = at_a_time(loss_fn, params, space, records)
 
     def moved_loss(move):

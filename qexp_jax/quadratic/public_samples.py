@@ -19,6 +19,11 @@ def num_curved(num_public: int) -> int:
     return max(1, min(_CURVED, num_public // 2))
 
 
+def num_held_out(num_public: int) -> int:
+    """Public records that are measured; a single record serves as both."""
+    return min(_HELD_OUT, num_public - num_curved(num_public)) or 1
+
+
 def looked_at(key: jax.Array, records: Record) -> Record:
     """What is read of public records: the samples that the key draws of them."""
     return take(records, _order(key, num_records(records)))

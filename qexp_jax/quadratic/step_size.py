@@ -36,6 +36,7 @@ The derivation is ours.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qexp_jax.quadratic import secants
 from qexp_jax.quadratic.empirical_bayes import debiased_energy, pooled_shift, pooled_signal, shift_prior, signal
@@ -73,8 +74,7 @@ __all__ = [
 ]
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-_NUM_LENGTHS = 49
-_SHORTEST = 1 / 64  # of the longest length
+_SHARES = np.geomspace(1 / 64, 1.0, 49)  # of the longest length
 _LONGEST_ROUND = 4.0  # over the largest curvature: beyond it nothing of a gradient is left
 
 
@@ -195,7 +195,7 @@ def best_length(
 
 def lengths_up_to(longest: jax.Array | float) -> jax.Array:
     """The logarithmic grid of lengths (49,), from `longest` / 64."""
-    return longest * jnp.geomspace(_SHORTEST, 1.0, _NUM_LENGTHS)
+    return longest * _SHARES.astype(jnp.result_type(longest))
 
 
 def best_step(

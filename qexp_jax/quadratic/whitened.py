@@ -60,11 +60,9 @@ def whiten(key: jax.Array, loss_fn: LossFn, params: Params, measured: Measuremen
       measured: in the units of the parameters.
       eigenvalues: (r + 1,) of M.
     """
-    on_device = jax.device_put(np.asarray(eigenvalues, measured.directions.dtype))
-    precision = precisions.spectral(on_device[-1], measured.directions, on_device[:-1])
-    tolerance, cost = public_curvature.tolerated_noise(
-        key, loss_fn, params, measured.subspace, precision, measured.tried, RULE.noise_cost
-    )
+    of_metric = np.asarray(eigenvalues, measured.directions.dtype)
+    precision = precisions.spectral(of_metric[-1], measured.directions, of_metric[:-1])
+    tolerance, cost = public_curvature.tolerated_noise(key, loss_fn, params, measured, precision, RULE.noise_cost)
     # Noise of scale s costs a quadratic s^2 tr(K) / 2: a cost that was met tells the trace, and a trace the scale.
     trace = 2 * cost / tolerance**2
     curvature = _curvature(measured.curvature / eigenvalues, measured.dims, trace)
