@@ -31,6 +31,8 @@ def test_a_ratio_is_the_peers_time_over_ours_and_a_missed_goal_shows():
     assert not timing.met(line | {"goal": 1.5, "case": "case" + timing.WORSE})
     ceilings = {"copy_gb_per_s": 1.0, "product_tflop_per_s": 1.0}
     assert "| 1.50 | 1.6 | **no** |" in benchmarks.table([line], ceilings)
+    assert "What falls short, and why:\n\n- path, case, peer: not explained." in benchmarks.table([line], ceilings)
+    assert "falls short" not in benchmarks.table([line | {"goal": 1.5}], ceilings)
     assert "| 1.50 | — | — |" in benchmarks.table([line | {"goal": ""}], ceilings)
 
 

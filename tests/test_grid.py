@@ -231,6 +231,8 @@ def test_the_ablation_covers_every_kind_of_subspace(tmp_path):
                    "--models", "linear", "--data-dir", str(tmp_path), "--cache-dir", str(tmp_path)])  # fmt: skip
     rows = rows_of(tmp_path / "ablation.csv")
     assert {row["subspace"] for row in rows} == set(ablation.KINDS) and (tmp_path / "ablation.png").is_file()
+    assert all(float(row["predicted_cost"]) > 0 and float(row["measured_cost"]) > 0 for row in rows)
+    assert "one draw, rank k" in (tmp_path / "ablation.md").read_text()
 
 
 def test_predictions_are_compared_with_measurements_and_with_an_accountant(tmp_path):

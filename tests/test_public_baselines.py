@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from dp_accounting import NeighboringRelation
 from dp_accounting.pld import PLDAccountant
 
 from experiments.baselines import dp_sgd, preconditioning, public_gradients, recipes, selection
 from experiments.baselines.adapters import ADAPTERS
 from experiments.baselines.dp_sgd import Settings
 from experiments.benchmark import models
-from qexp_jax import NeighboringRelation
 
 BUDGET = {"epsilon": 1.0, "delta": 1e-5}
 DESCENT = Settings(sampling_prob=0.5, steps=4, length=4.0, l2_clip_norm=0.3)

@@ -34,7 +34,9 @@ def rows(dim: int, num_draws: int, *, seconds: float) -> Iterator[Row]:
     times = race(ours | factor_kept(key, matrix, num_draws), seconds=seconds)
     # Apart, since a factorisation takes seconds where a draw takes milliseconds.
     again = race(factored_again(key, matrix, num_draws), seconds=seconds, least=1)
-    goals = {OWN_PARTS: 1 / 1.5} | {name: 2.0 for name in (times | again) if name not in ours}
+    peers = {name: seconds for name, seconds in (times | again).items() if name not in ours}
+    # Nobody draws in less than the floor takes.
+    goals = {OWN_PARTS: 1 / 1.5} | {name: min(1.0, seconds / times[OWN_PARTS]) for name, seconds in peers.items()}
     yield from rows_against(PATH, f"k={dim}, draws={num_draws}", again | times, goals)
 
 

@@ -5,7 +5,8 @@
 Random Gaussian and count-sketch directions, the leading public eigenspace, the last layer, and all parameters with a
 precision of rank k plus damping (the default at k = 128); and the mechanism of arXiv:2605.20521, one draw with A = M =
 H + lambda I, in the eigenspace and in all parameters. Everything else is chosen on public data as in the one call.
-Writes ablation.csv and ablation.png into --out.
+Beside what each reached stands what the noise of its first draw was predicted to cost and did cost, in loss per record
+of the public quadratic (T3). Writes ablation.csv, ablation.md and ablation.png into --out.
 """
 
 import argparse
@@ -16,21 +17,23 @@ from typing import Any
 import jax
 import matplotlib
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from tqdm import tqdm
 
 import qexp_jax
-from experiments.benchmark import models, tasks
+from experiments.benchmark import markdown, models, tasks
 from experiments.benchmark.results import RESULTS, write_table
 from experiments.benchmark.runs import subsample
 from experiments.benchmark.tasks import Pretrained
 from experiments.data.splits import Records, run_cli
 from qexp_jax import subspace
+from qexp_jax.fine_tuning import one_round
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-COLUMNS = "task model n epsilon delta subspace k seed metric_name metric".split()
+COLUMNS = "task model n epsilon delta subspace k seed metric_name metric loss predicted_cost measured_cost".split()
 KINDS = (
     "gaussian", "count_sketch", "public eigenspace", "last layer", "all parameters, rank k",
     "one draw, public eigenspace", "one draw, rank k",
@@ -42,7 +45,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=pathlib.Path, default=tasks.data_dir(), help="default: $QEXP_DATA")
     parser.add_argument("--cache-dir", type=pathlib.Path, default=tasks.cache_dir(), help="default: $QEXP_CACHE")
-    parser.add_argument("--tasks", nargs="+", default=["physionet_icu", "mnist_writers"], choices=list(tasks.TASKS))
+    parser.add_argument("--tasks", nargs="+", default=["physionet_icu", "mnist_trained"], choices=list(tasks.TASKS))
     parser.add_argument("--models", nargs="+", default=["mlp"], choices=list(models.MODELS))
     parser.add_argument("--dims", nargs="+", type=int, default=[4, 16, 64, 256])
     parser.add_argument("--n", type=int, default=4000)
@@ -75,8 +78,8 @@ def choice(kind: str, dim: int, key: jax.Array, params: Any) -> dict[str, Any]:
 
 def release(
     kind: str, dim: int, key: jax.Array, pretrained: Pretrained, private: Records, epsilon: float, delta: float
-) -> Any:
-    """The private parameters.
+) -> tuple[qexp_jax.Release, list[qexp_jax.RoundInfo]]:
+    """A release, and its diagnostics: the private records are open data.
 
     Args:
       kind: one of `KINDS`.
@@ -91,8 +94,8 @@ def release(
     plan = qexp_jax.PlanOptions(**choice(kind, dim, space_key, pretrained.params))
     return qexp_jax.fine_tune(
         key, pretrained.model.loss_fn, pretrained.params, public=pretrained.split.public, private=private,
-        epsilon=epsilon, delta=delta, plan=plan,
-    ).params  # fmt: skip
+        epsilon=epsilon, delta=delta, plan=plan, run=qexp_jax.RunOptions(diagnostics=True),
+    )  # fmt: skip
 
 
 def rows_of(
@@ -106,14 +109,16 @@ def rows_of(
       args: the command line.
       progress: is told of each release.
     """
-    metric = pretrained.task.metric
+    metrics = (pretrained.task.metric, "negative_loss")
     head_dim = subspace.full(pretrained.params, where="head").dim
     for kind in KINDS:
         for dim in [head_dim] if kind == "last layer" else args.dims:
             for seed in range(args.seeds):
                 private = subsample(pretrained, args.n, seed)
-                params = release(kind, dim, jax.random.key(seed), pretrained, private, args.epsilon, args.delta)
-                value = models.evaluate(pretrained.model, params, pretrained.split.test, metric)
+                key = jax.random.key(seed)
+                found, infos = release(kind, dim, key, pretrained, private, args.epsilon, args.delta)
+                value, negative_loss = models.scores(pretrained.model, found.params, pretrained.split.test, metrics)
+                predicted, _ = one_round.predicted_cost(infos[0])
                 yield {
                     "task": pretrained.task.name,
                     "model": model_name,
@@ -123,10 +128,36 @@ def rows_of(
                     "subspace": kind,
                     "k": dim,
                     "seed": seed,
-                    "metric_name": metric,
+                    "metric_name": metrics[0],
                     "metric": round(value, 6),
+                    "loss": round(-negative_loss, 6),
+                    "predicted_cost": float(f"{predicted:.4g}"),
+                    "measured_cost": float(f"{float(infos[0].noise_cost):.4g}"),
                 }
                 progress.update()
+
+
+def page(rows: list[dict[str, Any]], pretrained_metrics: dict[tuple[str, str], float]) -> str:
+    """Means over seeds, a table for each task and model."""
+    lines = [f"# Metric against k, n = {rows[0]['n']}, epsilon = {rows[0]['epsilon']:g}", ""]
+    for (task, model), group in pd.DataFrame(rows).groupby(["task", "model"]):
+        metric_name = group["metric_name"].iloc[0]
+        lines += [f"## {task}, {model}: pretrained {metric_name} {pretrained_metrics[task, model]:.4f}", ""]
+        cells = group.groupby(["subspace", "k"], sort=False)
+        lines += [*markdown.table(_line(kind, k, cell) for (kind, k), cell in cells), ""]
+    return "\n".join(lines)
+
+
+def _line(kind: str, k: int, cell: pd.DataFrame) -> dict[str, str]:
+    """Of one kind of subspace and one k."""
+    return {
+        "directions": kind,
+        "k": str(k),
+        "metric ± 2 SE": markdown.with_se(cell["metric"].mean(), 2 * cell["metric"].sem()),
+        "loss": markdown.number(cell["loss"].mean()),
+        "noise of the first draw: predicted cost": f"{cell['predicted_cost'].mean():.2g}",
+        "measured": f"{cell['measured_cost'].mean():.2g}",
+    }
 
 
 def figure(rows: list[dict[str, Any]], pretrained_metrics: dict[tuple[str, str], float], path: pathlib.Path) -> None:
@@ -167,8 +198,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
             rows += rows_of(pretrained, model_name, args, progress)
     write_table(args.out, "ablation", COLUMNS, rows, module="experiments.studies.ablation")
+    (args.out / "ablation.md").write_text(page(rows, pretrained_metrics), encoding="utf-8")
     figure(rows, pretrained_metrics, args.out / "ablation.png")
-    print(f"wrote ablation.csv and ablation.png into {args.out}")
+    print(f"wrote ablation.csv, ablation.md and ablation.png into {args.out}")
 
 
 if __name__ == "__main__":

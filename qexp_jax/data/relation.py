@@ -1,7 +1,7 @@
 """Which datasets are neighbours, so that none of them can be told from another.
 
-The names and their meaning are dp_accounting's, whose members are taken as well. They stand here too, since all of
-dp_accounting takes longer to import than the rest of this library.
+The names and their meaning are dp_accounting's, whose members are taken as well; its own functions take no others. They
+stand here too, since all of dp_accounting takes longer to import than the rest of this library.
 """
 
 import enum

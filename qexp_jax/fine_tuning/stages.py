@@ -251,7 +251,7 @@ def roundings(plan: Plan, exact: bool) -> list[float]:
         preconditioner = jax.tree.map(lambda x, i=i: x[i], preconditioners)
         precision = precision_of(plan.estimate.directions, preconditioner)
         is_leading = precision.num_coordinates < precision.dim
-        found.append(float(clipping.rounding(precision, exact=exact or is_leading or not in_factors)))
+        found.append(float(clipping.rounding(precision, exact or is_leading or not in_factors)))
     if exact and max(found) >= _TOO_MUCH_ROUNDING:
         raise ValueError(
             f"Rounding in float32 would take {max(found):.2g} of the clip norm: damping={plan.damping} is too small "

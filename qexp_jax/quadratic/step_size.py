@@ -195,7 +195,7 @@ def best_length(
 
 def lengths_up_to(longest: jax.Array | float) -> jax.Array:
     """The logarithmic grid of lengths (49,), from `longest` / 64."""
-    return longest * _SHARES.astype(jnp.result_type(longest))
+    return longest * jnp.asarray(_SHARES, jnp.result_type(longest, 1.0))
 
 
 def best_step(
