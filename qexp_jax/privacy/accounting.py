@@ -22,16 +22,13 @@ is `float(number)`, and all arithmetic is Python's.
 
 import math
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from scipy.special import erfcx, ndtr
 
 from qexp_jax.data import arguments
 from qexp_jax.data.relation import NeighboringRelation, checked_relation
-
-if TYPE_CHECKING:  # it takes longer to import than this library
-    from dp_accounting import ComposedDpEvent
 
 EPSILON_RANGE = 1e-4, 1e4
 DELTA_RANGE = 1e-30, 0.999
@@ -253,15 +250,17 @@ def zcdp_rho(mu: float) -> float:
     return arguments.not_negative("mu", mu) ** 2 / 2
 
 
-def zcdp_event(rhos: Iterable[float]) -> "ComposedDpEvent":
+def zcdp_event(rhos: Iterable[float]) -> Any:
     """Releases that are rho-zCDP as a dp_accounting event, for its RDP accountant."""
+    # Slow to import.
     from dp_accounting import ComposedDpEvent, ZCDpEvent
 
     return ComposedDpEvent([ZCDpEvent(arguments.positive("rho", rho)) for rho in rhos])
 
 
-def dp_event(mus: Iterable[float]) -> "ComposedDpEvent":
+def dp_event(mus: Iterable[float]) -> Any:
     """The releases as a dp_accounting event, for any accountant under ADD_OR_REMOVE_ONE."""
+    # Slow to import.
     from dp_accounting import ComposedDpEvent, GaussianDpEvent
 
     return ComposedDpEvent([GaussianDpEvent(1 / arguments.positive("mu", mu)) for mu in mus])
