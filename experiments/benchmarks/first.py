@@ -22,7 +22,6 @@ import numpy as np
 import qexp_jax
 from experiments.baselines import dp_sgd
 from experiments.benchmark import models
-from experiments.benchmarks.libraries import find
 from experiments.benchmarks.timing import Row, row
 
 PATH = "first release"
@@ -42,9 +41,7 @@ _DESCENT = dp_sgd.Settings(sampling_prob=0.25, steps=45, length=8.0, l2_clip_nor
 
 
 def rows(model: str, n: int) -> Iterator[Row]:
-    """Of one model and number of records; nothing where the peer is not installed."""
-    if find("jax_privacy") is None:
-        return
+    """Of one model and number of records."""
     case = f"{model}, n={n}, cold process"
     ours, peer = (_in_process("--side", side, "--model", model, "--n", str(n)) for side in SIDES)
     goal = GOAL if n < MANY else GOAL_OF_MANY

@@ -18,8 +18,8 @@ from qexp_jax.model.operations import count_flops
 from qexp_jax.model.subspace import Subspace
 from qexp_jax.private_pass import passes
 from qexp_jax.private_pass.passes import Linearisation
+from qexp_jax.quadratic import noise_trials, public_curvature, tilted_training
 from qexp_jax.quadratic import precision as precisions
-from qexp_jax.quadratic import public_curvature, tilted_training
 from qexp_jax.quadratic.directions import Directions
 from qexp_jax.quadratic.public_samples import num_curved, num_held_out
 from qexp_jax.quadratic.tuned_space import tuned_space
@@ -247,7 +247,7 @@ def _plan_bytes(
     for lowered in (
         public_curvature.surveyed_gradients.lower(loss_fn, params, shapes, directions, held_out),
         public_curvature.curvature_along.lower(loss_fn, params, shapes, directions, 0, held_out),
-        public_curvature.moved_losses.lower(loss_fn, params, shapes, public_curvature.moves_of(space), 1.0, held_out),
+        noise_trials.moved_losses.lower(loss_fn, params, shapes, noise_trials.moves_of(space), 1.0, held_out),
     ):
         found = max(found, of_directions + sum(_held(lowered)))
     return _bytes((curved, held_out)) + found

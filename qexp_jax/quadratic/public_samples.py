@@ -47,7 +47,7 @@ def samples(key: jax.Array, records: Record, weights: np.ndarray | None = None) 
     # From halves of the records, so that the samples are disjoint though one of large weight is drawn several times.
     first, second = np.split(order, [max(curved, n // 2)])
     for_directions = _drawn(first, weights[first], curved)
-    held_out = _drawn(second, weights[second], min(_HELD_OUT, n - curved))
+    held_out = _drawn(second, weights[second], num_held_out(n))
     return take(records, for_directions), take(records, held_out)
 
 

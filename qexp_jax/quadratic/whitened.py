@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from qexp_jax.data.records import LossFn, Params
+from qexp_jax.quadratic import noise_trials
 from qexp_jax.quadratic import precision as precisions
-from qexp_jax.quadratic import public_curvature
 from qexp_jax.quadratic.public_curvature import Measurement
 from qexp_jax.quadratic.rule import RULE
 
@@ -62,7 +62,7 @@ def whiten(key: jax.Array, loss_fn: LossFn, params: Params, measured: Measuremen
     """
     of_metric = np.asarray(eigenvalues, measured.directions.dtype)
     precision = precisions.spectral(of_metric[-1], measured.directions, of_metric[:-1])
-    tolerance, cost = public_curvature.tolerated_noise(key, loss_fn, params, measured, precision, RULE.noise_cost)
+    tolerance, cost = noise_trials.tolerated_noise(key, loss_fn, params, measured, precision, RULE.noise_cost)
     # Noise of scale s costs a quadratic s^2 tr(K) / 2: a cost that was met tells the trace, and a trace the scale.
     trace = 2 * cost / tolerance**2
     curvature = _curvature(measured.curvature / eigenvalues, measured.dims, trace)
