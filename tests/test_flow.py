@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from qexp_jax.quadratic import empirical_bayes, secants, step_size
-from qexp_jax.quadratic.posterior import CurvatureEstimate, before_release, energies, scale, signal_curvature
+from qexp_jax.quadratic import posterior as posteriors
+from qexp_jax.quadratic.components import decompose, recompose, scale, scaled
+from qexp_jax.quadratic.posterior import CurvatureEstimate, before_release, signal_curvature
 
 KEY = jax.random.key(29)
 HOLD_OTHERS = jnp.array([1.0, 1.0, 1.0, 0.0])
@@ -19,6 +21,14 @@ def example(rest=7, shifts=(1e-3, 1e-2, 1e-1)):
         directions, jnp.array([2.0, 1.0, 0.5, 0.1]), jnp.array([4.0, 2.0, 1.0, 0.25]),
         jnp.array([1.0, 1.0, 1.0, rest]), jnp.array(shifts), jnp.zeros(len(shifts)),
     )  # fmt: skip
+
+
+def observe(posterior, estimate, seen, *args):
+    return step_size.observe(posterior, estimate, decompose(estimate.directions, seen), *args)
+
+
+def energies(estimate, x):
+    return posteriors.energies(estimate, decompose(estimate.directions, x))
 
 
 def dense_curvature(estimate):
@@ -79,7 +89,7 @@ def rounds_of(estimate, private_curvature, noise_std, rounds, length, key=KEY):
     def one(carried, noise_key):
         posterior, gradient = carried
         seen = gradient + noise_std * jax.random.normal(noise_key, (10,))
-        posterior = step_size.observe(posterior, estimate, seen, noise_std**2)
+        posterior = observe(posterior, estimate, seen, noise_std**2)
         multiples, posterior = step_size.advance(posterior, estimate, length, 10**6)
         return (posterior, gradient - private_curvature @ scale(estimate.directions, multiples, seen)), None
 
@@ -111,7 +121,7 @@ def test_a_gradient_that_is_large_for_its_moments_is_expected_to_be_as_steep_as_
     """The largest generalised eigenvalue of V + g g^T against V, in the leading directions."""
     estimate = example()._replace(directions=jnp.eye(10)[:3])
     g = jnp.append(3 * jnp.sqrt(estimate.moments[:3]), jnp.zeros(7))
-    posterior = step_size.observe(before_release(estimate), estimate, g, 1e-9)
+    posterior = observe(before_release(estimate), estimate, g, 1e-9)
     moments = jnp.diag(estimate.moments[:3])
     largest_ratio = jnp.linalg.eigvals(jnp.linalg.solve(moments, moments + jnp.outer(g[:3], g[:3]))).real.max()
     curvature_ratio = secants.curvature_ratio(posterior, estimate, 10**6)
@@ -128,9 +138,10 @@ def test_the_measured_and_the_public_curvature_have_no_bias_under_noise():
         first, second = jax.random.split(key)
         y = g + jax.random.normal(first, (10,))
         later = g - private * steps * y + jax.random.normal(second, (10,))
-        posterior = before_release(estimate)._replace(last=y, last_var=jnp.array(1.0), followed=followed)
+        last = decompose(estimate.directions, y)
+        posterior = before_release(estimate)._replace(last=last, last_var=jnp.array(1.0), followed=followed)
         naive = jnp.vdot(steps[:3] * y[:3], (y - later)[:3])
-        return secants.secant(posterior, estimate, later), naive
+        return secants.secant(posterior, estimate, decompose(estimate.directions, later)), naive
 
     pairs, naive = jax.jit(jax.vmap(one))(jax.random.split(KEY, 200_000))
     moved = (steps * g) ** 2
@@ -157,7 +168,7 @@ def final_excess(times, length_of, dim=60, rank=40, rounds=80):
     def one(private, carried, key):
         posterior, x = carried
         seen = g + private @ x + jnp.sqrt(noise_var) * jax.random.normal(key, (dim,))
-        posterior = step_size.observe(posterior, estimate, seen, noise_var)
+        posterior = observe(posterior, estimate, seen, noise_var)
         length = length_of(posterior, estimate, noise_var, rounds)
         multiples, posterior = step_size.advance(posterior, estimate, length, 10**6)
         return (posterior, x - scale(estimate.directions, multiples, seen)), None
@@ -192,13 +203,11 @@ def test_the_recent_mean_has_the_latest_releases_with_the_most_weight_and_the_st
     estimate, posterior = example(), before_release(example())
     seen, noise_vars = jax.random.normal(KEY, (4, 10)), jnp.array([1.0, 3.0, 0.5, 2.0])
     for y, noise_var, tuned in zip(seen, noise_vars, (1.0, HOLD_OTHERS, 1.0, 1.0), strict=True):
-        posterior = step_size.observe(posterior, estimate, y, noise_var, tuned)
+        posterior = observe(posterior, estimate, y, noise_var, tuned)
     leading, others = jnp.array([1, 2, 3, 4]) / 10, jnp.array([1, 0, 2, 3]) / 6
-    np.testing.assert_allclose(
-        estimate.directions @ posterior.recent, leading @ seen @ estimate.directions.T, rtol=1e-4
-    )
+    np.testing.assert_allclose(posterior.recent.leading, leading @ seen @ estimate.directions.T, rtol=1e-4)
     outside = jnp.eye(10) - estimate.directions.T @ estimate.directions
-    np.testing.assert_allclose(outside @ posterior.recent, outside @ (others @ seen), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(posterior.recent.others, outside @ (others @ seen), rtol=1e-4, atol=1e-6)
     expected = [leading**2 @ noise_vars] * 3 + [others**2 @ noise_vars]
     np.testing.assert_allclose(posterior.recent_var, expected, rtol=1e-5)
     np.testing.assert_array_equal(posterior.times, [4, 4, 4, 3])
@@ -207,7 +216,7 @@ def test_the_recent_mean_has_the_latest_releases_with_the_most_weight_and_the_st
 def test_rounds_that_hold_a_block_count_since_it_was_tuned():
     posterior, found = before_release(example()), []
     for tuned in (HOLD_OTHERS, 1.0, HOLD_OTHERS, HOLD_OTHERS):
-        posterior = step_size.observe(posterior, example(), jnp.ones(10), 1.0, tuned)
+        posterior = observe(posterior, example(), jnp.ones(10), 1.0, tuned)
         found.append([float(posterior.idle[0]), float(posterior.idle[-1])])
     assert found == [[0, float("inf")], [0, 0], [0, 1], [0, 2]]
 
@@ -219,11 +228,9 @@ def test_the_signal_left_is_what_the_latest_releases_show_but_for_one_standard_d
     noise_std = 3.0
 
     def found(key):
-        posterior = step_size.observe(before_release(estimate), estimate, 10 * g, 1e-6)
+        posterior = observe(before_release(estimate), estimate, 10 * g, 1e-6)
         for k in jax.random.split(key, 8):
-            posterior = step_size.observe(
-                posterior, estimate, g + noise_std * jax.random.normal(k, (1000,)), noise_std**2
-            )
+            posterior = observe(posterior, estimate, g + noise_std * jax.random.normal(k, (1000,)), noise_std**2)
         left = empirical_bayes.debiased_energy(posterior, estimate, 10**9)
         return jnp.stack([jnp.sum(left[:3]), 997 * left[-1]])
 
@@ -242,13 +249,13 @@ def test_no_more_is_left_than_there_was_and_what_was_never_tuned_keeps_it_all():
     np.testing.assert_array_equal(
         empirical_bayes.debiased_energy(before, estimate, 100), empirical_bayes.pooled_signal(before, estimate, 100)
     )  # fmt: skip
-    posterior = step_size.observe(before, estimate, seen, 0.5, HOLD_OTHERS)
+    posterior = observe(before, estimate, seen, 0.5, HOLD_OTHERS)
     left, had = (f(posterior, estimate, 100) for f in (empirical_bayes.debiased_energy, empirical_bayes.pooled_signal))
     assert left[-1] == had[-1]
     np.testing.assert_array_equal(left, had)  # together they show more than that
-    quieter = posterior._replace(recent=posterior.recent / 100)
+    quieter = posterior._replace(recent=scaled(jnp.full(4, 0.01), posterior.recent))
     assert jnp.sum(empirical_bayes.debiased_energy(quieter, estimate, 100)[:-1]) < jnp.sum(had[:-1])
-    louder = posterior._replace(recent=100 * posterior.recent)
+    louder = posterior._replace(recent=scaled(jnp.full(4, 100.0), posterior.recent))
     np.testing.assert_array_equal(
         empirical_bayes.debiased_energy(louder, estimate, 100), empirical_bayes.pooled_signal(louder, estimate, 100)
     )
@@ -266,9 +273,9 @@ def test_loud_noise_does_not_hide_what_many_leading_directions_have_left_togethe
     g = jax.random.normal(jax.random.key(1), (80,))
 
     def found(key):
-        posterior = step_size.observe(before_release(estimate), estimate, g, 1e-6)
+        posterior = observe(before_release(estimate), estimate, g, 1e-6)
         for k in jax.random.split(key, 5):
-            posterior = step_size.observe(posterior, estimate, g + 4 * jax.random.normal(k, (80,)), 16.0)
+            posterior = observe(posterior, estimate, g + 4 * jax.random.normal(k, (80,)), 16.0)
         return jnp.sum(empirical_bayes.debiased_energy(posterior, estimate, 10**9)[:64])
 
     left, had = jax.jit(jax.vmap(found))(jax.random.split(KEY, 500)), jnp.sum(g[:64] ** 2)
@@ -281,7 +288,7 @@ def test_the_best_step_lowers_the_loss_most_by_itself(times, noise_std):
     """The private curvature is `times` the public one along the signal; noise meets the public one."""
     estimate = example(rest=40, shifts=(100.0,))._replace(directions=jnp.eye(43)[:3])
     g, xi = jax.random.normal(jax.random.key(1), (43,)), noise_std * jax.random.normal(KEY, (4000, 43))
-    posterior = step_size.observe(before_release(estimate), estimate, g, 1e-6)
+    posterior = observe(before_release(estimate), estimate, g, 1e-6)
     posterior = posterior._replace(slopes=1e9 * jnp.array([[times, times], [1.0, 1.0]]))  # measured for good
     along, public = (
         jnp.append(x[:3], jnp.full(40, x[3])) for x in (signal_curvature(estimate), estimate.curvature)
@@ -302,10 +309,10 @@ def test_the_best_step_lowers_the_loss_most_by_itself(times, noise_std):
 
 def test_where_no_signal_is_left_the_best_step_is_the_shortest():
     estimate = example()
-    posterior = step_size.observe(before_release(estimate), estimate, jnp.full(10, 1e-6), 1.0)
+    posterior = observe(before_release(estimate), estimate, jnp.full(10, 1e-6), 1.0)
     length, change = step_size.best_step(posterior, estimate, 1.0, 10**6, 5.0)
     assert length == pytest.approx(5 / 64) and change > 0
-    held = step_size.observe(before_release(estimate), estimate, jnp.ones(10), 0.01, HOLD_OTHERS)
+    held = observe(before_release(estimate), estimate, jnp.ones(10), 0.01, HOLD_OTHERS)
     alone = estimate._replace(dims=HOLD_OTHERS)  # of directions held fixed neither signal nor noise counts
     lengths = [step_size.best_step(held, s, 0.01, 10**6, 5.0, HOLD_OTHERS) for s in (estimate, alone)]
     np.testing.assert_array_equal(*lengths)
@@ -329,7 +336,7 @@ def valley(width, remember, rounds=40):
     def one(carried, _):
         posterior, x = carried
         seen = jnp.zeros(10).at[0].set(3 * (jax.nn.sigmoid(x / width) - 0.5))
-        posterior = step_size.observe(posterior, estimate, seen, 1e-6)
+        posterior = observe(posterior, estimate, seen, 1e-6)
         posterior = posterior if remember else posterior._replace(largest_ratio=jnp.zeros(2))
         multiples, posterior = step_size.advance(posterior, estimate, 1.0, 10**6)
         return (posterior, x - multiples[0] * seen[0]), x
@@ -368,24 +375,30 @@ def test_a_passed_minimum_shows_no_more_steepness_than_there_is_however_little_o
         g = jnp.zeros(1000).at[500].set(10.0)
         y = g + jax.random.normal(first, g.shape)
         later = g.at[500].add(-jumped * y[500]) + jax.random.normal(second, g.shape)
-        posterior = before_release(estimate)._replace(last=y, last_var=jnp.array(1.0), followed=followed)
-        return step_size.observe(posterior, estimate, later, 1.0).largest_ratio[1]
+        last = decompose(estimate.directions, y)
+        posterior = before_release(estimate)._replace(last=last, last_var=jnp.array(1.0), followed=followed)
+        return observe(posterior, estimate, later, 1.0).largest_ratio[1]
 
     found = jax.jit(lambda keys: jax.lax.map(largest_ratio, keys, batch_size=500))(jax.random.split(KEY, 20_000))
     assert jnp.mean(found > 0) > 0.3 and found.max() < truth
+
+
+def remembered(posterior, estimate):
+    """The gradient at theta_0."""
+    return recompose(estimate.directions, scaled(1 / posterior.weights, posterior.gradients))
 
 
 def test_the_initial_gradient_is_remembered_through_the_flow_with_the_stated_variance():
     estimate = example()._replace(curvature=jnp.array([2.0, 1.0, 0.1, 0.1]))
     private = 2.0 * dense_curvature(estimate)  # the curvature_ratio expected
     posterior, gradient = rounds_of(estimate, private, 1e-4, 8, 0.3)
-    remembered = scale(estimate.directions, 1 / posterior.weights, posterior.gradients)
-    np.testing.assert_allclose(remembered, gradient, atol=5e-3)
-    assert jnp.linalg.norm(posterior.gradients / 8 - gradient) > 0.3 * jnp.linalg.norm(gradient)
+    np.testing.assert_allclose(remembered(posterior, estimate), gradient, atol=5e-3)
+    mean = recompose(estimate.directions, posterior.gradients) / 8
+    assert jnp.linalg.norm(mean - gradient) > 0.3 * jnp.linalg.norm(gradient)
 
     def energy(key):
         found, _ = rounds_of(estimate, 0 * private, 1.0, 4, 1e-9, key)
-        return jnp.sum((scale(estimate.directions, 1 / found.weights, found.gradients) - gradient) ** 2)
+        return jnp.sum((remembered(found, estimate) - gradient) ** 2)
 
     mean = jnp.mean(jax.jit(jax.vmap(energy))(jax.random.split(KEY, 2000)))
     np.testing.assert_allclose(mean, 10 / 4, rtol=0.05)
@@ -448,12 +461,11 @@ def test_a_spectrum_without_a_rest_is_a_spectrum():
 
 def test_a_round_that_holds_the_others_moves_and_learns_nothing_there():
     estimate, seen = example(), jax.random.normal(KEY, (10,))
-    posterior = step_size.observe(before_release(estimate), estimate, seen, 0.5, HOLD_OTHERS)
+    posterior = observe(before_release(estimate), estimate, seen, 0.5, HOLD_OTHERS)
     multiples, posterior = step_size.advance(posterior, estimate, 0.3, 10**6, HOLD_OTHERS)
     assert multiples[-1] == 0 and posterior.left[-1] == 1 and posterior.weights[-1] == 0 and jnp.all(multiples[:3] > 0)
-    outside = posterior.gradients - estimate.directions.T @ (estimate.directions @ posterior.gradients)
-    np.testing.assert_allclose(outside, 0, atol=1e-5)
-    whole = step_size.observe(before_release(estimate), estimate, seen, 0.5)
+    np.testing.assert_array_equal(posterior.gradients.others, 0)
+    whole = observe(before_release(estimate), estimate, seen, 0.5)
     assert whole.weights[-1] > 0 and jnp.all(posterior.weights[:3] == whole.weights[:3])
 
 
@@ -464,7 +476,7 @@ def test_what_was_never_tuned_keeps_the_prior_at_the_shift_that_the_others_show(
 
     def others_after(size):
         g = size * jnp.append(jnp.sqrt(estimate.moments[:3]), jnp.full(7, 1e3))
-        posterior = step_size.observe(before_release(estimate), estimate, g, 1e-6, HOLD_OTHERS)
+        posterior = observe(before_release(estimate), estimate, g, 1e-6, HOLD_OTHERS)
         return empirical_bayes.pooled_signal(posterior, estimate, 10**6)[-1]
 
     assert 3 * others_after(0.05) < before[-1] < others_after(1.0) / 3
@@ -476,7 +488,7 @@ def test_the_pooled_shift_is_the_one_that_the_gradients_have(shift):
     estimate = estimate._replace(directions=jnp.eye(503)[:3])
     scales = jnp.sqrt(shift * estimate.moments * jnp.array([1.0, 1.0, 1.0, 0.5]))  # of the others half
     g = jnp.append(scales[:3], jnp.full(500, scales[3])) * jax.random.normal(KEY, (503,))
-    posterior = step_size.observe(before_release(estimate), estimate, g, 1e-9)
+    posterior = observe(before_release(estimate), estimate, g, 1e-9)
     np.testing.assert_allclose(empirical_bayes.pooled_shift(posterior, estimate, 10**7), shift, rtol=0.3)
 
 
@@ -487,8 +499,8 @@ def test_releases_of_unequal_noise_are_weighed_by_it():
     def error(key):
         posterior = before_release(estimate)
         for k, std in zip(jax.random.split(key), (1.0, 2.0), strict=True):
-            posterior = step_size.observe(posterior, estimate, g + std * jax.random.normal(k, (10,)), std**2)
-        found = scale(estimate.directions, 1 / posterior.weights, posterior.gradients)
+            posterior = observe(posterior, estimate, g + std * jax.random.normal(k, (10,)), std**2)
+        found = remembered(posterior, estimate)
         return jnp.append(jnp.mean((found - g) ** 2), 1 / posterior.weights[0])
 
     mean, stated = jnp.mean(jax.jit(jax.vmap(error))(jax.random.split(KEY, 4000)), axis=0)

@@ -5,6 +5,7 @@ import pytest
 
 from qexp_jax import clipping, plan, subspace
 from qexp_jax.quadratic import public_curvature, step_size
+from qexp_jax.quadratic.components import decompose
 from qexp_jax.quadratic.posterior import before_release
 
 KEY = jax.random.key(23)
@@ -142,7 +143,9 @@ def test_the_releases_choose_the_leading_directions_for_a_small_shift_and_all_fo
     assert made.evidence["tuned_at_first"] == 8
     noise_var = (made.preconditioners.l2_clip_norm[1] * noise_multiplier / num_units) ** 2
     g = leading_gradient(estimate, shift)
-    posterior = step_size.observe(before_release(estimate), estimate, g, noise_var, seen)
+    posterior = step_size.observe(
+        before_release(estimate), estimate, decompose(estimate.directions, g), noise_var, seen
+    )
     preconditioner = plan.choose(
         posterior, estimate, made.preconditioners, noise_multiplier, num_units, 80.0
     ).preconditioner
@@ -172,10 +175,13 @@ def test_under_a_heavy_shift_all_are_tuned_where_it_pays_and_in_one_round_of_ten
     leading = leading_gradient(estimate, 0.5)
     others = jax.random.normal(jax.random.key(5), (D,))
     others = others - estimate.directions.T @ (estimate.directions @ others)
-    posterior = step_size.observe(before_release(estimate), estimate, leading, 1e-4, made.preconditioners.tuned[1])
+    posterior = step_size.observe(
+        before_release(estimate), estimate, decompose(estimate.directions, leading), 1e-4, made.preconditioners.tuned[1]
+    )
     recent_var = 0.5 * jnp.vdot(leading, leading) / (D - 8)
     recent = 0.5 * leading + jnp.sqrt(seen_in_others * recent_var) * others
     times, idle = jnp.full(9, 80.0).at[-1].set(looked), jnp.zeros(9).at[-1].set(held)
+    recent = decompose(estimate.directions, recent)
     posterior = posterior._replace(recent=recent, recent_var=jnp.full(9, recent_var), times=times, idle=idle)
     assert plan.is_heavy(posterior, estimate, num_units)
     preconditioner = plan.choose(posterior, estimate, made.preconditioners, 3.0, num_units, 80.0).preconditioner

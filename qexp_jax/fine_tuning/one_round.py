@@ -20,12 +20,14 @@ from qexp_jax.mechanism import gaussian
 from qexp_jax.mechanism.gaussian import Quadratic
 from qexp_jax.model import subspace as subspaces
 from qexp_jax.model.subspace import Subspace
+from qexp_jax.numerics.compilation import jit_quickly
 from qexp_jax.private_pass.clipping import ClipInfo
 from qexp_jax.private_pass.noise import Drawn
 from qexp_jax.private_pass.passes import Linearisation
 from qexp_jax.quadratic import step_size
 from qexp_jax.quadratic.accuracy import noise_cost
-from qexp_jax.quadratic.directions import combine
+from qexp_jax.quadratic.components import decompose, recompose, scale, scaled
+from qexp_jax.quadratic.directions import Directions, combine
 from qexp_jax.quadratic.plan import Plan
 from qexp_jax.quadratic.posterior import CurvatureEstimate, Posterior
 from qexp_jax.quadratic.preconditioner import Preconditioner, choose, is_heavy, multiples_of, precision_of
@@ -122,7 +124,7 @@ def followed(
       of_rounds: such as this one would spend the whole budget.
     """
     precision = aim.linearisation.precision
-    w, multiples, after = follow(
+    multiples, after = follow(
         drawn.noisy, state, plan.subspace, Quadratic(precision, None, num_units), drawn.noise_std, plan.estimate,
         aim.preconditioner, of_rounds,
     )  # fmt: skip
@@ -131,12 +133,13 @@ def followed(
     if drawn.total is None:
         return None, after
     quadratic = Quadratic(precision, drawn.total, num_units)
+    corrected = _corrected(drawn.noisy, plan.subspace, num_units, plan.estimate.directions, aim.preconditioner)
     info = RoundInfo(
         plan=plan,
         preconditioner=aim.preconditioner,
         quadratic=quadratic,
         noise_std=drawn.noise_std,
-        w=w,
+        w=gaussian.release_step(quadratic, corrected),
         multiples=multiples,
         noise_cost=_measured_cost(drawn.noisy, quadratic, plan.subspace, plan.estimate, multiples),
         clip_info=clip_info,
@@ -144,7 +147,7 @@ def followed(
     return info, after
 
 
-@jax.jit
+@jit_quickly
 def follow(
     noisy: jax.Array,
     state: State,
@@ -154,7 +157,7 @@ def follow(
     estimate: CurvatureEstimate,
     preconditioner: Preconditioner,
     rounds: float,
-) -> tuple[jax.Array, jax.Array, State]:
+) -> tuple[jax.Array, State]:
     """The draw of a noisy sum, followed for a step of the flow whose length all releases so far deserve.
 
     N times the preconditioner's clipping bias, which is public, is taken off the sum before. Post-processing of
@@ -171,14 +174,13 @@ def follow(
       rounds: such as this one would spend the whole budget.
 
     Returns:
-      The draw w, the multiples of it that are followed, and the state after it.
+      The multiples of the draw that are followed, and the state after it.
     """
     num_units = quadratic.num_units
     share = preconditioner.share
-    noisy = subspaces.without_held(subspace, noisy)
-    corrected = noisy - num_units * combine(estimate.directions, preconditioner.bias)
-    w = gaussian.release_step(quadratic, corrected)
-    seen = corrected / (share * num_units)
+    directions = estimate.directions
+    corrected = _corrected(noisy, subspace, num_units, directions, preconditioner)
+    seen = decompose(directions, corrected / (share * num_units))
     noise_var = (noise_std / (share * num_units)) ** 2
     posterior = step_size.observe(state.posterior, estimate, seen, noise_var, preconditioner.tuned)
     signal = step_size.pooled_signal(posterior, estimate, num_units)
@@ -190,10 +192,23 @@ def follow(
     )
     length = jnp.where(is_heavy(posterior, estimate, num_units), step, wanted / rounds)
     multiples, posterior = step_size.advance(posterior, estimate, length, num_units, preconditioner.tuned)
-    multiples = multiples_of(preconditioner, multiples) / share
+    multiples = multiples_of(preconditioner, multiples)
     # The precision has the estimate's directions, so that scaling before or after colouring is the same.
-    params = subspaces.displace(subspace, state.params, step_size.scale(estimate.directions, multiples, w))
-    return w, multiples, State(params, posterior, state.split)
+    followed_sum = num_units * recompose(directions, scaled(multiples, seen))
+    params = subspaces.displace(subspace, state.params, gaussian.release_step(quadratic, followed_sum))
+    return multiples / share, State(params, posterior, state.split)
+
+
+def _corrected(
+    noisy: jax.Array,
+    subspace: Subspace,
+    num_units: int,
+    directions: Directions | jax.Array,
+    preconditioner: Preconditioner,
+) -> jax.Array:
+    """The noisy sum (k,) less N times what clipping adds to the public mean gradient."""
+    noisy = subspaces.without_held(subspace, noisy)
+    return noisy - num_units * combine(directions, preconditioner.bias)
 
 
 @jax.jit
@@ -210,7 +225,7 @@ def _measured_cost(
       multiples: (r + 1,) of the draw that were followed.
     """
     noise = (subspaces.without_held(subspace, noisy) - quadratic.whitened_sum) / quadratic.num_units
-    stretched = step_size.scale(estimate.directions, estimate.curvature * multiples**2, noise)
+    stretched = scale(estimate.directions, estimate.curvature * multiples**2, noise)
     return jnp.vdot(noise, stretched, precision=jax.lax.Precision.HIGHEST) / 2
 
 

@@ -26,10 +26,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.random import threefry_2x32
 
 from qexp_jax.numerics import integers
 from qexp_jax.numerics.integers import Words
-from qexp_jax.numerics.keys import as_threefry
+from qexp_jax.numerics.keys import THREEFRY, as_threefry
 from qexp_jax.quadratic.precision import Precision, color, shaped_noise, uncolor, whiten_sum
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -159,16 +160,13 @@ def protecting_key(key: jax.Array, *arrays: jax.Array) -> jax.Array:
     Two noisy sums with one noise reveal their difference exactly. The noise therefore depends on what it protects, here
     on all that the noisy sum is made of: a key reused on other data, or with another noise scale, draws fresh noise (up
     to a collision of probability 2^-64), and the same call repeated gives the same release. The digest is the XOR of
-    threefry outputs, each keyed by the position of a word and applied to the word, so that it reveals nothing itself.
-    A key of another generator becomes a threefry key first.
+    threefry blocks, one of each word and its position, as in an XOR MAC (Bellare, Guerin and Rogaway, CRYPTO 1995), so
+    that it reveals nothing itself; the key is the block of the digest. A key of another generator becomes a threefry
+    key first.
     """
-    # The digest maps over keys, which other generators do with the first key alone.
-    key = as_threefry(key)
+    secret = jax.random.key_data(as_threefry(key))
     words = jnp.concatenate([jax.lax.bitcast_convert_type(x, jnp.uint32).ravel() for x in arrays])
-    tags = jax.vmap(lambda k, word: jax.random.key_data(jax.random.fold_in(k, word)))(
-        jax.random.split(key, len(words)), words
-    )
-    digest = jax.lax.reduce(tags, np.uint32(0), jax.lax.bitwise_xor, (0,))
-    for word in digest:
-        key = jax.random.fold_in(key, word)
-    return key
+    positions = jnp.arange(len(words), dtype=jnp.uint32)
+    blocks = threefry_2x32(secret, jnp.concatenate([positions, words])).reshape(2, -1)
+    digest = jax.lax.reduce(blocks, np.uint32(0), jax.lax.bitwise_xor, (1,))
+    return jax.random.wrap_key_data(threefry_2x32(secret, digest), impl=THREEFRY)

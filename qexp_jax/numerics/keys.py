@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_THREEFRY = "threefry2x32"
+from qexp_jax.numerics.compilation import jit_quickly
+
+THREEFRY = "threefry2x32"
 
 
 def fresh_key() -> jax.Array:
@@ -35,13 +37,13 @@ def generator(key: jax.Array) -> np.random.Generator:
     return np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@functools.partial(jit_quickly, static_argnums=(1,))
 def split(key: jax.Array, number: int) -> tuple[jax.Array, ...]:
     """Independent keys, as of `jax.random.split`; one small program."""
     return tuple(jax.random.split(key, number))
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@functools.partial(jit_quickly, static_argnums=(1,))
 def one_of(key: jax.Array, number: int, index: jax.Array | int) -> jax.Array:
     """The one at `index`, as of `jax.random.split`; of many, none is taken apart but this."""
     return jax.random.split(key, number)[index]
@@ -53,10 +55,10 @@ def as_threefry(key: jax.Array) -> jax.Array:
     Other generators do not map over keys one by one: under `jax.vmap`, `rbg` and `unsafe_rbg` draw with the first key
     alone.
     """
-    if str(jax.random.key_impl(key)) == _THREEFRY:
+    if str(jax.random.key_impl(key)) == THREEFRY:
         return key
     words = jax.random.key_data(key).ravel()
-    found = jax.random.wrap_key_data(words[:2], impl=_THREEFRY)
+    found = jax.random.wrap_key_data(words[:2], impl=THREEFRY)
     # A generator of longer keys: to drop words would make equal noise of different keys.
     for word in words[2:]:
         found = jax.random.fold_in(found, word)

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from qexp_jax.data.records import Record
 from qexp_jax.mechanism import gaussian, hardened
 from qexp_jax.numerics import integers
+from qexp_jax.numerics.compilation import jit_quickly
 from qexp_jax.privacy import accounting, discrete
 from qexp_jax.privacy.discrete import DiscreteNoise
 from qexp_jax.private_pass import clipping, devices, passes
@@ -100,7 +101,8 @@ def _draw_gaussian(
     return Drawn(_whitened_exactly(precision, total, step) if looked_at else None, noisy, noise_std)
 
 
-noisy_sum = jax.jit(gaussian.noisy_whitened_sum)
+# Random bits take long without optimisations: of more numbers, twelve rounds of it as long as its compilation.
+noisy_sum = jit_quickly(gaussian.noisy_whitened_sum, most_numbers=2**18)
 _step_size = jax.jit(clipping.step_size)
 
 

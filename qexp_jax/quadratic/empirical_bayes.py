@@ -93,7 +93,8 @@ def _pooled(posterior: Posterior, estimate: CurvatureEstimate) -> tuple[jax.Arra
     factors = jnp.where(posterior.weights > 0, noise_var, 0)
     largest = factors.max()  # before squaring: small units stay within float32
     shares = factors / jnp.where(largest > 0, largest, 1)
-    energy = shares**2 * energies(estimate, largest * posterior.gradients)
+    scaled = jax.tree.map(lambda x: largest * x, posterior.gradients)
+    energy = shares**2 * energies(estimate, scaled)
     return energy, noise_var
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from qexp_jax.model.factored_gradients import BLOCK, Rows, squares
 from qexp_jax.numerics.rounding import of_sum
 from qexp_jax.quadratic import directions as directions_of
+from qexp_jax.quadratic.components import scale
 from qexp_jax.quadratic.directions import Directions, along, along_each, combine
 from qexp_jax.quadratic.roots import Root, as_it_is, lost, of_one_size, opaque, with_norms
 
@@ -29,9 +30,7 @@ def _scale_by(power: float) -> Callable[[_LowRank, jax.Array], jax.Array]:
 
     def apply(arrays: _LowRank, x: jax.Array) -> jax.Array:
         rest, vectors, eigenvalues = arrays
-        # Less that of the rest, which all of x is multiplied by: what lies outside V is never formed.
-        change = eigenvalues**power - rest**power
-        return rest**power * x + combine(vectors, change * along(vectors, x))
+        return scale(vectors, jnp.append(eigenvalues, rest) ** power, x)
 
     return apply
 

@@ -1,9 +1,9 @@
 """The public second-order picture of a space, and what is kept of the releases so far.
 
-All of it stands in whitened coordinates. The leading r directions are coordinates of their own; all others are one
-block, so that every array of length r + 1 holds r numbers and one more that stands for each coordinate of the block.
-Noise meets the block's mean curvature, but a signal lies where the curvature is high; for it the block counts with the
-curvature of the last leading direction (`signal_curvature`).
+All of it stands in whitened coordinates, and vectors of k are kept as their `components`. The leading r directions are
+coordinates of their own; all others are one block, so that every array of length r + 1 holds r numbers and one more
+that stands for each coordinate of the block. Noise meets the block's mean curvature, but a signal lies where the
+curvature is high; for it the block counts with the curvature of the last leading direction (`signal_curvature`).
 
 What a release adds to the `Posterior` is in `step_size.observe`; what it says of the private gradient is in
 `empirical_bayes`, and of the private curvature in `secants`.
@@ -14,9 +14,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qexp_jax.quadratic.directions import Directions, along, combine
-
-_HIGHEST = jax.lax.Precision.HIGHEST
+from qexp_jax.quadratic.components import Components, products
+from qexp_jax.quadratic.directions import Directions
 
 
 class CurvatureEstimate(NamedTuple):
@@ -43,10 +42,10 @@ class Posterior(NamedTuple):
     """What the releases so far say of the private gradient at theta_0 and of the curvature along it.
 
     Attributes:
-      gradients: (k,) released mean gradients, summed with the weights `left` over variance; 0 where never tuned.
+      gradients: released mean gradients, summed with the weights `left` over variance; 0 where never tuned.
       weights: (r + 1,) one over the variance of the initial gradient that they give; 0 where never tuned.
       left: (r + 1,) share of the initial gradient that is left after the flow so far.
-      last: (k,) the latest released mean gradient.
+      last: the latest released mean gradient.
       last_var: variance of its noise in each coordinate.
       followed: (r + 1,) multiples of it that were followed.
       slopes: (2, 2) sums over rounds of the regression of measured on public curvature, see
@@ -54,21 +53,21 @@ class Posterior(NamedTuple):
       largest_ratio: (2,) the largest ratio that a passed minimum has shown; 0 where none was passed.
       times: (r + 1,) in how many rounds it was tuned.
       idle: (r + 1,) how many rounds have held it since; infinite where never tuned.
-      recent: (k,) mean of the released mean gradients, the t-th of them with weight t.
+      recent: mean of the released mean gradients, the t-th of them with weight t.
       recent_var: (r + 1,) variance of its noise in each coordinate.
     """
 
-    gradients: jax.Array
+    gradients: Components
     weights: jax.Array
     left: jax.Array
-    last: jax.Array
+    last: Components
     last_var: jax.Array
     followed: jax.Array
     slopes: jax.Array
     largest_ratio: jax.Array
     times: jax.Array
     idle: jax.Array
-    recent: jax.Array
+    recent: Components
     recent_var: jax.Array
 
 
@@ -76,7 +75,7 @@ class Posterior(NamedTuple):
 def before_release(estimate: CurvatureEstimate) -> Posterior:
     """Nothing is known but the prior."""
     zeros = jnp.zeros_like(estimate.curvature)
-    gradients = jnp.zeros(estimate.directions.shape[1], zeros.dtype)
+    gradients = Components(zeros[:-1], jnp.zeros(estimate.directions.shape[1], zeros.dtype))
     slopes = jnp.zeros((2, 2), zeros.dtype)
     return Posterior(
         gradients=gradients,
@@ -99,29 +98,10 @@ def signal_curvature(estimate: CurvatureEstimate) -> jax.Array:
     return estimate.curvature.at[-1].set(estimate.curvature[:-1].min())
 
 
-def energies(estimate: CurvatureEstimate, x: jax.Array) -> jax.Array:
-    """x_j^2 of the leading coordinates, and the mean square of the others, (k,) -> (r + 1,)."""
-    squares = products(estimate.directions, x, x)
-    # The others' sum is a difference, which rounding may take below 0.
-    of_others = jnp.maximum(squares[-1], 0) / jnp.maximum(1, estimate.dims[-1])
-    return squares.at[-1].set(of_others)
-
-
-def products(directions: Directions | jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
-    """x_j y_j of the leading coordinates, and their sum over all others, (k,) and (k,) -> (r + 1,)."""
-    a = along(directions, x)
-    b = along(directions, y)
-    total = jnp.vdot(x, y, precision=_HIGHEST)
-    in_leading = jnp.vdot(a, b, precision=_HIGHEST)
-    return jnp.append(a * b, total - in_leading)
-
-
-def scale(directions: Directions | jax.Array, factors: jax.Array, x: jax.Array) -> jax.Array:
-    """x (k,) with its leading coordinates and all others multiplied by `factors` (r + 1,)."""
-    rest = factors[-1]
-    # In O(k r): the others' share of x is never formed.
-    change = along(directions, x) * (factors[:-1] - rest)
-    return combine(directions, change) + rest * x
+def energies(estimate: CurvatureEstimate, x: Components) -> jax.Array:
+    """x_j^2 of the leading coordinates, and the mean square of the others, (r + 1,)."""
+    squares = products(x, x)
+    return squares.at[-1].divide(jnp.maximum(1, estimate.dims[-1]))
 
 
 def in_two(x: jax.Array) -> jax.Array:

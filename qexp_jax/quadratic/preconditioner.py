@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qexp_jax.numerics.compilation import jit_quickly
 from qexp_jax.quadratic import precision as precisions
 from qexp_jax.quadratic import step_size
 from qexp_jax.quadratic.directions import Directions
@@ -95,7 +96,7 @@ def precision_of(directions: Directions | jax.Array, preconditioner: Preconditio
     return precisions.leading(directions, leading)
 
 
-@jax.jit
+@jit_quickly
 def choose(
     posterior: Posterior,
     estimate: CurvatureEstimate,

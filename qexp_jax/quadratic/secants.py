@@ -21,8 +21,9 @@ A step from two gradients: Barzilai and Borwein, IMA J. Numer. Anal. 8 (1988). I
 import jax
 import jax.numpy as jnp
 
+from qexp_jax.quadratic.components import Components, products
 from qexp_jax.quadratic.empirical_bayes import pooled_signal
-from qexp_jax.quadratic.posterior import CurvatureEstimate, Posterior, in_two, of_two, products, signal_curvature
+from qexp_jax.quadratic.posterior import CurvatureEstimate, Posterior, in_two, of_two, signal_curvature
 from qexp_jax.quadratic.rule import RULE
 
 _STEEPEST = 1000.0  # the largest ratio that is believed
@@ -46,15 +47,15 @@ def curvature_ratio(posterior: Posterior, estimate: CurvatureEstimate, num_units
     return of_two(pair, len(estimate.curvature))
 
 
-def secant(posterior: Posterior, estimate: CurvatureEstimate, seen: jax.Array) -> jax.Array:
-    """A and B, of the leading coordinates and of all others (2, 2), for a `seen` gradient (k,).
+def secant(posterior: Posterior, estimate: CurvatureEstimate, seen: Components) -> jax.Array:
+    """A and B, of the leading coordinates and of all others (2, 2), for a `seen` gradient.
 
     Where nothing was followed yet both are zero.
     """
     followed = posterior.followed
     noise = posterior.last_var * estimate.dims
-    energy = products(estimate.directions, posterior.last, posterior.last)
-    product = products(estimate.directions, posterior.last, seen)
+    energy = products(posterior.last, posterior.last)
+    product = products(posterior.last, seen)
     measured = followed * (energy - product) - noise * (followed + estimate.curvature * followed**2)
     public = signal_curvature(estimate) * followed**2 * (energy - noise)
     return jnp.stack([in_two(measured), in_two(public)])
@@ -63,7 +64,7 @@ def secant(posterior: Posterior, estimate: CurvatureEstimate, seen: jax.Array) -
 def measured_in_round(
     posterior: Posterior,
     estimate: CurvatureEstimate,
-    seen: jax.Array,
+    seen: Components,
     noise_var: jax.Array | float,
     tuned: jax.Array | float,
 ) -> tuple[jax.Array, jax.Array]:
@@ -75,7 +76,7 @@ def measured_in_round(
     Args:
       posterior: after the rounds before.
       estimate: public.
-      seen: (k,) released mean gradient of the round.
+      seen: released mean gradient of the round.
       noise_var: variance of its noise in each coordinate.
       tuned: (r + 1,) one, or zero where the round holds the parameters fixed.
     """
@@ -88,8 +89,8 @@ def measured_in_round(
     spread = last_var * jnp.sqrt(2 * in_two(dims * (signal_curvature(estimate) * squares) ** 2))
     doubt = _DEVIATIONS * spread
     sure = jnp.maximum(public - doubt, 0)
-    energy = products(estimate.directions, posterior.last, posterior.last)
-    product = products(estimate.directions, posterior.last, seen)
+    energy = products(posterior.last, posterior.last)
+    product = products(posterior.last, seen)
     variance = in_two((last_var + noise_var) * squares * energy + last_var * noise_var * squares * dims)
     is_seen = in_two(tuned * jnp.ones_like(dims)) > 0
     # Infinite where nothing was followed, so that no quotient is not a number.

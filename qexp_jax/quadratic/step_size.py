@@ -39,13 +39,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from qexp_jax.quadratic import secants
+from qexp_jax.quadratic.components import Components, scaled
 from qexp_jax.quadratic.empirical_bayes import debiased_energy, pooled_shift, pooled_signal, shift_prior, signal
 from qexp_jax.quadratic.posterior import (
     CurvatureEstimate,
     Posterior,
     before_release,
     energies,
-    scale,
     signal_curvature,
 )
 from qexp_jax.quadratic.rule import RULE
@@ -66,7 +66,6 @@ __all__ = [
     "observe",
     "pooled_shift",
     "pooled_signal",
-    "scale",
     "secant",
     "shift_prior",
     "signal",
@@ -81,16 +80,16 @@ _LONGEST_ROUND = 4.0  # over the largest curvature: beyond it nothing of a gradi
 def observe(
     posterior: Posterior,
     estimate: CurvatureEstimate,
-    seen: jax.Array,
+    seen: Components,
     noise_var: jax.Array | float,
     tuned: jax.Array | float = 1.0,
 ) -> Posterior:
-    """Takes in the released mean gradient `seen` (k,) of a round.
+    """Takes in the released mean gradient `seen` of a round.
 
     Args:
       posterior: after the rounds before.
       estimate: public.
-      seen: (k,) whitened; of directions that the round did not tune it is not looked at.
+      seen: whitened; of directions that the round did not tune it is not looked at.
       noise_var: variance of its noise in each coordinate.
       tuned: (r + 1,) one, or zero where the round holds the parameters fixed.
     """
@@ -100,15 +99,15 @@ def observe(
     times = posterior.times + tuned
     newest = tuned * 2 / (times + 1)  # the share of the t-th release in a mean with weights 1, ..., t
     return posterior._replace(
-        gradients=posterior.gradients + scale(estimate.directions, left / noise_var, seen),
+        gradients=jax.tree.map(jnp.add, posterior.gradients, scaled(left / noise_var, seen)),
         weights=posterior.weights + left**2 / noise_var,
         last=seen,
-        last_var=jnp.asarray(noise_var, seen.dtype),
+        last_var=jnp.asarray(noise_var, seen.leading.dtype),
         slopes=posterior.slopes + slopes,
         largest_ratio=jnp.maximum(posterior.largest_ratio, largest_ratio),
         times=times,
         idle=jnp.where(tuned > 0, 0, posterior.idle + 1),
-        recent=posterior.recent + scale(estimate.directions, newest, seen - posterior.recent),
+        recent=jax.tree.map(jnp.add, scaled(1 - newest, posterior.recent), scaled(newest, seen)),
         recent_var=(1 - newest) ** 2 * posterior.recent_var + newest**2 * noise_var,
     )
 
