@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qexp_jax.data.records import Record, held, num_records
+from qexp_jax.numerics.compilation import compiled
 
 
 def check_key(key: Any) -> None:
@@ -58,7 +59,7 @@ def check_same_structure(public: Record, private: Record) -> None:
         )
 
 
-@jax.jit
+@compiled
 def _all_finite(leaves: list[jax.Array]) -> jax.Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]))
 

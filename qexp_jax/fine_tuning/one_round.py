@@ -9,6 +9,7 @@ for the step that the latest ones deserve; next to nothing where they look like 
 curvature is high. No test between neighbours gains from any of it.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ from qexp_jax.mechanism import gaussian
 from qexp_jax.mechanism.gaussian import Quadratic
 from qexp_jax.model import subspace as subspaces
 from qexp_jax.model.subspace import Subspace
-from qexp_jax.numerics.compilation import jit_quickly
+from qexp_jax.numerics.compilation import compiled
 from qexp_jax.private_pass.clipping import ClipInfo
 from qexp_jax.private_pass.noise import Drawn
 from qexp_jax.private_pass.passes import Linearisation
@@ -147,7 +148,7 @@ def followed(
     return info, after
 
 
-@jit_quickly
+@functools.partial(compiled, few=2**22)
 def follow(
     noisy: jax.Array,
     state: State,
@@ -211,7 +212,7 @@ def _corrected(
     return noisy - num_units * combine(directions, preconditioner.bias)
 
 
-@jax.jit
+@compiled
 def _measured_cost(
     noisy: jax.Array, quadratic: Quadratic, subspace: Subspace, estimate: CurvatureEstimate, multiples: jax.Array
 ) -> jax.Array:

@@ -12,6 +12,7 @@ from qexp_jax.data.records import LossFn, Params, Record, is_key, num_records
 from qexp_jax.model.factored_gradients import norms
 from qexp_jax.model.gradients import Mode, projected_gradients
 from qexp_jax.model.subspace import Subspace
+from qexp_jax.numerics.compilation import compiled
 from qexp_jax.privacy.discrete import INTEGER_CLIP_NORM
 from qexp_jax.private_pass.clipping import ClipInfo, clip
 from qexp_jax.quadratic.precision import Precision, whiten
@@ -19,7 +20,7 @@ from qexp_jax.quadratic.precision import Precision, whiten
 _MOST_UNITS = 2**40  # sums over units stay below 2^63
 
 
-@functools.partial(jax.jit, static_argnames=("loss_fn", "mode"))
+@functools.partial(compiled, static_argnames=("loss_fn", "mode"))
 def unit_steps(
     loss_fn: LossFn,
     params: Params,

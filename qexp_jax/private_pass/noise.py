@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from qexp_jax.data.records import Record
 from qexp_jax.mechanism import gaussian, hardened
 from qexp_jax.numerics import integers
-from qexp_jax.numerics.compilation import jit_quickly
+from qexp_jax.numerics.compilation import compiled
 from qexp_jax.privacy import accounting, discrete
 from qexp_jax.privacy.discrete import DiscreteNoise
 from qexp_jax.private_pass import clipping, devices, passes
@@ -102,8 +102,8 @@ def _draw_gaussian(
 
 
 # Random bits take long without optimisations: of more numbers, twelve rounds of it as long as its compilation.
-noisy_sum = jit_quickly(gaussian.noisy_whitened_sum, most_numbers=2**18)
-_step_size = jax.jit(clipping.step_size)
+noisy_sum = compiled(gaussian.noisy_whitened_sum, few=2**18)
+_step_size = compiled(clipping.step_size)
 
 
 def _whitened_exactly(precision: Precision, total: Any, step: jax.Array) -> np.ndarray:
@@ -113,7 +113,7 @@ def _whitened_exactly(precision: Precision, total: Any, step: jax.Array) -> np.n
         return np.asarray(_whiten_numbers(precision, integers.to_int64(total) * step))
 
 
-@jax.jit
+@compiled
 def _whiten_numbers(precision: Precision, numbers: jax.Array) -> jax.Array:
     return precision.root.whiten_sum(precision.arrays, numbers)
 

@@ -25,6 +25,7 @@ from qexp_jax.data.records import LossFn, Params, Record
 from qexp_jax.model.gradients import Mode
 from qexp_jax.model.subspace import Subspace
 from qexp_jax.numerics import integers
+from qexp_jax.numerics.compilation import compiled
 from qexp_jax.numerics.integers import Words
 from qexp_jax.private_pass import devices
 from qexp_jax.private_pass.clipping import ClipInfo, unit_sum
@@ -92,7 +93,7 @@ def resized(partial: Partial, num_coordinates: int) -> Partial:
     return partial._replace(total=total if isinstance(total, np.ndarray) else jax.tree.map(jnp.asarray, total))
 
 
-@functools.partial(jax.jit, static_argnames=("loss_fn", "microbatch_size", "mode", "exact", "mesh"))
+@functools.partial(compiled, static_argnames=("loss_fn", "microbatch_size", "mode", "exact", "mesh"))
 def device_sum(
     loss_fn: LossFn,
     linearisation: Linearisation,
@@ -196,7 +197,7 @@ def add(partial: Partial, total: Any, info: ClipInfo) -> Partial:
     return _add_words(partial, total, info)
 
 
-@jax.jit
+@compiled
 def _add_words(partial: Partial, total: Words, info: ClipInfo) -> Partial:
     return Partial(integers.add(partial.total, total), jax.tree.map(jnp.add, partial.info, info))
 

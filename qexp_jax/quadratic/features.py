@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qexp_jax.data.records import LossFn, Params, Record, chunks, num_records, take
-from qexp_jax.numerics.compilation import jit_quickly
+from qexp_jax.numerics.compilation import compiled
 from qexp_jax.numerics.keys import generator
 from qexp_jax.quadratic import default_features
 from qexp_jax.quadratic.eigenspace import principal_axes
@@ -91,7 +91,7 @@ def fit(
     return FeatureMap(raw=raw, arrays=arrays, center=on_device[0], axes=on_device[1], params=params)
 
 
-@functools.partial(jit_quickly, static_argnums=(1,))
+@functools.partial(compiled, static_argnums=1, few=2**22)
 def _centred_axes(rows: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The mean of rows (n, q), their leading principal axes (q, rank), and the spreads of these."""
     center = jnp.mean(rows, axis=0)
@@ -119,7 +119,7 @@ def apply_each(features: FeatureMap, records: Record) -> np.ndarray:
     return np.concatenate(rows)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(compiled, static_argnums=0)
 def _apply_each(raw: Raw, numbers: tuple[Any, ...], records: Record) -> jax.Array:
     features = FeatureMap(raw, *numbers)
     return jax.lax.map(lambda record: apply(features, record), records, batch_size=at_a_time(records))

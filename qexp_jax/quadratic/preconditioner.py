@@ -15,13 +15,14 @@ to lower the loss; but one round in ten looks at all again, where more may have 
 The rule is ours; its numbers are in `rule`.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qexp_jax.numerics.compilation import jit_quickly
+from qexp_jax.numerics.compilation import compiled
 from qexp_jax.quadratic import precision as precisions
 from qexp_jax.quadratic import step_size
 from qexp_jax.quadratic.directions import Directions
@@ -96,7 +97,7 @@ def precision_of(directions: Directions | jax.Array, preconditioner: Preconditio
     return precisions.leading(directions, leading)
 
 
-@jit_quickly
+@functools.partial(compiled, few=2**22)
 def choose(
     posterior: Posterior,
     estimate: CurvatureEstimate,

@@ -18,6 +18,7 @@ from qexp_jax.model import subspace as subspaces
 from qexp_jax.model.factored_gradients import Rows
 from qexp_jax.model.gradients import at_a_time, gradient_rows, moved_coordinates
 from qexp_jax.model.subspace import Layout, Subspace
+from qexp_jax.numerics.compilation import compiled
 from qexp_jax.quadratic import directions as directions_of
 from qexp_jax.quadratic.curvature import hessian_product
 from qexp_jax.quadratic.directions import Directions
@@ -126,7 +127,7 @@ def _finite_losses(loss_fn: LossFn, params: Params, space: Subspace, records: Re
     return losses
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
+@functools.partial(compiled, static_argnums=(0, 3))
 def leading_directions(
     loss_fn: LossFn, params: Params, records: Record, rank: int, space: Subspace
 ) -> tuple[Directions | jax.Array, Rows]:
@@ -147,7 +148,7 @@ def leading_directions(
     return directions_of.leading(rows, rank), moved
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(compiled, static_argnums=0)
 def curvature_along(
     loss_fn: LossFn, params: Params, space: Subspace, directions: Directions | jax.Array, index: int, records: Record
 ) -> jax.Array:
@@ -170,7 +171,7 @@ def curvature_along(
     return jnp.vdot(v, product, precision=jax.lax.Precision.HIGHEST)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(compiled, static_argnums=0)
 def surveyed_gradients(
     loss_fn: LossFn, params: Params, space: Subspace, directions: Directions | jax.Array, records: Record
 ) -> tuple[jax.Array, jax.Array, Rows]:
@@ -234,7 +235,7 @@ def _curvature(
     return scale * moments
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(compiled, static_argnums=0)
 def _losses(loss_fn: LossFn, params: Params, space: Subspace, records: Record) -> jax.Array:
     """(n,) at theta_0."""
     size = at_a_time(loss_fn, params, space, records)

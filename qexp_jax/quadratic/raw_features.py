@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from qexp_jax.data.records import Params, Record, num_records
+from qexp_jax.numerics.compilation import compiled
 
 Raw = Callable[[Any, Params, Record], jax.Array]
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(compiled, static_argnums=0)
 def raw_each(raw: Raw, arrays: Any, params: Params, records: Record) -> jax.Array:
     """Those of n records, (n, q).
 

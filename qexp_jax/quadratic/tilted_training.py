@@ -24,6 +24,7 @@ from qexp_jax.model.convolutions import as_products
 from qexp_jax.model.gradients import at_a_time
 from qexp_jax.model.operations import count_flops
 from qexp_jax.model.subspace import Subspace
+from qexp_jax.numerics.compilation import compiled
 from qexp_jax.numerics.keys import generator
 from qexp_jax.quadratic.averages import mean_gradient
 
@@ -117,7 +118,7 @@ def _batches(public: Record, index: np.ndarray) -> Record:
     return jax.tree.map(lambda x: x.reshape(*index.shape, *x.shape[1:]), records)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(compiled, static_argnums=0)
 def public_slope(
     loss_fn: LossFn, params: Params, space: Subspace, records: Record, count: jax.Array | int
 ) -> jax.Array:
@@ -152,12 +153,12 @@ def _optimizer(steps: int) -> optax.GradientTransformation:
     return optax.adam(optax.cosine_decay_schedule(_LEARNING_RATE, steps))
 
 
-@jax.jit
+@compiled
 def _moved(params: Params, space: Subspace, w: jax.Array) -> Params:
     return subspaces.displace(space, params, subspaces.without_held(space, w))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(compiled, static_argnums=(0, 1))
 def train_steps(
     loss_fn: LossFn,
     steps: int,
@@ -195,7 +196,7 @@ def train_steps(
     return jax.lax.scan(step, carry, (batches, weights))[0]
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(compiled, static_argnums=0)
 def _objective(
     loss_fn: LossFn,
     params: Params,

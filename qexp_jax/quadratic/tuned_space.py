@@ -13,6 +13,7 @@ from qexp_jax.model import subspace as subspaces
 from qexp_jax.model.factored_gradients import Rows
 from qexp_jax.model.gradients import at_a_time
 from qexp_jax.model.subspace import Layout, Subspace
+from qexp_jax.numerics.compilation import compiled
 from qexp_jax.quadratic.eigenspace import top_eigenspace
 
 _GRADIENT_BYTES = 2**30  # that a sample of gradients may take
@@ -81,7 +82,7 @@ def orthonormal_space(
     return _top_eigenspace(loss_fn, params, sample, dim, whole)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
+@functools.partial(compiled, static_argnums=(0, 3))
 def _top_eigenspace(loss_fn: LossFn, params: Params, records: Record, dim: int, within: Subspace) -> Subspace:
     """That of `eigenspace.top_eigenspace`, with microbatches that fit."""
     size = at_a_time(loss_fn, params, within, records)

@@ -27,6 +27,7 @@ Mach. Learn. 93, 2013), selective pretraining (arXiv:2305.13865), and maximum en
 Phys. Rev. 106, 1957).
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qexp_jax.data.records import Record
-from qexp_jax.numerics.compilation import jit_quickly
+from qexp_jax.numerics.compilation import compiled
 from qexp_jax.quadratic import features as feature_maps
 from qexp_jax.quadratic.features import FeatureMap
 from qexp_jax.quadratic.rule import RULE
@@ -175,7 +176,7 @@ def _solve(rows: np.ndarray, mean: np.ndarray, penalties: np.ndarray) -> np.ndar
     return found.x
 
 
-@jit_quickly
+@functools.partial(compiled, few=2**22)
 def _dual(theta: jax.Array, rows: jax.Array, mean: jax.Array, penalties: jax.Array) -> tuple[jax.Array, jax.Array]:
     """What theta minimises, and its slope (k,)."""
 
