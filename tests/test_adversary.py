@@ -23,6 +23,7 @@ from qexp_jax.model.factored_gradients import squares
 from qexp_jax.numerics import integers
 from qexp_jax.private_pass import exact_clipping, noise
 from qexp_jax.quadratic.directions import along_each
+from qexp_jax.quadratic.low_rank_root import LOW_RANK
 
 WIDTH, N, SLOT = 70, 45, 17
 # Columns of the records; both of a pair are the same in all public records, and the unseen are zero there.
@@ -240,17 +241,19 @@ def spread_of_one(arrays):
     return jnp.ones(()), jnp.ones(())
 
 
+def unweighted_coordinates(arrays, rows, scale):
+    rest, vectors, eigenvalues = arrays
+    inside = along_each(vectors, rows) ** 2
+    return rows, scale * jnp.sqrt(squares(rows, 1.0) / rest + jnp.sum(inside / eigenvalues, axis=1))
+
+
+UNWEIGHTED = LOW_RANK._replace(coordinates=unweighted_coordinates, spread=spread_of_one)
+
+
 def held_by_weight(directions, preconditioner):
     """A very large eigenvalue holds all others: they have no weight in the norm, and are added whole."""
     found = precision.spectral(1e30, directions, preconditioner.eigenvalues[:-1])
-
-    def coordinates(arrays, rows, scale):
-        rest, vectors, eigenvalues = arrays
-        inside = along_each(vectors, rows) ** 2
-        return rows, scale * jnp.sqrt(squares(rows, 1.0) / rest + jnp.sum(inside / eigenvalues, axis=1))
-
-    root = found.root._replace(coordinates=coordinates, spread=spread_of_one)
-    return dataclasses.replace(found, root=root)
+    return dataclasses.replace(found, root=UNWEIGHTED)
 
 
 def test_directions_held_by_weight_alone_are_caught(monkeypatch):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.linalg
 from problems import fine_tune, wide_layer_loss, wide_layer_network
 
 from qexp_jax import clipping, gradients, hardened, precision, records, subspace
@@ -25,7 +26,7 @@ def rows_of(sizes, n=100):
     return [steep(keys[0], others), Outer(steep(keys[1], a), steep(keys[2], b))]
 
 
-SIZES = {"one long axis": (200, 4, 7), "the other": (4, 200, 7), "two": (90, 80, 3)}
+SIZES = {"one long axis": (200, 4, 7), "the other": (4, 200, 7), "two": (70, 66, 3)}
 
 
 @pytest.fixture(scope="module", params=SIZES)
@@ -90,16 +91,18 @@ def test_a_precision_of_directions_is_that_of_the_array(example):
     operator = precision.spectral(rest, found, values)
     root = np.sqrt(rest) * (np.eye(array.shape[1]) - array.T @ array) + array.T * np.sqrt(values) @ array
     whole = np.asarray(factored_gradients.whole(rows), np.float64)
-    x, expected = factored_gradients.whole(rows)[0], np.linalg.solve(root, whole[0])
+    factors = scipy.linalg.lu_factor(root)
+    whitened = scipy.linalg.lu_solve(factors, whole.T).T
+    x, expected = factored_gradients.whole(rows)[0], whitened[0]
     scale = np.linalg.norm(expected)
     for transform in (precision.whiten, precision.color):
         np.testing.assert_allclose(transform(operator, x) / scale, expected / scale, atol=1e-5)
     np.testing.assert_allclose(precision.uncolor(operator, x), root @ whole[0], atol=1e-4)
-    norms = np.linalg.norm(np.linalg.solve(root, whole.T), axis=0)
+    norms = np.linalg.norm(whitened, axis=1)
     found_norms = precision.whitened_norms(operator, rows)
     np.testing.assert_allclose(found_norms, norms, rtol=0.02)
     assert np.all(found_norms >= norms * (1 - 1e-6))
-    np.testing.assert_allclose(operator.log_det, 2 * np.linalg.slogdet(root)[1], rtol=1e-5)
+    np.testing.assert_allclose(operator.log_det, 2 * np.sum(np.log(np.abs(np.diag(factors[0])))), rtol=1e-5)
 
 
 def test_a_round_in_factors_has_the_sum_of_whole_gradients(monkeypatch):

@@ -21,7 +21,7 @@ from qexp_jax.mechanism import gaussian
 from qexp_jax.mechanism.gaussian import Quadratic
 from qexp_jax.model import subspace as subspaces
 from qexp_jax.model.subspace import Subspace
-from qexp_jax.numerics.compilation import compiled
+from qexp_jax.numerics.compilation import FEW, compiled
 from qexp_jax.private_pass.clipping import ClipInfo
 from qexp_jax.private_pass.noise import Drawn
 from qexp_jax.private_pass.passes import Linearisation
@@ -148,7 +148,7 @@ def followed(
     return info, after
 
 
-@functools.partial(compiled, few=2**22)
+@functools.partial(compiled, few=FEW)
 def follow(
     noisy: jax.Array,
     state: State,

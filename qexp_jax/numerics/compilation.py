@@ -11,12 +11,15 @@ from typing import Any
 
 import jax
 
+FEW = 2**22  # numbers, of which an operation takes milliseconds however it is compiled
 _OLDER_EMITTERS = {"xla_cpu_use_fusion_emitters": False}
 _UNOPTIMISED = {"xla_backend_optimization_level": 0}
 
 
 def compiled(function: Callable[..., Any], *, few: int = 0, **static: Any) -> Any:
-    """`jax.jit` of a program that is compiled as a whole, with options of its own; within another it is a part of that.
+    """`jax.jit` of a program that is compiled by itself. Where an argument is traced it is a part of another one.
+
+    What others call with numbers of their own while they are traced has to be a plain `jax.jit`.
 
     Args:
       function: what is compiled.
@@ -37,6 +40,7 @@ def compiled(function: Callable[..., Any], *, few: int = 0, **static: Any) -> An
         return whole(num_numbers <= few)(*args, **kwargs)
 
     call.lower = lambda *args, **kwargs: whole(False).lower(*args, **kwargs)  # type: ignore[attr-defined]
+    call.eval_shape = part.eval_shape  # type: ignore[attr-defined]
     return call
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qexp_jax.numerics.compilation import compiled
+from qexp_jax.numerics.compilation import FEW, compiled
 
 THREEFRY = "threefry2x32"
 
@@ -37,13 +37,13 @@ def generator(key: jax.Array) -> np.random.Generator:
     return np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
 
 
-@functools.partial(compiled, static_argnums=1, few=2**22)
+@functools.partial(compiled, static_argnums=1, few=FEW)
 def split(key: jax.Array, number: int) -> tuple[jax.Array, ...]:
     """Independent keys, as of `jax.random.split`; one small program."""
     return tuple(jax.random.split(key, number))
 
 
-@functools.partial(compiled, static_argnums=1, few=2**22)
+@functools.partial(compiled, static_argnums=1, few=FEW)
 def one_of(key: jax.Array, number: int, index: jax.Array | int) -> jax.Array:
     """The one at `index`, as of `jax.random.split`; of many, none is taken apart but this."""
     return jax.random.split(key, number)[index]

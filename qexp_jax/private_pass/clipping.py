@@ -32,7 +32,6 @@ from qexp_jax.model.factored_gradients import Outer, Rows, grouped_sums, whole
 from qexp_jax.model.gradients import Mode, at_a_time, gradient_rows
 from qexp_jax.model.subspace import Subspace
 from qexp_jax.numerics import integers
-from qexp_jax.numerics.compilation import compiled
 from qexp_jax.numerics.integers import Words
 from qexp_jax.numerics.rounding import UNIT
 from qexp_jax.quadratic.precision import Precision, coordinates, spread, whiten_sum
@@ -86,7 +85,7 @@ def step_size(precision: Precision, l2_clip_norm: jax.Array | float) -> jax.Arra
     return largest * jnp.asarray(l2_clip_norm, largest.dtype) / STEPS
 
 
-@functools.partial(compiled, static_argnames="exact", few=2**22)
+@functools.partial(jax.jit, static_argnames="exact")
 def rounding(precision: Precision, exact: bool = True) -> jax.Array:
     """A bound, in units of C, on what rounding adds to how far one unit moves the whitened sum.
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qexp_jax.data.records import Record, is_key
-from qexp_jax.numerics.compilation import compiled
+from qexp_jax.numerics.compilation import FEW, compiled
 from qexp_jax.quadratic.eigenspace import principal_axes
 from qexp_jax.quadratic.raw_features import Raw, raw_each
 
@@ -61,7 +61,7 @@ def fit(key: jax.Array, sample: Record) -> tuple[Raw, Any]:
     return _crossed(kinds), (fitted, signs, _input_axes(columns, min(_INPUT_AXES, *columns.shape)))
 
 
-@functools.partial(compiled, static_argnums=1, few=2**22)
+@functools.partial(compiled, static_argnums=1, few=FEW)
 def _input_axes(columns: jax.Array, rank: int) -> jax.Array:
     """The leading axes, all over one number, so that a constant weighs as much beside inputs of any units."""
     axes, spread = principal_axes(columns, rank)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qexp_jax.data.records import LossFn, Params, Record, chunks, num_records, take
-from qexp_jax.numerics.compilation import compiled
+from qexp_jax.numerics.compilation import FEW, compiled
 from qexp_jax.numerics.keys import generator
 from qexp_jax.quadratic import default_features
 from qexp_jax.quadratic.eigenspace import principal_axes
@@ -91,7 +91,7 @@ def fit(
     return FeatureMap(raw=raw, arrays=arrays, center=on_device[0], axes=on_device[1], params=params)
 
 
-@functools.partial(compiled, static_argnums=1, few=2**22)
+@functools.partial(compiled, static_argnums=1, few=FEW)
 def _centred_axes(rows: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The mean of rows (n, q), their leading principal axes (q, rank), and the spreads of these."""
     center = jnp.mean(rows, axis=0)

@@ -9,7 +9,7 @@ from qexp_jax.data.records import LossFn, Params, Record, take
 from qexp_jax.model import subspace as subspaces
 from qexp_jax.model.gradients import at_a_time
 from qexp_jax.model.subspace import Subspace
-from qexp_jax.numerics.compilation import compiled
+from qexp_jax.numerics.compilation import FEW, compiled
 from qexp_jax.quadratic import precision as precisions
 from qexp_jax.quadratic.accuracy import noise_tolerance
 from qexp_jax.quadratic.averages import mean_loss
@@ -51,7 +51,7 @@ def moves_of(space: Subspace) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((_DRAWS, space.dim), space.layout.dtype)
 
 
-@functools.partial(compiled, few=2**22)
+@functools.partial(compiled, few=FEW)
 def _noise_moves(key: jax.Array, shape: Precision, space: Subspace) -> jax.Array:
     """M^{-1/2} xi, three times, one after the other: (3, k)."""
     keys = jax.random.split(key, _DRAWS)

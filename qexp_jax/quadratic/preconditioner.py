@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qexp_jax.numerics.compilation import compiled
+from qexp_jax.numerics.compilation import FEW, compiled
 from qexp_jax.quadratic import precision as precisions
 from qexp_jax.quadratic import step_size
 from qexp_jax.quadratic.directions import Directions
@@ -97,7 +97,7 @@ def precision_of(directions: Directions | jax.Array, preconditioner: Preconditio
     return precisions.leading(directions, leading)
 
 
-@functools.partial(compiled, few=2**22)
+@functools.partial(compiled, few=FEW)
 def choose(
     posterior: Posterior,
     estimate: CurvatureEstimate,

@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qexp_jax.data.records import Record
-from qexp_jax.numerics.compilation import compiled
+from qexp_jax.numerics.compilation import FEW, compiled
 from qexp_jax.quadratic import features as feature_maps
 from qexp_jax.quadratic.features import FeatureMap
 from qexp_jax.quadratic.rule import RULE
@@ -176,7 +176,7 @@ def _solve(rows: np.ndarray, mean: np.ndarray, penalties: np.ndarray) -> np.ndar
     return found.x
 
 
-@functools.partial(compiled, few=2**22)
+@functools.partial(compiled, few=FEW)
 def _dual(theta: jax.Array, rows: jax.Array, mean: jax.Array, penalties: jax.Array) -> tuple[jax.Array, jax.Array]:
     """What theta minimises, and its slope (k,)."""
 
