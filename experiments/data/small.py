@@ -1,4 +1,4 @@
-"""Small public-to-private tasks outside the benchmark's grid, from no shift to a hopeless one: PhysioNet, digits, tables.
+"""Small public-to-private tasks beside the benchmark's grid, no shift to a hopeless one: PhysioNet, digits, tables.
 
 What happens where nothing was tuned for. Most take a pretrained model and change what its private and test records look
 like:
