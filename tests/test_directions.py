@@ -11,7 +11,7 @@ from qexp_jax import clipping, gradients, hardened, precision, records, subspace
 from qexp_jax.model import factored_gradients
 from qexp_jax.model.factored_gradients import Outer
 from qexp_jax.private_pass import exact_clipping
-from qexp_jax.quadratic import directions, public_curvature
+from qexp_jax.quadratic import components, directions, public_curvature
 from qexp_jax.quadratic.eigenspace import leading_basis
 
 KEY = jax.random.key(32)
@@ -103,6 +103,24 @@ def test_a_precision_of_directions_is_that_of_the_array(example):
     np.testing.assert_allclose(found_norms, norms, rtol=0.02)
     assert np.all(found_norms >= norms * (1 - 1e-6))
     np.testing.assert_allclose(operator.log_det, 2 * np.sum(np.log(np.abs(np.diag(factors[0])))), rtol=1e-5)
+
+
+def test_components_are_scaled_and_multiplied_without_the_directions(example):
+    """As vectors are in the array of the directions."""
+    rows, found, array = example
+    x, y = factored_gradients.whole(rows)[:2]
+    factors = jnp.append(jnp.geomspace(1, 1e-2, R), 3.0)
+    parts, others = components.decompose(found, x), components.decompose(found, y)
+    np.testing.assert_allclose(components.recompose(found, parts), x, atol=1e-6)
+    np.testing.assert_allclose(array @ parts.others, 0, atol=1e-5)
+    whole = np.asarray(x, np.float64)
+    leading = array @ whole
+    expected = (leading * factors[:-1]) @ array + factors[-1] * (whole - leading @ array)
+    for scaled in (components.recompose(found, components.scaled(factors, parts)), components.scale(found, factors, x)):
+        np.testing.assert_allclose(scaled, expected, atol=1e-5)
+    products = components.products(parts, others)
+    np.testing.assert_allclose(products[:-1], leading * (array @ y), atol=1e-4)
+    np.testing.assert_allclose(np.sum(products), whole @ y, rtol=1e-4, atol=1e-4)
 
 
 def test_a_round_in_factors_has_the_sum_of_whole_gradients(monkeypatch):

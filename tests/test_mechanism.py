@@ -8,6 +8,7 @@ from problems import law, linear_loss, network, network_loss, quadratic_from, sp
 from scipy import stats
 
 from qexp_jax import clipping, curvature, mechanism, precision, subspace
+from qexp_jax.mechanism import gaussian
 
 KEY = jax.random.key(7)
 MATRIX = spd(KEY, 4)
@@ -96,6 +97,18 @@ def test_a_reused_key_never_repeats_its_noise_on_other_data_or_another_scale():
     np.testing.assert_array_equal(noise(total, 1e3), noise(total, 1e3))
     for other in (noise(nudged, 1e3), noise(total, 2e3), noise(total[::-1], 1e3)):
         assert np.max(np.abs(other - noise(total, 1e3))) > 0.01
+
+
+def test_the_keys_of_like_sums_are_unlike():
+    """Sums that differ in one word, and of one number throughout, have other keys, of which no bit is rare."""
+    ones = jnp.eye(3)[0] * jnp.arange(4096.0)[:, None]
+    throughout = jnp.ones(3) * jnp.arange(1.0, 4097.0)[:, None]
+    sums = jnp.concatenate([ones, throughout])
+    keys = np.asarray(jax.jit(jax.vmap(lambda x: jax.random.key_data(gaussian.protecting_key(KEY, x))))(sums))
+    assert len(np.unique(keys, axis=0)) == len(sums)
+    shares = np.unpackbits(keys.view(np.uint8), axis=1).mean(axis=0)
+    assert len(shares) == 64
+    np.testing.assert_allclose(shares, 0.5, atol=5 * 0.5 / np.sqrt(len(sums)))
 
 
 @pytest.mark.parametrize("form", ["dense", "low_rank"])
