@@ -6,9 +6,8 @@ import tempfile
 
 import pytest
 
-# Before jax is imported: eight virtual CPU devices, and programs of the tests' own compiled as those of the library.
-_FLAGS = "--xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " " + _FLAGS
+# Eight virtual CPU devices, before jax is imported.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if os.environ["JAX_PLATFORMS"] != "cpu":  # there the tests' own oracles need to be told
     os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
