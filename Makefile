@@ -118,7 +118,7 @@ report: .venv/ready ## tables and pictures of results (seconds)
 	$(REPORT) $(ARGS)
 
 ##@ Development
-test: .venv/ready ## the tests (13 minutes)
+test: .venv/ready ## the tests (15 minutes)
 	$(BIN)/python -m pytest -q -rs -n auto --maxprocesses 4
 
 lint: .venv/ready ## ruff and mypy (seconds)
