@@ -48,7 +48,7 @@ def dying(records):
 
 
 def main(process, port, out, fault=""):
-    jax.distributed.initialize(f"localhost:{port}", 2, int(process), heartbeat_timeout_seconds=6)
+    jax.distributed.initialize(f"localhost:{port}", 2, int(process), heartbeat_timeout_seconds=10)
     mesh = jax.make_mesh((4,), ("data",))
     mine = data()[1 + int(process)]
     if fault == "die" and process == "1":

@@ -39,7 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qexp_jax.quadratic import secants
-from qexp_jax.quadratic.components import Components, scaled
+from qexp_jax.quadratic.components import Components, decompose, recompose, scale, scaled
 from qexp_jax.quadratic.empirical_bayes import debiased_energy, pooled_shift, pooled_signal, shift_prior, signal
 from qexp_jax.quadratic.posterior import (
     CurvatureEstimate,
@@ -52,6 +52,7 @@ from qexp_jax.quadratic.rule import RULE
 from qexp_jax.quadratic.secants import curvature_ratio, secant
 
 __all__ = [
+    "Components",
     "CurvatureEstimate",
     "Posterior",
     "advance",
@@ -60,12 +61,16 @@ __all__ = [
     "best_step",
     "curvature_ratio",
     "debiased_energy",
+    "decompose",
     "energies",
     "excess",
     "lengths_up_to",
     "observe",
     "pooled_shift",
     "pooled_signal",
+    "recompose",
+    "scale",
+    "scaled",
     "secant",
     "shift_prior",
     "signal",
@@ -89,7 +94,7 @@ def observe(
     Args:
       posterior: after the rounds before.
       estimate: public.
-      seen: whitened; of directions that the round did not tune it is not looked at.
+      seen: whitened, by `decompose`; of directions that the round did not tune it is not looked at.
       noise_var: variance of its noise in each coordinate.
       tuned: (r + 1,) one, or zero where the round holds the parameters fixed.
     """
